@@ -1,0 +1,91 @@
+"""The whole ladder on the embedded data set, on a laptop, in a few minutes.
+
+    python -m rlhf_jax.main --workdir runs/quickstart
+    python -m rlhf_jax.main --config configs/quickstart.py:smoke --workdir runs/smoke
+
+A small decoder learns the text of the tiny summarisation world (pretrain), imitates its labellers
+(sft), a reward model learns their comparisons (rm), and PPO raises that learned reward; the gold
+reward, which no stage sees, judges. Arguments: ``smoke`` (about a minute, proves nothing but that
+everything runs), ``seed=N``.
+"""
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.algos.ppo import PPOHParams
+from rlhf_jax.algos.rm import RMHParams
+from rlhf_jax.algos.sft import SFTHParams
+from rlhf_jax.config import parse_arg, section
+from rlhf_jax.sharding import ParallelConfig
+from rlhf_jax.stages.settings import ModelSettings, OfflineSettings, OnlineSettings
+
+DATA = 'tfds:tiny_tldr'
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The run's config; see the module docstring for ``arg``."""
+    arg = parse_arg(arg, smoke=False, seed=0)
+    config = ConfigDict()
+    config.seed = arg.seed
+    config.stages = ('pretrain', 'sft', 'rm', 'ppo')
+    config.tokenizer = 'rlhf_jax.data.tiny_tldr:tokenizer'
+    config.metrics = ('jsonl',)
+    config.model = section(ModelSettings, preset='nano' if arg.smoke else 'micro')
+    config.parallel = section(ParallelConfig)
+    config.pretrain = section(
+        OfflineSettings,
+        SFTHParams,
+        init='scratch',
+        train=f'{DATA}/articles:train',
+        eval=f'{DATA}/articles:test',
+        num_steps=20 if arg.smoke else 700,
+        batch_size=8 if arg.smoke else 32,
+        buckets=(128,),
+        optim=dict(learning_rate=2e-3, warmup_percent=5, weight_decay=0.1, b2=0.98),
+    )
+    config.sft = section(
+        OfflineSettings,
+        SFTHParams,
+        init='pretrain',
+        train=f'{DATA}/demonstrations:train',
+        eval=f'{DATA}/demonstrations:test',
+        num_steps=20 if arg.smoke else 150,
+        batch_size=8 if arg.smoke else 32,
+        buckets=(96,),
+        optim=dict(learning_rate=1e-3, warmup_percent=5),
+    )
+    config.rm = section(
+        OfflineSettings,
+        RMHParams,
+        init='sft',
+        train=f'{DATA}/comparisons:train',
+        eval=f'{DATA}/comparisons:test',
+        references=f'{DATA}/demonstrations:test',
+        num_steps=20 if arg.smoke else 300,
+        batch_size=8 if arg.smoke else 32,
+        buckets=(96,),
+        optim=dict(learning_rate=5e-4, warmup_percent=5),
+    )
+    config.ppo = section(
+        OnlineSettings,
+        PPOHParams,
+        init='sft',
+        reward='rm',
+        critic='rm',
+        prompts=f'{DATA}/prompts:train',
+        eval_prompts=f'{DATA}/prompts:test[:32]' if arg.smoke else f'{DATA}/prompts:test',
+        gold='rlhf_jax.data.tiny_tldr:gold',
+        batch_size=8 if arg.smoke else 64,
+        num_rollouts=4 if arg.smoke else 60,
+        prompt_buckets=(72,),
+        max_new_tokens=24,
+        eval_batch_size=32 if arg.smoke else 128,
+        expected_win_rate=0.65,
+        num_epochs=2,
+        num_minibatches=2,
+        kl_coef=0.03,
+        missing_eos_penalty=1.0,
+        optim=dict(learning_rate=3e-4, schedule='linear', eps=1e-5),
+        critic_optim=dict(learning_rate=5e-4, schedule='linear', eps=1e-5),
+        loop=dict(log_every_steps=1, save_every_steps=20),
+    )
+    return config

@@ -1,0 +1,51 @@
+"""RLHF in JAX/Flax as pure functions: SFT → reward model → PPO.
+
+The public names, explicit. Everything here is a pure function or a plain dataclass; nothing reads
+a config or touches a disk. ``docs/library.md`` shows how they go together; read ``types.py`` next.
+"""
+
+from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
+from rlhf_jax.algos.rm import RMHParams, rm_step
+from rlhf_jax.algos.sft import SFTHParams, sft_step
+from rlhf_jax.generate import Sampling, generate, sampling
+from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.rewards import reward_model_scores, shape_scores
+from rlhf_jax.types import (
+    Generation,
+    Metrics,
+    PairBatch,
+    PPOState,
+    PromptBatch,
+    Rollout,
+    TokenBatch,
+    TrainState,
+)
+
+__all__ = [
+    'ActorCritic',
+    'CausalLM',
+    'Generation',
+    'Metrics',
+    'PPOHParams',
+    'PPOState',
+    'PairBatch',
+    'PromptBatch',
+    'RMHParams',
+    'Rollout',
+    'SFTHParams',
+    'Sampling',
+    'ScalarModel',
+    'TokenBatch',
+    'TrainState',
+    'TransformerConfig',
+    'generate',
+    'ppo_step',
+    'prepare',
+    'reward_model_scores',
+    'rm_step',
+    'sampling',
+    'sft_step',
+    'shape_scores',
+    'start_from',
+]

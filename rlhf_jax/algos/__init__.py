@@ -1,0 +1,1 @@
+"""The training steps: pure functions from (state, batch) to (state, metrics)."""

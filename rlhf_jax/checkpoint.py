@@ -1,0 +1,134 @@
+"""Orbax: saving and resuming a stage, and handing its parameters to another.
+
+A stage folder holds ``checkpoints/`` (the whole state, the last k of them, written
+asynchronously and committed by an atomic rename) and, once the stage is finished, ``params/``:
+the parameters alone, which is what the next stage, the sampler and the exporter read.
+Read ``stages/loop.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.types import Params
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of one."""
+    partial = path.with_name(f'{path.name}.partial')
+    with partial.open('w', encoding='utf-8') as file:
+        json.dump(value, file, indent=1, sort_keys=True, default=str)
+        file.write('\n')
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
+    """The checkpoint manager of a stage: asynchronous, atomic, the last ``keep`` kept."""
+    return ocp.CheckpointManager(
+        epath.Path(stage_dir.absolute() / 'checkpoints'),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    )
+
+
+def save_state(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Starts saving a state pytree as ``step``; returns before the disk is done."""
+    manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+
+def restore_state(manager: ocp.CheckpointManager, like: Any) -> Any | None:
+    """The latest saved state, laid out as ``like`` is; None when there is none.
+
+    Raises:
+        ValueError: the checkpoint is of another model or optimizer.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return None
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return _restore(
+        lambda: manager.restore(step, args=ocp.args.StandardRestore(target)),
+        f'{manager.directory}/{step}',
+    )
+
+
+def save_params(stage_dir: Path, params: Params, models: dict[str, TransformerConfig]) -> None:
+    """Writes the result of a stage: ``params/`` and ``model.json``.
+
+    Args:
+        stage_dir: the stage's folder.
+        params: ``{part: parameters}``; parts are 'policy', 'reward' or 'critic'.
+        models: the configuration of every part.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = epath.Path(stage_dir.absolute() / 'params')
+        checkpointer.save(path, params, force=True)
+    write_json(
+        stage_dir / 'model.json',
+        {part: dataclasses.asdict(config) for part, config in models.items()},
+    )
+
+
+def load_model_configs(stage_dir: Path) -> dict[str, TransformerConfig]:
+    """The Transformer configuration of every part of a finished stage.
+
+    Raises:
+        ValueError: the stage has not finished.
+    """
+    path = stage_dir / 'model.json'
+    if not path.exists():
+        raise ValueError(f'{stage_dir} holds no finished stage (no {path.name}); run it first')
+    table = json.loads(path.read_text(encoding='utf-8'))
+    return {part: TransformerConfig(**config) for part, config in table.items()}
+
+
+def load_params(stage_dir: Path, part: str, like: Params) -> Params:
+    """The parameters of one part of a finished stage, straight into the sharding of ``like``.
+
+    Args:
+        stage_dir: folder of a finished stage.
+        part: 'policy', 'reward' or 'critic'.
+        like: tree of arrays or ``ShapeDtypeStruct``s with shardings.
+
+    Raises:
+        ValueError: the stage has no such part, or it is of another shape.
+    """
+    parts = load_model_configs(stage_dir)
+    if part not in parts:
+        raise ValueError(f'{stage_dir} has no {part!r}; it holds {", ".join(sorted(parts))}')
+    path = epath.Path(stage_dir.absolute() / 'params')
+    target = {part: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = _restore(
+            lambda: checkpointer.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            ),
+            str(path),
+        )
+    return restored[part]
+
+
+def _restore(read: Callable[[], Any], place: str) -> Any:
+    try:
+        return read()
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).split('. ')[0]
+        raise ValueError(
+            f'checkpoint {place} was written by another model or optimizer: {reason}'
+        ) from error

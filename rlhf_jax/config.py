@@ -1,0 +1,169 @@
+"""Config plumbing: the argument string of a config file, strict building of hyperparameters.
+
+Defaults live in dataclasses only. A config file calls :func:`section` to lay those defaults out in
+a ``ConfigDict``, so that every value can be set on the command line
+(``--config.ppo.clip_eps=0.1``); a stage calls :func:`build` to turn the dict back into the
+dataclasses. Both reject a key that no dataclass has. Read ``configs/quickstart.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Parses the part of ``--config=file.py:arg`` behind the colon.
+
+    ``'size=1b,smoke'`` with defaults ``size='tiny', smoke=False`` gives
+    ``size='1b', smoke=True``. A bare name sets a boolean; values take the type of the default.
+
+    Args:
+        arg: comma-separated ``name=value`` or bare ``name``; None or '' for none.
+        **defaults: every name the config file knows, with its default.
+
+    Returns:
+        A ConfigDict with one entry per default.
+
+    Raises:
+        ValueError: a name that is not among the defaults, or a value of the wrong type.
+    """
+    result = dict(defaults)
+    for item in filter(None, (part.strip() for part in (arg or '').split(','))):
+        name, has_value, text = item.partition('=')
+        if name not in defaults:
+            raise ValueError(f'config argument {name!r} is unknown{nearest(name, defaults)}')
+        default = defaults[name]
+        if not has_value:
+            if not isinstance(default, bool):
+                raise ValueError(f'config argument {name!r} needs a value: write {name}=…')
+            result[name] = True
+        elif isinstance(default, bool):
+            if text.lower() not in ('true', 'false', '1', '0'):
+                raise ValueError(f'config argument {item!r}: use {name}=true or {name}=false')
+            result[name] = text.lower() in ('true', '1')
+        else:
+            kind = str if default is None else type(default)
+            try:
+                result[name] = kind(text)
+            except ValueError as error:
+                raise ValueError(f'config argument {item!r}: {text!r} is no {kind.__name__}') from error
+    return ConfigDict(result)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """The tail of an error message: the nearest right name, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f'; did you mean {close[0]!r}?' if close else f'; known are {", ".join(sorted(known))}'
+
+
+def _fields(*classes: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
+    table: dict[str, tuple[type, dataclasses.Field, Any]] = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in table:
+                raise TypeError(f'{field.name!r} is a field of {table[field.name][0].__name__} and of {cls.__name__}')
+            table[field.name] = (cls, field, hints[field.name])
+    return table
+
+
+def _default(field: dataclasses.Field, hint: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        value = None  # required: a placeholder, which `build` refuses while it is empty
+    if dataclasses.is_dataclass(value):
+        return section(type(value), **dataclasses.asdict(value))
+    if value is None:
+        kinds = [a for a in typing.get_args(hint) if a is not types.NoneType] or [hint]
+        kind = typing.get_origin(kinds[0]) or kinds[0]
+        return config_dict.placeholder(kind if isinstance(kind, type) else object)
+    return value
+
+
+def section(*classes: type, **values: Any) -> ConfigDict:
+    """Lays out the defaults of dataclasses as one flat ``ConfigDict``, with some values set.
+
+    Args:
+        *classes: dataclasses whose field names are disjoint; a nested dataclass becomes a
+            nested dict.
+        **values: what differs from the defaults; a dict for a nested dataclass.
+
+    Raises:
+        ValueError: a value for a field that no class has.
+    """
+    table = _fields(*classes)
+    result = ConfigDict({name: _default(field, hint) for name, (_, field, hint) in table.items()})
+    for name, value in values.items():
+        if name not in table:
+            raise ValueError(f'{name!r} is no setting here{nearest(name, table)}')
+        hint = table[name][2]
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = section(hint, **value)
+        if value is not None:
+            with result.ignore_type():
+                result[name] = value
+        else:
+            result[name] = config_dict.placeholder(result.get_type(name))
+    return result
+
+
+def build(config: Mapping[str, Any], *classes: type, where: str = 'config') -> tuple[Any, ...]:
+    """Builds dataclasses from a flat mapping: the inverse of :func:`section`.
+
+    Args:
+        config: a ConfigDict or dict.
+        *classes: dataclasses whose field names are disjoint.
+        where: how the user knows this part of the config, e.g. ``'config.ppo'``.
+
+    Returns:
+        One instance per class, in order.
+
+    Raises:
+        ValueError: an unknown key (with the nearest right one), or a required one that is empty.
+    """
+    table = _fields(*classes)
+    arguments: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
+    for name in config.keys():
+        if name not in table:
+            raise ValueError(f'{where}.{name} is unknown{nearest(name, table)}')
+        cls, field, hint = table[name]
+        value = config[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            (value,) = build(value, hint, where=f'{where}.{name}')
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[cls][name] = value
+    for name, (cls, field, hint) in table.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        optional = types.NoneType in typing.get_args(hint)
+        if required and not optional and arguments[cls].get(name) is None:
+            raise ValueError(f'{where}.{name} is needed and not set')
+    return tuple(cls(**arguments[cls]) for cls in classes)
+
+
+def load_dotted(name: str, where: str) -> Callable[..., Any]:
+    """Imports ``'package.module:function'``.
+
+    Raises:
+        ValueError: the module or the attribute does not exist, or is not callable.
+    """
+    module_name, _, attribute = name.partition(':')
+    try:
+        result = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f'{where}={name!r} cannot be imported ({error}); write package.module:function') from error
+    if not callable(result):
+        raise ValueError(f'{where}={name!r} is a {type(result).__name__}, not a function')
+    return result

@@ -1,0 +1,1 @@
+"""From files to batches: read ``sources``, ``formats``, then ``pipeline``."""

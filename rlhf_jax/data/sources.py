@@ -1,0 +1,262 @@
+"""Reading records from files and TFDS: a data spec in, dicts with their places out.
+
+    jsonl:PATH     one JSON object a line (.gz too)
+    parquet:PATH   one record a row
+    hh:PATH        jsonl of transcripts ``chosen`` and ``rejected`` (Anthropic HH-RLHF)
+    text:PATH      documents between <|endoftext|>, or a directory of .txt files
+    tfds:NAME[/CONFIG]:SPLIT
+
+A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. What the
+fields mean is told by ``formats.py``; read it next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib
+import importlib.util
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.config import nearest
+
+ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
+SEPARATOR = '<|endoftext|>'  # between the documents of a text file
+
+# A spec ends in one: group 1 the rest, groups 2 and 3 the ends.
+SLICE = re.compile(r'(.*)\[(-?\d+%?)?:(-?\d+%?)?\]', re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRecord:
+    """A record as it was found."""
+
+    fields: dict[str, Any]
+    where: str  # 'file:line' (from 1), 'file:row' (from 1), 'tfds name/config/split 17'
+
+
+def read(spec: str) -> list[SourceRecord]:
+    """Reads all records of a data spec; the module docstring lists the specs.
+
+    Raises:
+        ValueError: an unknown kind of spec, a missing, empty or broken file (with the
+            line), a slice that is malformed, empty, or goes beyond the data.
+    """
+    readers: dict[str, Callable[[str], list[SourceRecord]]] = {
+        'jsonl': _read_jsonl,
+        'parquet': _read_parquet,
+        'hh': _read_hh,
+        'text': _read_text,
+    }
+    kind, colon, rest = spec.partition(':')
+    if not colon or not rest or kind not in (*readers, 'tfds'):
+        hint = nearest(kind, (*readers, 'tfds'))
+        raise ValueError(
+            f'data spec {spec!r} should read kind:path, such as jsonl:train.jsonl{hint}'
+        )
+    if kind == 'tfds':
+        return _read_tfds(rest, spec)
+    if not rest.endswith(']'):
+        return readers[kind](rest)
+    match = SLICE.fullmatch(rest)
+    if match is None:
+        raise ValueError(
+            f'data spec {spec!r} ends in a malformed slice; write [:90%], [90%:] or [:500]'
+        )
+    path, start, stop = match.groups()
+    records = readers[kind](path)
+    first = _place(start, 0, len(records), spec)
+    last = _place(stop, len(records), len(records), spec)
+    if first >= last:
+        raise ValueError(
+            f'data spec {spec!r} selects none of the {len(records)} records of {path}'
+        )
+    return records[first:last]
+
+
+def _place(end: str | None, default: int, size: int, spec: str) -> int:
+    """Position of one end of a slice; percentages are rounded to the nearest record."""
+    if end is None:
+        return default
+    number = int(end.rstrip('%'))
+    place = round(size * number / 100) if end.endswith('%') else number
+    if not -size <= place <= size:
+        raise ValueError(
+            f'data spec {spec!r} asks for {end}, but there are {size} records; '
+            f'use at most {"100%" if end.endswith("%") else size}'
+        )
+    return place + size if end.startswith('-') else place
+
+
+def _read_bytes(path: str) -> bytes:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        why = 'is a directory' if file.is_dir() else 'does not exist'
+        raise ValueError(f'{path} {why} (seen from {Path.cwd()}); name a file')
+    data = file.read_bytes()
+    if file.suffix == '.gz':
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f'{path} is no whole gzip file ({error}); fetch it again'
+            ) from error
+    if not data.strip():
+        raise ValueError(f'{path} is empty; it should hold at least one record')
+    return data
+
+
+def _decode(data: bytes, path: str, first_line: int) -> str:
+    try:
+        return data.decode('utf-8-sig' if first_line == 1 else 'utf-8')
+    except UnicodeDecodeError as error:
+        line = first_line + data[: error.start].count(b'\n')
+        raise ValueError(
+            f'{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; '
+            'convert the file, for instance with iconv -f latin1 -t utf-8'
+        ) from error
+
+
+def _read_jsonl(path: str) -> list[SourceRecord]:
+    """Lines of white space alone are no records: files end in one."""
+    records = []
+    for number, line in enumerate(_read_bytes(path).split(b'\n'), start=1):
+        if not line.strip():
+            continue
+        where = f'{path}:{number}'
+        try:
+            fields = json.loads(_decode(line, path, number))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'{where}: not JSON ({error.msg} at column {error.colno}); '
+                'every line must be one whole JSON object'
+            ) from error
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f'{where}: a {type(fields).__name__}, not an object; every line must be '
+                'one JSON object such as {"prompt": "…", "completion": "…"}'
+            )
+        records.append(SourceRecord(fields, where))
+    return records
+
+
+def _read_parquet(path: str) -> list[SourceRecord]:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f'{path} is no file (seen from {Path.cwd()}); name a file')
+    try:
+        rows = parquet.read_table(file, partitioning=None).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f'{path} is no readable Parquet file ({error})') from error
+    if not rows:
+        raise ValueError(f'{path} is empty; it should hold at least one record')
+    return [SourceRecord(row, f'{path}:{i}') for i, row in enumerate(rows, start=1)]
+
+
+def _read_hh(path: str) -> list[SourceRecord]:
+    records = []
+    for record in _read_jsonl(path):
+        pair = record.fields.get('chosen'), record.fields.get('rejected')
+        fields = record.fields
+        # Anything else than two transcripts is left for formats.py to complain about.
+        if all(isinstance(side, str) for side in pair):
+            prompt, chosen, rejected = split_transcripts(*pair)
+            fields = fields | dict(prompt=prompt, chosen=chosen, rejected=rejected)
+        records.append(SourceRecord(fields, record.where))
+    return records
+
+
+def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    r"""Splits two transcripts ``\n\nHuman: …\n\nAssistant: …`` into prompt and answers.
+
+    The prompt is everything up to and including the last ``\n\nAssistant:`` of their
+    common beginning; the answers are all that follows, with their leading spaces.
+
+    Source: Bai et al. 2022, arXiv 2204.05862, the released data.
+
+    Returns:
+        (prompt, chosen answer, rejected answer); the prompt is empty when the transcripts
+        share no assistant turn, which ``formats`` rejects as a bad record.
+    """
+    common = os.path.commonprefix([chosen, rejected])
+    place = common.rfind(ASSISTANT)
+    end = 0 if place < 0 else place + len(ASSISTANT)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _read_text(path: str) -> list[SourceRecord]:
+    folder = Path(path).expanduser()
+    files = [path]
+    if folder.is_dir():
+        files = [str(file) for file in sorted(folder.glob('*.txt'))]
+        if not files:
+            raise ValueError(f'{path} is a directory without .txt files')
+    records = []
+    for file in files:
+        line = 1
+        for part in _decode(_read_bytes(file), file, 1).split(SEPARATOR):
+            blank = part[: len(part) - len(part.lstrip())]
+            if text := part.strip():
+                where = f'{file}:{line + blank.count(chr(10))}'
+                records.append(SourceRecord({'text': text}, where))
+            line += part.count('\n')
+    if not records:
+        raise ValueError(f'{path} is empty; it holds separators alone')
+    return records
+
+
+def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
+    """Array records give random access and need no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    name, _, split = rest.partition(':')
+    if not split:
+        raise ValueError(f'data spec {spec!r} names no split; write tfds:{name}:train')
+    module = f'rlhf_jax.data.{name.partition("/")[0]}'
+    if importlib.util.find_spec(module):
+        importlib.import_module(module)  # registers the builder
+    try:
+        builder = tfds.builder(name, file_format='array_record')
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        known = ''
+        if not isinstance(error, tfds.core.DatasetNotFoundError):
+            configs = tfds.builder_cls(name.partition('/')[0]).builder_configs
+            known = f'; its configs are {", ".join(configs)}'
+        raise ValueError(f'data spec {spec!r}: TFDS has no {name!r}{known}') from error
+    builder.download_and_prepare()
+    try:
+        source = builder.as_data_source(split=split)
+    except ValueError as error:
+        raise ValueError(
+            f'data spec {spec!r}: no split {split!r}; the splits of {name} are '
+            f'{", ".join(builder.info.splits)}, with a slice such as train[:90%]'
+        ) from error
+    records = []
+    for index in range(len(source)):
+        where = f'tfds {name}/{split} {index}'
+        records.append(SourceRecord(_plain(source[index], where), where))
+    if not records:
+        raise ValueError(f'data spec {spec!r} selects no records')
+    return records
+
+
+def _plain(value: Any, where: str) -> Any:
+    """bytes as str, NumPy values as Python's own."""
+    if isinstance(value, bytes):
+        return _decode(value, where, 2)
+    if hasattr(value, 'tolist'):
+        return _plain(value.tolist(), where)
+    if isinstance(value, dict):
+        return {name: _plain(part, where) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, where) for part in value]
+    return value

@@ -1,0 +1,277 @@
+"""``tiny_tldr``: the embedded data set, a laboratory for the whole ladder on a laptop.
+
+Articles of 40 words, summaries of one sentence, preferences by simulated annotators,
+and a gold reward that knows the truth. Nothing is downloaded: the first use writes the
+data set in seconds from fixed seeds, in ArrayRecord files and without TensorFlow. Four
+configs, each with the splits ``train`` and ``test``, no article in two of them:
+
+* ``articles``: ``text``, an article with questions and retellings about anybody in it;
+* ``demonstrations``: ``prompt``, ``completion``, by decent but imperfect labellers;
+* ``comparisons``: ``prompt``, ``chosen``, ``rejected``, with the annotator, both gold
+  rewards and the kind of pair;
+* ``prompts``: ``prompt``, ``reference`` (a labeller's summary), for PPO.
+
+Importing this module is enough for ``tfds.builder('tiny_tldr/prompts')`` to find it.
+The config of a run names :func:`tokenizer` and :func:`gold` by their dotted names. The
+world is in ``tiny_world.py``, its writers and judges in ``tiny_people.py``;
+``sources.py`` reads all this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_jax.data import tiny_people, tiny_world
+from rlhf_jax.data.tiny_world import Article
+
+SEED = 20230  # of every article; example i of a config draws from (SEED, config, i)
+SEPARATOR = '\n\n'
+CUE = 'TL;DR:'
+PAD, EOS = '<|pad|>', '<|eos|>'
+
+
+# ------------------------------------------------------------------------------ prompts
+
+
+def make_prompt(article: str) -> str:
+    """What a policy sees: article, empty line, 'TL;DR:'. Answers open with a space."""
+    return f'{article}{SEPARATOR}{CUE}'
+
+
+def gold(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """The gold reward of responses to prompts; ``tiny_world.gold_reward`` says what it is.
+
+    Args:
+        prompts: texts as :func:`make_prompt` writes them.
+        responses: decoded without special tokens.
+
+    Returns:
+        [B] float64, reward units.
+
+    Raises:
+        ValueError: unequal numbers, or a prompt of something else.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(
+            f'{len(prompts)} prompts and {len(responses)} responses; '
+            'pass one response per prompt'
+        )
+    pairs = zip(prompts, responses)
+    return np.array([tiny_world.gold_reward(*pair) for pair in pairs], np.float64)
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+
+def _words() -> list[str]:
+    """Every piece of text that gets a token of its own, sorted."""
+    templates = [
+        *tiny_world.VERBS,
+        *(phrase for pair in tiny_world.PHRASES.values() for phrase in pair),
+        *tiny_world.HEADLINES,
+        *tiny_world.JOB_SENTENCES,
+        *tiny_world.QUESTIONS.values(),
+        *tiny_people.OPENINGS,
+        *tiny_people.TAILS,
+        *tiny_people.NOTHINGS,
+        tiny_people.NOBODY,
+        tiny_world.PRONOUN,
+        'did so the and',
+    ]
+    templates += [tiny_world.capitalise(template) for template in templates]
+    words = {word for text in templates for word in tiny_world.words_of(text)}
+    words = {word for word in words if word.isalpha()} | tiny_world.SLOT_OF.keys()
+    first = {headline.split()[0] for headline in tiny_world.HEADLINES}
+    return sorted({' ' + word for word in words} | first | {'Facts', 'TL', 'DR'})
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer in which every word of the world is one token.
+
+    The vocabulary is laid out, not trained: two special tokens, the 256 bytes, the
+    words with their leading space. Trained merges would spend most of a small
+    vocabulary on the pieces of words, so a word that is in the vocabulary is taken
+    whole (``ignore_merges``) and any other text falls back to its bytes: encoding loses
+    nothing, and the result is the same everywhere.
+
+    Returns:
+        A tokenizer with pad and EOS and without BOS; ids 0 and 1 are the special
+        tokens.
+    """
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [split.pre_tokenize_str(word)[0][0] for word in _words()]
+    pieces = dict.fromkeys([PAD, EOS, *alphabet, *words])
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)
+    )
+    backend.pre_tokenizer = split
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ----------------------------------------------------------------------------- data set
+
+RESTATEMENTS = 6  # per article of the pretraining text
+
+
+def _text_example(article: Article, rng: np.random.Generator) -> dict[str, Any]:
+    restated = tiny_world.make_restatements(article, RESTATEMENTS, rng)
+    return {'text': f'{article.text}{SEPARATOR}{restated}'}
+
+
+def _demonstration(article: Article, rng: np.random.Generator) -> dict[str, Any]:
+    summary = tiny_people.make_demonstration(article, rng)
+    return {'prompt': make_prompt(article.text), 'completion': ' ' + summary}
+
+
+def _comparison(article: Article, rng: np.random.Generator) -> dict[str, Any]:
+    judgement = tiny_people.make_judgement(article, rng)
+    return {
+        'prompt': make_prompt(article.text),
+        **dataclasses.asdict(judgement),
+        'chosen': ' ' + judgement.chosen,
+        'rejected': ' ' + judgement.rejected,
+    }
+
+
+def _prompt_example(article: Article, rng: np.random.Generator) -> dict[str, Any]:
+    reference = tiny_people.make_demonstration(article, rng)
+    return {'prompt': make_prompt(article.text), 'reference': ' ' + reference}
+
+
+_TEXT = tfds.features.Text
+_MAKERS = {
+    'articles': (_text_example, {'text': _TEXT}),
+    'demonstrations': (_demonstration, {'prompt': _TEXT, 'completion': _TEXT}),
+    'comparisons': (
+        _comparison,
+        {
+            'prompt': _TEXT,
+            'chosen': _TEXT,
+            'rejected': _TEXT,
+            'annotator': lambda: tfds.features.Scalar(np.int32),
+            'gold_chosen': lambda: tfds.features.Scalar(np.float64),
+            'gold_rejected': lambda: tfds.features.Scalar(np.float64),
+            'kind': _TEXT,
+        },
+    ),
+    'prompts': (_prompt_example, {'prompt': _TEXT, 'reference': _TEXT}),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class TinyTldrConfig(tfds.core.BuilderConfig):
+    """One of the four kinds of records, with the sizes of its splits."""
+
+    number: int = 0  # part of the seeds, so that no two configs share an article
+    train: int = 0  # examples
+    test: int = 0  # examples
+
+
+class TinyTldr(tfds.core.GeneratorBasedBuilder):
+    """Writes ``tiny_tldr`` from fixed seeds."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    BUILDER_CONFIGS = [
+        TinyTldrConfig(name='articles', number=0, train=20_000, test=500),
+        TinyTldrConfig(name='demonstrations', number=1, train=4_000, test=500),
+        TinyTldrConfig(name='comparisons', number=2, train=12_000, test=1_000),
+        TinyTldrConfig(name='prompts', number=3, train=4_000, test=1_000),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        _, features = _MAKERS[self.builder_config.name]
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description='News of one person among others, with one-sentence summaries, '
+            'simulated preferences and a known gold reward.',
+            features=tfds.features.FeaturesDict(
+                {k: make() for k, make in features.items()}
+            ),
+            disable_shuffling=True,  # example i stays example i; readers shuffle
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Any]:
+        sizes = self.builder_config
+        return {
+            'train': self._generate_examples(0, sizes.train),
+            'test': self._generate_examples(sizes.train, sizes.train + sizes.test),
+        }
+
+    def _generate_examples(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        make, _ = _MAKERS[self.builder_config.name]
+        for i in range(start, stop):
+            rng = np.random.default_rng((SEED, self.builder_config.number, i))
+            yield i, make(tiny_world.make_article(rng), rng)
+
+    def download_and_prepare(
+        self,
+        *,
+        download_dir: str | os.PathLike[str] | None = None,
+        download_config: tfds.download.DownloadConfig | None = None,
+        file_format: str | tfds.core.FileFormat = 'array_record',
+    ) -> None:
+        """Writes the data set unless it is there; see the base class for the arguments.
+
+        Deviations: the file format is ArrayRecord unless another is asked for here,
+        because TFDS's own default needs TensorFlow; and of two processes that write at
+        the same time, the slower one takes over what the faster one wrote instead of
+        failing.
+        """
+        try:
+            super().download_and_prepare(
+                download_dir=download_dir,
+                download_config=download_config,
+                file_format=file_format,
+            )
+        except OSError:  # each writes beside the place and renames at the end
+            if not (self.data_path / 'dataset_info.json').exists():
+                raise
+            self.info.update_data_dir(self.data_dir)
+
+
+def prepare(
+    config_name: str, data_dir: str | os.PathLike[str] | None = None
+) -> tfds.core.DatasetBuilder:
+    """Writes one config of the data set on first use.
+
+    Args:
+        config_name: 'articles', 'demonstrations', 'comparisons' or 'prompts'.
+        data_dir: where TFDS keeps its data sets; None for its default place.
+
+    Returns:
+        A builder that is ready for ``as_data_source(split)``.
+
+    Raises:
+        ValueError: no such config.
+    """
+    if config_name not in TinyTldr.builder_configs:
+        known = ', '.join(TinyTldr.builder_configs)
+        raise ValueError(
+            f'tiny_tldr has no config {config_name!r}; choose one of {known}'
+        )
+    builder = TinyTldr(
+        config=config_name, data_dir=data_dir, file_format='array_record'
+    )
+    builder.download_and_prepare()
+    return builder

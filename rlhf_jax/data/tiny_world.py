@@ -1,0 +1,312 @@
+"""The world that ``tiny_tldr`` writes about: lexicons, articles, facts, gold reward.
+
+An article is news of one *main* person, told among sentences about other people who do
+similar things elsewhere. Six facts belong to the main event; a good summary states all
+of them, none of the others' and nothing else. Because the text is made by rule, the
+true quality of any summary is known (:func:`gold_reward`), which no data set of human
+preferences can offer: it shows when a learned reward goes up while the truth goes down.
+
+Pure Python and a NumPy ``Generator``; imports nothing of the package.
+``tiny_people.py``, which holds the simulated writers and judges, stands on this file,
+and ``tiny_tldr.py`` on both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+Facts = dict[str, str]  # slot -> value; each value is one word
+
+# One word per value and no word in two slots, so that a word tells its slot. Jobs begin
+# with a consonant because every article writes "a {job}".
+LEXICON: dict[str, tuple[str, ...]] = {
+    'who': tuple(
+        'Anna Ben Carla David Elena Felix Greta Hugo Irene Jonas Karen Leo '
+        'Maria Nina Oscar Paula Ralph Sara Tom Ursula Victor Wendy Yara Zoe'.split()
+    ),
+    'job': tuple(
+        'baker doctor farmer teacher pilot singer painter lawyer '
+        'sailor nurse gardener judge tailor writer miner chef'.split()
+    ),
+    'what': tuple(
+        'lamps boats clocks books coins carpets drums maps rings chairs kites bells '
+        'mirrors baskets hats swords candles bottles letters ladders shoes pianos '
+        'flags tents'.split()
+    ),
+    'where': tuple(
+        'Paris Rome Oslo Cairo Lima Tokyo Dublin Vienna Prague Athens Lisbon Madrid '
+        'Berlin Geneva Quito Delhi Seoul Sydney Boston Havana Nairobi Milan Riga '
+        'Tunis'.split()
+    ),
+    'when': tuple(
+        'January February March April May June July August September October '
+        'November December'.split()
+    ),
+    'why': tuple(
+        'rain snow wind fire hunger love debt fear luck noise fog heat pride '
+        'boredom illness war'.split()
+    ),
+}
+SLOTS = tuple(LEXICON)
+SLOT_OF = {word: slot for slot, words in LEXICON.items() for word in words}
+VERBS = tuple('found sold bought lost painted carried fixed hid'.split())  # no facts
+
+# How a circumstance is said; articles, summaries and restatements share these.
+PHRASES = {
+    'where': ('in {}', 'around {}'),
+    'when': ('last {}', 'back in {}'),
+    'why': ('because of {}', 'due to {}'),
+}
+HEADLINES = ('News of {}.', 'Update on {}.', 'Report about {}.')
+JOB_SENTENCES = ('{} worked as a {}', '{} served as a {}')
+PRONOUN = 'They'
+QUESTIONS = {
+    'job': 'What was the job of {}? {}.',
+    'what': 'What did {} have? {}.',
+    'where': 'Where was {}? {}.',
+    'when': 'When was the day of {}? {}.',
+    'why': 'Why did {} act? {}.',
+}
+
+# The gold reward, in reward units.
+COVERED_REWARD = 1.0  # per main fact that the summary states
+INVENTED_COST = 1.0  # per stated lexicon value that is no fact of the main event
+WORD_COST = 0.15  # per word beyond the budget
+WORD_BUDGET = 14  # a plain sentence with all six facts has 12 to 14 words
+FORM_REWARD = 1.0  # gained by a well-formed summary, lost by any other
+PERFECT_GOLD = COVERED_REWARD * len(SLOTS) + FORM_REWARD
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What one person did: ``facts`` holds ``who`` and some or all other slots."""
+
+    facts: Facts
+    verb: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Article:
+    """An article with the truth about it."""
+
+    text: str
+    main: Event
+    others: tuple[Event, ...]
+
+
+# ----------------------------------------------------------------------------- articles
+
+
+def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """Draws one of the options uniformly."""
+    return options[int(rng.integers(len(options)))]
+
+
+def phrase(slot: str, value: str, rng: np.random.Generator) -> str:
+    """Says a place, a time or a reason: ``('where', 'Rome')`` gives 'in Rome'."""
+    return pick(rng, PHRASES[slot]).format(value)
+
+
+def capitalise(text: str) -> str:
+    """The text with its first letter in upper case and the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def _sentence(
+    name: str, event: Event, slots: Sequence[str], rng: np.random.Generator
+) -> str:
+    """A sentence on some slots of an event; ``name`` is the person or the pronoun."""
+    said = [phrase(slot, event.facts[slot], rng) for slot in slots if slot in PHRASES]
+    subject = name
+    if 'job' in slots and 'what' not in slots:
+        head = pick(rng, JOB_SENTENCES).format(subject, event.facts['job'])
+        return ' '.join([head, *said]) + '.'
+    if 'job' in slots:
+        subject = f'{name}, a {event.facts["job"]},'
+    act = f'{event.verb} {event.facts["what"]}' if 'what' in slots else 'did so'
+    front = said and name != PRONOUN and rng.random() < 0.25
+    opening = f'{said.pop(0)}, ' if front else ''
+    return capitalise(opening + ' '.join([subject, act, *said])) + '.'
+
+
+def _shuffled(items: Sequence[str], rng: np.random.Generator) -> list[str]:
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _main_groups(rng: np.random.Generator) -> list[list[str]]:
+    """Deals the five slots besides ``who`` into the two or three main sentences."""
+    circumstances = _shuffled(('where', 'when', 'why'), rng)
+    cut = int(rng.integers(0, 3))
+    first, second = ['what', *circumstances[:cut]], circumstances[cut:]
+    if rng.random() < 0.5:
+        return [['job', *first], second]  # 'Anna, a baker, found …'
+    job = ['job']
+    if 'where' in second and rng.random() < 0.5:
+        second.remove('where')
+        job.append('where')  # 'Anna worked as a baker in Rome.'
+    groups = [first, second] if second else [first]
+    groups.insert(int(rng.integers(0, len(groups) + 1)), job)
+    return groups
+
+
+def _draw_events(rng: np.random.Generator) -> list[Event]:
+    """The main event and one or two others; no two of them share a value."""
+    count = 1 + int(rng.choice((1, 2), p=(0.4, 0.6)))
+    values = {
+        slot: [words[i] for i in rng.choice(len(words), count, replace=False)]
+        for slot, words in LEXICON.items()
+    }
+    events = [Event({s: values[s][0] for s in SLOTS}, pick(rng, VERBS))]
+    for i in range(1, count):
+        kept = _shuffled(SLOTS[1:], rng)[: int(rng.integers(2, 4))]
+        if 'what' not in kept and 'job' not in kept:
+            kept.append('what')  # a sentence needs something to say
+        facts = {slot: values[slot][i] for slot in SLOTS if slot in ('who', *kept)}
+        events.append(Event(facts, pick(rng, VERBS)))
+    return events
+
+
+def make_article(rng: np.random.Generator) -> Article:
+    """Draws an article of 30 to 60 words.
+
+    The headline names the main person. Every sentence opens with its person (perhaps
+    after a fronted circumstance); 'They' continues the person of the sentence before
+    it, and other people stand anywhere between the main sentences.
+    """
+    main, *others = _draw_events(rng)
+    told: list[tuple[Event, list[str]]] = [(main, g) for g in _main_groups(rng)]
+    for other in others:
+        slots = [slot for slot in _shuffled(SLOTS[1:], rng) if slot in other.facts]
+        told.insert(int(rng.integers(0, len(told) + 1)), (other, slots))
+    lines = [pick(rng, HEADLINES).format(main.facts['who'])]
+    previous = None
+    for event, slots in told:
+        name = event.facts['who']
+        if event is previous and ('job' not in slots or 'what' not in slots):
+            name = PRONOUN if rng.random() < 0.5 else name
+        lines.append(_sentence(name, event, slots, rng))
+        previous = event
+    return Article(' '.join(lines), main, tuple(others))
+
+
+def make_restatements(article: Article, count: int, rng: np.random.Generator) -> str:
+    """Questions and short retellings about anybody in the article, for pretraining.
+
+    They teach what a summary needs (whose fact is it, copy its word) without being one:
+    each speaks of one person and at most two facts, and strangers come up as often as
+    the main person.
+    """
+    lines = []
+    events = [article.main, *article.others]
+    for _ in range(count):
+        event = events[int(rng.integers(len(events)))]
+        slots = _shuffled([slot for slot in SLOTS[1:] if slot in event.facts], rng)
+        if rng.random() < 0.4:
+            question = QUESTIONS[slots[0]]
+            lines.append(question.format(event.facts['who'], event.facts[slots[0]]))
+        else:
+            lines.append(retell(event, slots[: int(rng.integers(1, 3))], rng))
+    return 'Facts: ' + ' '.join(lines)
+
+
+def retell(event: Event, slots: Sequence[str], rng: np.random.Generator) -> str:
+    """One or two facts of an event as a sentence that opens with the person's name."""
+    parts = [event.facts['who']]
+    if 'job' in slots:
+        parts.append(f'the {event.facts["job"]}')
+    if 'what' in slots:
+        parts.append(f'{event.verb} {event.facts["what"]}')
+    elif set(slots) != {'job'}:
+        parts.append('did so')
+    parts += [phrase(slot, event.facts[slot], rng) for slot in slots if slot in PHRASES]
+    return ' '.join(parts) + '.'
+
+
+# ----------------------------------------------------------------------- facts and gold
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text without punctuation, which is no word by itself either."""
+    return [word for word in (raw.strip('.,:;?!') for raw in text.split()) if word]
+
+
+def facts(article: str) -> Facts:
+    """Reads the six main facts back from the text of an article.
+
+    Args:
+        article: the text, with or without what a prompt adds after it.
+
+    Returns:
+        Slot → value, in the order of ``SLOTS``.
+
+    Raises:
+        ValueError: the text is no article of this world; names what is missing.
+    """
+    body = article.split('\n\n')[0]
+    found: Facts = {}
+    person = None
+    for sentence in body.split('.'):
+        words = words_of(sentence)
+        names = [word for word in words if SLOT_OF.get(word) == 'who']
+        if names:
+            person = names[0]
+        if 'who' not in found and person is not None:
+            found['who'] = person  # the headline
+        if person == found.get('who'):
+            found.update({SLOT_OF[w]: w for w in words if w in SLOT_OF})
+    missing = [slot for slot in SLOTS if slot not in found]
+    if missing:
+        raise ValueError(
+            f'no {", ".join(missing)} in the article {body[:60]!r}…; '
+            'pass the text of a tiny_tldr article or prompt'
+        )
+    return {slot: found[slot] for slot in SLOTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldParts:
+    """What the gold reward of a summary is made of."""
+
+    covered: int  # main facts stated, 0 … 6
+    invented: int  # other lexicon values stated
+    words: int
+    well_formed: bool  # one sentence: not empty, one '.', at the end
+
+    @property
+    def reward(self) -> float:
+        """The gold reward; see :func:`gold_reward`."""
+        return (
+            COVERED_REWARD * self.covered
+            - INVENTED_COST * self.invented
+            - WORD_COST * max(0, self.words - WORD_BUDGET)
+            + (FORM_REWARD if self.well_formed else -FORM_REWARD)
+        )
+
+
+def gold_parts(article: str, summary: str) -> GoldParts:
+    """Counts what :func:`gold_reward` is made of; a value said twice counts once."""
+    truth = set(facts(article).values())
+    words = words_of(summary)
+    stated = {word for word in words if word in SLOT_OF}
+    text = summary.strip()
+    well_formed = bool(words) and text.endswith('.') and text.count('.') == 1
+    return GoldParts(len(stated & truth), len(stated - truth), len(words), well_formed)
+
+
+def gold_reward(article: str, summary: str) -> float:
+    """The true quality of a summary, in reward units.
+
+    gold = covered − invented − 0.15 · max(0, words − 14) ± 1
+
+    where ``covered`` counts the main facts stated (0 … 6), ``invented`` the other
+    lexicon values stated (made up, or a stranger's), and the last term is + for one
+    well-formed sentence (not empty, exactly one '.', at the end), − for anything else.
+    The best is 7. Grammar and the verb are not looked at.
+
+    Raises:
+        ValueError: ``article`` is no article of this world.
+    """
+    return gold_parts(article, summary).reward

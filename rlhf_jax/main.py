@@ -1,0 +1,201 @@
+"""Launches a run: flags → config → mesh → the stages, in order.
+
+    python -m rlhf_jax.main --workdir runs/quickstart
+    python -m rlhf_jax.main --config configs/quickstart.py:smoke --workdir runs/smoke
+    python -m rlhf_jax.main --config configs/quickstart.py --config.ppo.kl_coef=0.1 --workdir runs/b
+
+The same command again resumes: finished stages are skipped, an unfinished one goes on. Read
+``stages/run.py`` next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_DEFAULT = Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
+_CONFIG = config_flags.DEFINE_config_file('config', str(_DEFAULT), 'The recipe to run.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
+
+STAGES = ('pretrain', 'sft', 'rm', 'ppo')
+# Settings that may differ when a work directory is used again: which stages to run, and where
+# numbers are written to. Neither changes what a stage computes.
+FREE = ('stages', 'metrics')
+
+
+def main(argv: list[str]) -> None:
+    """The command; see the module docstring."""
+    if len(argv) > 1:
+        raise app.UsageError(f'unknown arguments {argv[1:]}; flags start with --')
+    if _WORKDIR.value is None:
+        raise app.UsageError('--workdir is needed, e.g. --workdir runs/quickstart')
+    try:
+        launch(_CONFIG.value, Path(_WORKDIR.value))
+    except ValueError as error:
+        if os.environ.get('RLHF_JAX_TRACEBACK'):
+            raise
+        print(f'error: {error}', file=sys.stderr)
+        print('(RLHF_JAX_TRACEBACK=1 shows where it was raised)', file=sys.stderr)
+        sys.exit(1)
+
+
+def launch(config: Any, workdir: Path) -> dict[str, Any]:
+    """Runs the stages of a config in a work directory and writes its report.
+
+    Args:
+        config: ``ml_collections.ConfigDict`` of a file in ``configs/``.
+        workdir: created when missing; resumed when it holds the same config.
+
+    Returns:
+        The contents of ``report.json``.
+
+    Raises:
+        ValueError: whatever is wrong with the config, the data, or the directory; raised
+            before anything is compiled wherever it can be known.
+    """
+    _check_top_level(config)
+    resolved = json.loads(config.to_json_best_effort())
+    _claim(workdir, resolved)
+    unfinished = [s for s in config.stages if not (workdir / s / 'done.json').exists()]
+    if not unfinished and (workdir / 'report.json').exists():
+        print(f'{workdir} is finished: {workdir / "report.html"}')
+        return json.loads((workdir / 'report.json').read_text(encoding='utf-8'))
+    # Heavy imports wait until the config and the directory are known to be good.
+    from rlhf_jax import checkpoint
+    from rlhf_jax.report import write_report
+
+    if unfinished:
+        _run_stages(config, workdir, unfinished, resolved)
+    else:
+        checkpoint.write_json(workdir / 'config.json', _description(resolved))
+    report = write_report(workdir)
+    _print_summary(report, workdir)
+    return report
+
+
+def _run_stages(config: Any, workdir: Path, unfinished: list[str], resolved: Any) -> None:
+    from rlhf_jax import checkpoint
+    from rlhf_jax.config import build
+    from rlhf_jax.data.tokenizer import load_tokenizer
+    from rlhf_jax.sharding import ParallelConfig, make_mesh
+    from rlhf_jax.stages import offline, online
+    from rlhf_jax.stages.run import Run
+
+    (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
+    run = Run(workdir, config, make_mesh(parallel), load_tokenizer(config.tokenizer))
+    checkpoint.write_json(workdir / 'config.json', _description(resolved))
+    run.tokenizer.save_pretrained(workdir / 'tokenizer')
+    loaders = {
+        'pretrain': (offline.load_language_model, offline.train_language_model),
+        'sft': (offline.load_language_model, offline.train_language_model),
+        'rm': (offline.load_reward_model, offline.train_reward_model),
+        'ppo': (online.load_online, online.train_ppo),
+    }
+    # Everything is read and checked before the first stage compiles anything.
+    jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
+    for train, job in jobs:
+        print(f'[{job.stage}] {workdir / job.stage}', flush=True)
+        train(run, job)
+
+
+def _check_top_level(config: Any) -> None:
+    from rlhf_jax.config import nearest
+
+    known = ('seed', 'stages', 'tokenizer', 'model', 'parallel', 'metrics', *STAGES)
+    for name in config:
+        if name not in known:
+            raise ValueError(f'config.{name} is unknown{nearest(name, known)}')
+    order = [s for s in STAGES if s in config.stages]
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise ValueError(f'config.stages: {stage!r} is no stage{nearest(stage, STAGES)}')
+        if stage not in config:
+            raise ValueError(f'config.stages names {stage!r}, but config.{stage} is not set')
+    if list(config.stages) != order or not order:
+        raise ValueError(f'config.stages={tuple(config.stages)}: need some of {STAGES}, in order')
+
+
+def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
+    """Makes sure that the directory can be written and belongs to this config."""
+    path = workdir / 'config.json'
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / '.writable'
+        probe.write_bytes(b'\0' * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f'--workdir {workdir} cannot be written ({error.strerror}); make room, change its '
+            'rights, or use another directory'
+        ) from error
+    if not path.exists():
+        return
+    old = json.loads(path.read_text(encoding='utf-8'))['config']
+    differing = [
+        f'{key}: {before!r} there, {after!r} now'
+        for key, before, after in _differences(old, resolved)
+        if key.split('.')[0] not in FREE
+    ]
+    if differing:
+        raise ValueError(
+            f'{workdir} holds a run of another config; use another --workdir, or go back to its '
+            f'values:\n  ' + '\n  '.join(differing)
+        )
+
+
+def _differences(old: Any, new: Any, key: str = '') -> list[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted({*old, *new})
+        return [
+            difference
+            for name in names
+            for difference in _differences(
+                old.get(name), new.get(name), f'{key}.{name}' if key else name
+            )
+        ]
+    return [] if old == new else [(key, old, new)]
+
+
+def _description(resolved: Any) -> dict[str, Any]:
+    import jax
+
+    packages = ('rlhf_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers')
+    versions = {'python': sys.version.split()[0]}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = 'not installed as a package'
+    root = Path(__file__).resolve().parent
+    command = ['git', '-C', str(root), 'rev-parse', 'HEAD']
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {
+        'config': resolved,
+        'versions': versions,
+        'commit': commit.stdout.strip() or None,
+        'device': f'{len(jax.devices())} × {jax.devices()[0].device_kind}',
+    }
+
+
+def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
+    for stage, result in report['stages'].items():
+        print(f'[{stage}] {result["verdict"]}: {result["figure"]} (expected: {result["expected"]})')
+    print(f'report: {workdir / "report.html"}')
+
+
+def run() -> None:
+    """Entry point."""
+    app.run(main)
+
+
+if __name__ == '__main__':
+    run()

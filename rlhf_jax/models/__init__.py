@@ -1,0 +1,1 @@
+"""Flax Linen modules: one configurable Transformer, the heads, and named sizes."""

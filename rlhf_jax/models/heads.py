@@ -1,0 +1,102 @@
+"""What stands on a Transformer: a language-model head, or a scalar head.
+
+``CausalLM`` returns *hidden states*; whoever needs log-probabilities multiplies by
+``unembedding(params)`` in ``ops.logprobs``, which never holds more logits than it must. The policy,
+the reward model and the critic share parameter paths below ``backbone``, so one starts from
+another by copying that subtree. Read ``generate.py`` next.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import traverse_util
+
+from rlhf_jax.models import transformer
+from rlhf_jax.models.transformer import KVCache, Transformer, TransformerConfig
+from rlhf_jax.types import Array, Params
+
+
+class CausalLM(nn.Module):
+    """A decoder with a language-model head.
+
+    Parameters: ``backbone/…`` and, unless the embeddings are tied, ``lm_head`` [D, V].
+    """
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.backbone = Transformer(cfg)
+        if not cfg.tied_embeddings:
+            init = nn.initializers.normal(cfg.init_std)
+            self.lm_head = self.param('lm_head', init, (cfg.width, cfg.vocab_size))
+
+    def __call__(self, tokens: Array, mask: Array) -> Array:
+        """Hidden states after the final norm, [B, T] → [B, T, D]."""
+        return transformer.forward(self.backbone, tokens, mask)
+
+    def prefill(self, tokens: Array, mask: Array, cache_length: int) -> tuple[Array, KVCache]:
+        """See :func:`rlhf_jax.models.transformer.prefill`."""
+        return transformer.prefill(self.backbone, tokens, mask, cache_length)
+
+    def decode(self, tokens: Array, real: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """See :func:`rlhf_jax.models.transformer.decode`."""
+        return transformer.decode(self.backbone, tokens, real, cache)
+
+    def unembedding(self, params: Params) -> Array:
+        """The matrix [D, V] from hidden states to logits; a plain function of the parameters."""
+        if self.config.tied_embeddings:
+            return params['backbone']['embed']['tokens'].T
+        return params['lm_head']
+
+
+class ScalarModel(nn.Module):
+    """A decoder with a scalar head: the reward model and the critic.
+
+    Parameters: ``backbone/…`` and ``head/kernel`` [D], ``head/bias`` []. The kernel starts from
+    N(0, 1/√(D+1)) and the bias from 0. Source: openai/lm-human-preferences; Huang et al. 2024,
+    arXiv 2403.17031.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array) -> Array:
+        """A number at every token, [B, T] → [B, T] float32; the caller picks where to read."""
+        cfg = self.config
+        hidden = transformer.forward(Transformer(cfg, name='backbone'), tokens, mask)
+        return ScalarHead(cfg.width, name='head')(hidden)
+
+
+class ScalarHead(nn.Module):
+    """A float32 linear map to one number."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        init = nn.initializers.normal((self.width + 1) ** -0.5)
+        kernel = self.param('kernel', init, (self.width,))
+        bias = self.param('bias', nn.initializers.zeros, ())
+        return jnp.einsum('btd,d->bt', hidden.astype(jnp.float32), kernel) + bias
+
+
+def start_from(params: Params, source: Params) -> Params:
+    """``params`` with the backbone of ``source``: how a reward model starts from a policy.
+
+    Raises:
+        ValueError: backbones of different shapes, naming the first difference.
+    """
+    have = traverse_util.flatten_dict(params['backbone'], sep='/')
+    offered = traverse_util.flatten_dict(source['backbone'], sep='/')
+    for path in sorted(have.keys() | offered.keys()):
+        ours, theirs = (
+            list(tree[path].shape) if path in tree else 'absent' for tree in (have, offered)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f'backbone/{path} is {theirs} in the source but {ours} in this model; '
+                'give both the same model config'
+            )
+    return {**params, 'backbone': source['backbone']}

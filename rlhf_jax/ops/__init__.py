@@ -1,0 +1,1 @@
+"""Pure array maths: masked reductions, log-probabilities, KL, advantages, policy losses."""

@@ -1,0 +1,64 @@
+"""Estimators of KL(π ‖ π_ref) from samples of π, and the controller of its coefficient.
+
+Read ``ops/advantages.py`` next.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from rlhf_jax.types import Array
+
+KLEstimator = Literal['k1', 'k2', 'k3']
+
+
+def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLEstimator = 'k1') -> Array:
+    """Per-token estimate of the KL from tokens that π sampled, with d = log π − log π_ref.
+
+    k1 = d;   k2 = d²/2;   k3 = e^−d − 1 + d.
+
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html. k1 and k3 are unbiased, k2 is
+    not; k3 is never negative.
+
+    Args:
+        logprobs: [B, T] log π, nats.
+        ref_logprobs: [B, T] log π_ref, nats.
+        kind: the estimator.
+
+    Returns:
+        [B, T] nats.
+
+    Raises:
+        ValueError: an unknown estimator.
+    """
+    difference = logprobs - ref_logprobs
+    if kind == 'k1':
+        return difference
+    if kind == 'k2':
+        return jnp.square(difference) / 2
+    if kind == 'k3':
+        return jnp.expm1(-difference) + difference
+    raise ValueError(f"kl estimator {kind!r} is unknown; use 'k1', 'k2' or 'k3'")
+
+
+def adapt_kl_coef(
+    kl_coef: Array, kl: Array, *, target: float, horizon: float, num_episodes: int
+) -> Array:
+    """Moves the KL coefficient towards a target KL.
+
+    β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon)
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, §2.2; ``AdaptiveKLController`` of
+    openai/lm-human-preferences.
+
+    Args:
+        kl_coef: [] β.
+        kl: [] mean KL of the sequences of this rollout, nats per sequence.
+        target: nats per sequence.
+        horizon: episodes over which an error of 1 changes β by a factor of about e.
+        num_episodes: n, sequences in this rollout.
+    """
+    error = jnp.clip(kl / target - 1, -0.2, 0.2)
+    return kl_coef * (1 + error * num_episodes / horizon)

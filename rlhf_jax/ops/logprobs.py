@@ -1,0 +1,81 @@
+"""Log-probabilities of tokens: the one place where predictions are shifted against tokens.
+
+``logprobs[:, t]`` scores ``tokens[:, t]`` from the hidden state at ``t − 1``; position 0 is 0.
+Read ``ops/kl.py`` next.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.types import Array
+
+# The largest float32 block of logits that is built at once: 2²⁶ entries are 256 MiB. Larger
+# products are cut along the tokens and recomputed in the backward pass.
+MAX_LOGITS = 2**26
+
+
+def token_logprobs(
+    hidden: Array,
+    unembedding: Array,
+    tokens: Array,
+    *,
+    temperature: Array | float = 1.0,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[Array, Array]:
+    """Log-probability of every token given those before it, and the entropy at its place.
+
+    logprobs[b, t] = log softmax(h[b, t−1]·W / τ)[tokens[b, t]];   position 0 holds 0.
+
+    Args:
+        hidden: [B, T, D] final hidden states.
+        unembedding: [D, V].
+        tokens: [B, T] int32.
+        temperature: τ > 0, the sampling temperature: the policy *is* the tempered
+            distribution in rollout, reference and training passes alike.
+        max_logits: entries of the largest logits block; above it the head runs in chunks
+            of tokens, whose logits are recomputed in the backward pass.
+
+    Returns:
+        (logprobs [B, T], entropy [B, T]) float32, in nats.
+    """
+    batch, length, _ = hidden.shape
+    states, targets = hidden[:, :-1], tokens[:, 1:]
+    steps = length - 1
+    chunks = -(-batch * steps * unembedding.shape[-1] // max_logits)
+    if chunks <= 1:
+        logprobs, entropy = _score(states, targets, unembedding, temperature)
+    else:
+        size = -(-steps // min(chunks, steps))
+        pad = -steps % size
+        states = jnp.pad(states, ((0, 0), (0, pad), (0, 0)))
+        targets = jnp.pad(targets, ((0, 0), (0, pad)))
+        states = jnp.moveaxis(states.reshape(batch, -1, size, states.shape[-1]), 1, 0)
+        targets = jnp.moveaxis(targets.reshape(batch, -1, size), 1, 0)
+        score = jax.checkpoint(
+            lambda chunk: _score(chunk[0], chunk[1], unembedding, temperature)
+        )
+        logprobs, entropy = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :steps],
+            jax.lax.map(score, (states, targets)),
+        )
+    shift = ((0, 0), (1, 0))
+    return jnp.pad(logprobs, shift), jnp.pad(entropy, shift)
+
+
+def _score(
+    states: Array, targets: Array, unembedding: Array, temperature: Array | float
+) -> tuple[Array, Array]:
+    logits = jnp.einsum(
+        'btd,dv->btv',
+        states,
+        unembedding.astype(states.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    logits = logits / temperature
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # H = log Z − Σ p·logit: needs no second array of log-probabilities.
+    expected = jnp.sum(jnp.exp(logits - log_z[..., None]) * logits, axis=-1)
+    return chosen - log_z, log_z - expected

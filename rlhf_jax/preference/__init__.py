@@ -1,0 +1,1 @@
+"""Preference losses, one file each: functions of scores or log-probabilities of a pair."""

@@ -1,0 +1,480 @@
+"""The page a run leaves: ``report.html`` for people, ``report.json`` for scripts.
+
+``write_report`` reads what the stages wrote into the work directory, judges each stage
+by the rule documented at its ``_judge_…`` function and renders the template
+``report.html`` beside this file. It computes nothing about models: a number that no
+stage wrote is left out, and the page says so. ``main.py`` calls it at the end of a run;
+read ``plots.py`` next, which draws the figures.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.resources
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rlhf_jax import plots
+
+Json = dict[str, Any]
+
+TITLES = {
+    'pretrain': 'Pretraining',
+    'sft': 'Fine-tuning (SFT)',
+    'rm': 'Reward model',
+    'ppo': 'PPO',
+}
+
+# What a stage's eval.json must hold; everything else in it is optional.
+REQUIRED = {
+    'pretrain': ('loss', 'loss_before', 'tokens', 'uniform_loss'),
+    'sft': ('loss', 'loss_before', 'tokens', 'uniform_loss'),
+    'rm': ('accuracy', 'interval', 'pairs', 'loss', 'length_baseline'),
+    'ppo': ('prompts', 'kl', 'proxy_reward_before', 'proxy_reward_after'),
+}
+REQUIRED_IN_BINS = {
+    'by_margin': ('lo', 'hi', 'count', 'accuracy'),
+    'by_length_difference': ('lo', 'hi', 'count', 'accuracy'),
+    'calibration': ('predicted', 'observed', 'count'),
+}
+
+MAX_SAMPLES = {'pretrain': 4, 'sft': 4, 'rm': 4, 'ppo': 12}  # shown on the page
+LONG_PROMPT = 240  # characters; a longer prompt is folded
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON value with null for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _read_json(path: Path) -> Json | None:
+    """A JSON object, or None when there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'{path}:{error.lineno} is no JSON ({error.msg}); delete it and run its '
+            'stage again'
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f'{path}:1 holds a {type(value).__name__}, not an object')
+    return _finite(value)
+
+
+def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
+    """The objects of a JSONL file; none when there is no such file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding='utf-8')
+    # A last line without its end is being written at this moment: it is not a row yet.
+    lines = text.split('\n')[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'{path}:{number} is no JSON ({error.msg}); repair or delete that line'
+            ) from error
+        _require(row, required, f'{path}:{number}')
+        rows.append(_finite(row))
+    return rows
+
+
+def _require(row: Any, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f'{where} holds a {type(row).__name__}, not an object')
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise ValueError(
+            f'{where} lacks {", ".join(missing)}; it has '
+            f'{", ".join(row) or "nothing"}. Run the stage again with the version of '
+            'rlhf_jax that reports on it'
+        )
+
+
+def _read_evaluation(stage: str, folder: Path) -> Json | None:
+    path = folder / 'eval.json'
+    evaluation = _read_json(path)
+    if evaluation is None:
+        return None
+    _require(evaluation, REQUIRED[stage], str(path))
+    for key, keys in REQUIRED_IN_BINS.items():
+        for i, row in enumerate(evaluation.get(key) or []):
+            _require(row, keys, f'{path}: {key}[{i}]')
+    return evaluation
+
+
+# ----------------------------------------------------------------------------- judging
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a stage did what it is for."""
+
+    verdict: str  # 'pass', 'fail' or 'unknown'
+    figure: str  # the number that decides
+    expected: str  # what it had to be
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: significant digits, thousands separated, '–' for None."""
+    if value is None or not math.isfinite(value):
+        return '–'
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f'{value:,.0f}'.replace('-', '−')
+    if 1e3 <= abs(value) < 1e7:
+        return f'{value:,.0f}'.replace('-', '−')
+    return f'{value:.{digits}g}'.replace('-', '−')
+
+
+def fraction(value: float | None) -> str:
+    """A fraction to three decimals, '–' for None."""
+    return '–' if value is None else f'{value:.3f}'
+
+
+def _interval(pair: list[float | None]) -> str:
+    return f'[{fraction(pair[0])}, {fraction(pair[1])}]'
+
+
+def _less(a: float | None, b: float | None) -> bool:
+    """a < b, and False when either is not a finite number."""
+    return a is not None and b is not None and a < b
+
+
+def _judge_pretrain(e: Json) -> Verdict:
+    """Pass: the loss is below the one it started from, and below uniform guessing."""
+    good = _less(e['loss'], e['loss_before']) and _less(e['loss'], e['uniform_loss'])
+    return Verdict(
+        'pass' if good else 'fail',
+        f'loss {number(e["loss"])} nats/token',
+        f'below {number(e["loss_before"])} (before) and {number(e["uniform_loss"])} '
+        '(uniform)',
+    )
+
+
+def _judge_sft(e: Json) -> Verdict:
+    """Pass: the loss is below the one of the model it started from."""
+    good = _less(e['loss'], e['loss_before'])
+    return Verdict(
+        'pass' if good else 'fail',
+        f'loss {number(e["loss"])} nats/token',
+        f'below {number(e["loss_before"])} (before)',
+    )
+
+
+def _judge_rm(e: Json) -> Verdict:
+    """Pass: surely better than chance and than length, and near the ceiling if known.
+
+    The lower end of the accuracy's 95% interval is above max(½, accuracy of 'longer
+    wins'); where the data has a gold order, accuracy is at least its ceiling − 0.05.
+    """
+    floor = max(0.5, e['length_baseline'] or 0.0)
+    good = _less(floor, e['interval'][0])
+    expected = f'interval above {fraction(floor)}'
+    expected += ' (longer wins)' if floor > 0.5 else ' (chance)'
+    ceiling = e.get('accuracy_ceiling')
+    if ceiling is not None:
+        accuracy = e['accuracy']
+        good = good and accuracy is not None and accuracy >= ceiling - 0.05
+        expected += f', accuracy ≥ {fraction(ceiling - 0.05)} (ceiling − 0.05)'
+    figure = f'accuracy {fraction(e["accuracy"])} {_interval(e["interval"])}'
+    return Verdict('pass' if good else 'fail', figure, expected)
+
+
+def _has_gold(e: Json) -> bool:
+    keys = ('win_rate', 'win_rate_interval', 'gold_reward_after')
+    return any(e.get(key) is not None for key in keys)
+
+
+def _judge_ppo(e: Json) -> Verdict:
+    """Pass: surely wins more often than expected; without gold, the proxy reward rose.
+
+    The lower end of the win rate's 95% interval is above ``expected_win_rate``, or ½
+    where none is set. A gold reward without a win-rate interval is not judged.
+    """
+    interval = e.get('win_rate_interval')
+    floor = e.get('expected_win_rate')
+    floor = 0.5 if floor is None else floor
+    expected = f'win-rate interval above {fraction(floor)}'
+    if interval is not None:
+        good = _less(floor, interval[0])
+        figure = f'win rate {fraction(e.get("win_rate"))} {_interval(interval)}'
+        return Verdict('pass' if good else 'fail', figure, expected)
+    if _has_gold(e):
+        return Verdict('unknown', 'no win-rate interval', expected)
+    before, after = e['proxy_reward_before'], e['proxy_reward_after']
+    figure = f'proxy reward {number(before)} → {number(after)}'
+    verdict = 'pass' if _less(before, after) else 'fail'
+    return Verdict(verdict, figure, 'a rise; alone it proves nothing (no gold reward)')
+
+
+JUDGES: dict[str, Callable[[Json], Verdict]] = {
+    'pretrain': _judge_pretrain,
+    'sft': _judge_sft,
+    'rm': _judge_rm,
+    'ppo': _judge_ppo,
+}
+
+
+def judge(stage: str, evaluation: Json | None) -> Verdict:
+    """Judges a stage by its eval.json; 'unknown' while there is none.
+
+    Args:
+        stage: 'pretrain', 'sft', 'rm' or 'ppo'.
+        evaluation: its eval.json, with None for numbers that are not finite.
+
+    Returns:
+        The verdict with its figure and what was expected.
+    """
+    if evaluation is None:
+        return Verdict('unknown', 'not evaluated', 'an evaluation when the stage ends')
+    return JUDGES[stage](evaluation)
+
+
+def warnings(stage: str, evaluation: Json | None) -> list[str]:
+    """What looks wrong although the verdict may be a pass.
+
+    For PPO: the proxy reward rose while the gold fell; responses longer than 1.5 times
+    before; fewer of them end; KL above 50 nats. For a reward model: a score that
+    depends on the side of the padding by more than 0.01.
+
+    Returns:
+        One sentence each, with the numbers.
+    """
+    e = evaluation or {}
+    get = e.get
+    found = []
+    if stage == 'rm' and _less(0.01, get('padding_gap')):
+        found.append(
+            f'Scores depend on the side of the padding by {number(e["padding_gap"])}; '
+            'beyond 0.01 positions or masks are wrong.'
+        )
+    if stage != 'ppo':
+        return found
+    proxy_rose = _less(get('proxy_reward_before'), get('proxy_reward_after'))
+    if proxy_rose and _less(get('gold_reward_after'), get('gold_reward_before')):
+        found.append(
+            'Reward hacking suspected: the proxy reward rose from '
+            f'{number(e["proxy_reward_before"])} to {number(e["proxy_reward_after"])} '
+            f'while the gold reward fell from {number(e["gold_reward_before"])} to '
+            f'{number(e["gold_reward_after"])}.'
+        )
+    before, after = get('length_before'), get('length_after')
+    if before is not None and _less(1.5 * before, after):
+        found.append(
+            f'Responses grew from {number(before)} to {number(after)} tokens, more '
+            'than 1.5 times: the reward may be paid for length.'
+        )
+    if _less(get('ended_after'), get('ended_before')):
+        found.append(
+            f'Fewer responses end by themselves: {number(e["ended_before"])} before, '
+            f'{number(e["ended_after"])} after.'
+        )
+    if _less(50, get('kl')):
+        found.append(
+            f'KL is {number(e["kl"])} nats per sequence, above 50: the policy is far '
+            'from its reference, where the reward model has seen no text.'
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------- assembly
+
+
+def _stage_view(stage: str, folder: Path) -> Json:
+    """Everything the template needs to know about one stage."""
+    rows = _read_rows(folder / 'metrics.jsonl', ('step',))
+    evaluation = _read_evaluation(stage, folder)
+    done = _read_json(folder / 'done.json')
+    if done is not None:
+        _require(done, ('steps', 'seconds'), str(folder / 'done.json'))
+    keys = ('prompt', 'before', 'after') if stage == 'ppo' else ('prompt', 'response')
+    samples = _read_rows(folder / 'samples.jsonl', keys)
+    figures, absent = plots.draw(stage, rows, evaluation)
+    holes = {
+        name: sum(row.get(name, 0) is None for row in rows)
+        for name in dict.fromkeys(key for row in rows for key in row)
+    }
+    absent += [
+        f'{name} was not finite in {count} of {len(rows)} rows: no points there.'
+        for name, count in holes.items()
+        if count
+    ]
+    if evaluation is None:
+        absent.append('No eval.json: the stage has not been evaluated.')
+    if not rows:
+        absent.append('No metrics.jsonl with rows: there are no learning curves.')
+    if not samples:
+        absent.append('No samples.jsonl with rows: there are no samples.')
+    return {
+        'name': stage,
+        'title': TITLES[stage],
+        'rows': rows,
+        'evaluation': evaluation,
+        'done': done,
+        'judged': judge(stage, evaluation),
+        'warnings': warnings(stage, evaluation),
+        'plots': figures,
+        'absent': absent,
+        'samples': samples,
+        'without_gold': stage == 'ppo' and evaluation and not _has_gold(evaluation),
+    }
+
+
+def _report(views: list[Json], run: Json) -> Json:
+    """The contents of report.json."""
+    stages, phases = {}, {}
+    for view in views:
+        done, judged = view['done'], view['judged']
+        stages[view['name']] = {
+            **(view['evaluation'] or {}),
+            'verdict': judged.verdict,
+            'expected': judged.expected,
+            'figure': judged.figure,
+            'warnings': view['warnings'],
+            'finished': done is not None,
+            'steps': done['steps']
+            if done
+            else max((r['step'] for r in view['rows']), default=0),
+        }
+        if done:
+            phases[view['name']] = done['seconds']
+    return {
+        'stages': stages,
+        'seconds': sum(s for phase in phases.values() for s in phase.values() if s),
+        'phases': phases,
+        'versions': run.get('versions'),
+        'commit': run.get('commit'),
+        'device': run.get('device'),
+    }
+
+
+# What stands in the table of an evaluation: (label, key, unit).
+FACTS = {
+    'pretrain': (
+        ('Loss', 'loss', 'nats/token'),
+        ('Loss before', 'loss_before', 'nats/token'),
+        ('Uniform guessing', 'uniform_loss', 'nats/token'),
+        ('Evaluated on', 'tokens', 'tokens'),
+    ),
+    'rm': (
+        ('Held-out pairs', 'pairs', ''),
+        ('Loss', 'loss', 'nats/pair'),
+        ('Mean score of the references', 'mean_reference_score', 'reward units'),
+        ('Largest effect of the padding side', 'padding_gap', 'reward units'),
+    ),
+    'ppo': (
+        ('Prompts', 'prompts', ''),
+        ('Wins over before PPO', 'win_rate', 'by gold reward'),
+        ('Ties', 'ties', ''),
+        ('KL to the reference', 'kl', 'nats per sequence'),
+    ),
+}
+# Before and after, under key_before and key_after.
+CHANGES = (
+    ('Proxy reward', 'proxy_reward', 'reward units'),
+    ('Gold reward', 'gold_reward', 'reward units'),
+    ('Response length', 'length', 'tokens'),
+    ('Responses that ended', 'ended', 'fraction'),
+    ('Distinct bigrams', 'distinct', 'fraction'),
+)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return '–'
+    if seconds < 90:
+        return f'{seconds:.1f} s'
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f'{minutes} min {rest:02d} s'
+    return f'{minutes // 60} h {minutes % 60:02d} min'
+
+
+def _page(title: str, report: Json, views: list[Json], run: Json) -> str:
+    source = importlib.resources.files('rlhf_jax') / 'report.html'
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        'number': number,
+        'interval': _interval,
+        'duration': _duration,
+    }
+    now = datetime.datetime.now(datetime.UTC)
+    return environment.from_string(source.read_text(encoding='utf-8')).render(
+        title=title,
+        written=now.strftime('%d %B %Y, %H:%M UTC'),
+        report=report,
+        views=views,
+        missing=[TITLES[s] for s in TITLES if s not in report['stages']],
+        config=json.dumps(run['config'], indent=2, ensure_ascii=False),
+        facts={**FACTS, 'sft': FACTS['pretrain']},
+        changes=CHANGES,
+        max_samples=MAX_SAMPLES,
+        long_prompt=LONG_PROMPT,
+    )
+
+
+def write_report(workdir: str | os.PathLike[str]) -> Json:
+    """Writes ``report.json`` and ``report.html`` into a work directory.
+
+    Works at any time after the run started: a stage without a folder is left out, an
+    unfinished one is shown as far as it got.
+
+    Args:
+        workdir: holds ``config.json`` and one folder per stage.
+
+    Returns:
+        What stands in report.json: ``stages`` (each its eval.json plus ``verdict``,
+        ``figure``, ``expected``, ``warnings``, ``finished`` and ``steps``), ``seconds``
+        (of the finished stages), ``phases``, ``versions``, ``commit``, ``device``.
+        Numbers that are not finite are None.
+
+    Raises:
+        ValueError: no config.json, or a file that lacks what it must hold.
+    """
+    workdir = Path(workdir)
+    path = workdir / 'config.json'
+    run = _read_json(path)
+    if run is None:
+        raise ValueError(
+            f'{path} does not exist; --workdir must name the directory of a run'
+        )
+    _require(run, ('config',), str(path))
+    views = [
+        _stage_view(stage, workdir / stage)
+        for stage in TITLES
+        if (workdir / stage).is_dir()
+    ]
+    report = _report(views, run)
+    page = _page(workdir.resolve().name, report, views, run)
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    for name, content in (('report.json', text + '\n'), ('report.html', page)):
+        # Renamed into place: a reader never finds half a report.
+        aside = workdir / (name + '.tmp')
+        aside.write_text(content, encoding='utf-8')
+        os.replace(aside, workdir / name)
+    return report

@@ -1,0 +1,59 @@
+"""What scores a response, and what is done to a score before PPO sees it.
+
+Read ``algos/ppo.py`` next.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.ops.masked import at_last
+from rlhf_jax.types import Array, Params
+
+
+def reward_model_scores(params: Params, tokens: Array, mask: Array, *, model: ScalarModel) -> Array:
+    """Scores whole texts: the scalar head read at the last real token.
+
+    Args:
+        params: of the reward model.
+        tokens: [B, T] int32; a response ends with its EOS, or with its last token.
+        mask: [B, T] bool.
+        model: the reward model.
+
+    Returns:
+        [B] float32, reward units; the same whichever side is padded.
+    """
+    return at_last(model.apply({'params': params}, tokens, mask), mask)
+
+
+def shape_scores(
+    scores: Array,
+    ended: Array,
+    *,
+    missing_eos_score: float | None = None,
+    missing_eos_penalty: float | None = None,
+    clip: float | None = None,
+) -> Array:
+    """Clips scores, then marks down the responses that never ended.
+
+    Source: a fixed score without EOS: openai/lm-human-preferences and Huang et al. 2024, arXiv
+    2403.17031; a penalty instead: TRL. The clip bounds the learned score alone.
+
+    Args:
+        scores: [B] reward units.
+        ended: [B] bool, the response ended by EOS or a stop sequence.
+        missing_eos_score: replaces the score of an unended response; None for off.
+        missing_eos_penalty: subtracted from the score of an unended response; None for off.
+        clip: bound on |score|; None for off.
+
+    Returns:
+        [B] float32.
+    """
+    if clip is not None:
+        scores = jnp.clip(scores, -clip, clip)
+    if missing_eos_penalty is not None:
+        scores = jnp.where(ended, scores, scores - missing_eos_penalty)
+    if missing_eos_score is not None:
+        scores = jnp.where(ended, scores, missing_eos_score)
+    return scores

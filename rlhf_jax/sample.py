@@ -1,0 +1,147 @@
+"""Shows what a finished stage writes, and what the reward model says of it.
+
+    python -m rlhf_jax.sample --workdir runs/quickstart --stage ppo --prompt "…"
+    python -m rlhf_jax.sample --workdir runs/quickstart --stage sft --num 3
+
+Without ``--prompt`` the first prompts of the run's ``samples.jsonl`` are continued. A ``\\n`` in
+the prompt is a line break.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.panel import Panel
+from transformers import AutoTokenizer
+
+from rlhf_jax import checkpoint
+from rlhf_jax.data.pipeline import eos_ids, prompt_tokens
+from rlhf_jax.generate import generate, sampling
+from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.rewards import reward_model_scores
+from rlhf_jax.types import Params
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
+_STAGE = flags.DEFINE_string('stage', 'ppo', 'Finished stage with a policy.')
+_PROMPT = flags.DEFINE_string('prompt', None, 'Text to continue.')
+_NUM = flags.DEFINE_integer('num', 2, 'Samples per prompt.')
+_TOKENS = flags.DEFINE_integer('max_new_tokens', 48, 'Longest response, in tokens.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
+_TOP_P = flags.DEFINE_float('top_p', None, 'Nucleus; off by default.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
+
+
+def load_part(workdir: Path, stage: str, part: str) -> tuple[CausalLM | ScalarModel, Params]:
+    """A model and its parameters from a finished stage, on the first device.
+
+    Raises:
+        ValueError: the stage is unfinished or has no such part.
+    """
+    configs = checkpoint.load_model_configs(workdir / stage)
+    if part not in configs:
+        raise ValueError(f'{workdir / stage} has no {part!r}; it holds {", ".join(configs)}')
+    model = (CausalLM if part == 'policy' else ScalarModel)(configs[part])
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    shapes = jax.eval_shape(
+        lambda key: model.init(key, tokens, tokens == 0)['params'], jax.random.PRNGKey(0)
+    )
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    return model, checkpoint.load_params(workdir / stage, part, like)
+
+
+def sample(
+    workdir: Path,
+    stage: str,
+    prompt: str,
+    *,
+    num: int = 2,
+    max_new_tokens: int = 48,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> list[tuple[str, bool, float | None]]:
+    """Continues a prompt.
+
+    Args:
+        workdir: of the run.
+        stage: finished stage with a policy.
+        prompt: as the data set writes it, e.g. ending in ``TL;DR:``.
+        num: samples.
+        max_new_tokens: longest response.
+        temperature: 0 is greedy.
+        top_p: nucleus, None for off.
+        seed: of the samples.
+
+    Returns:
+        (response, whether it ended by itself, reward-model score or None) per sample.
+
+    Raises:
+        ValueError: an unfinished stage, an empty prompt, or one that is too long.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(workdir / 'tokenizer')
+    model, params = load_part(workdir, stage, 'policy')
+    tokens = prompt_tokens(tokenizer, prompt)
+    if len(tokens) + max_new_tokens > model.config.max_positions:
+        raise ValueError(
+            f'{len(tokens)} prompt tokens and {max_new_tokens} new ones exceed the '
+            f'{model.config.max_positions} positions of the model'
+        )
+    tokens = jnp.asarray(np.tile(tokens, (num, 1)), jnp.int32)
+    how = sampling(eos_ids=eos_ids(tokenizer), temperature=temperature, top_p=top_p)
+    write = jax.jit(functools.partial(generate, model=model, max_new_tokens=max_new_tokens))
+    key, rows = jax.random.PRNGKey(seed), jnp.arange(num)
+    result = write(params, tokens, jnp.ones_like(tokens, bool), rows, key, how)
+    scores: list[float | None] = [None] * num
+    if (workdir / 'rm' / 'done.json').exists():
+        reward, reward_params = load_part(workdir, 'rm', 'reward')
+        values = reward_model_scores(reward_params, result.tokens, result.mask, model=reward)
+        scores = [float(value) for value in values]
+    kept = [row[mask] for row, mask in zip(np.asarray(result.tokens), np.asarray(result.response_mask))]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return list(zip(texts, np.asarray(result.ended).tolist(), scores))
+
+
+def main(argv: list[str]) -> None:
+    """The command; see the module docstring."""
+    workdir, console = Path(_WORKDIR.value), Console()
+    try:
+        prompts = [_PROMPT.value.replace('\\n', '\n')] if _PROMPT.value else _known(workdir)
+        for prompt in prompts:
+            console.print(Panel(prompt, title='prompt', title_align='left'), markup=False)
+            for text, ended, score in sample(
+                workdir,
+                _STAGE.value,
+                prompt,
+                num=_NUM.value,
+                max_new_tokens=_TOKENS.value,
+                temperature=_TEMPERATURE.value,
+                top_p=_TOP_P.value,
+                seed=_SEED.value,
+            ):
+                mark = '' if ended else '  (did not end)'
+                label = 'no reward model' if score is None else f'score {score:+.3f}'
+                console.print(f'{label}{mark}: {text}', markup=False)
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(1)
+
+
+def _known(workdir: Path) -> list[str]:
+    path = workdir / 'ppo' / 'samples.jsonl'
+    if not path.exists():
+        raise ValueError(f'{path} does not exist; give --prompt')
+    lines = path.read_text(encoding='utf-8').splitlines()[:3]
+    return [json.loads(line)['prompt'] for line in lines]
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,283 @@
+"""Stages over a fixed data set: pretrain and sft by ``sft_step``, rm by ``rm_step``.
+
+``load_…`` reads and checks everything that can be wrong before anything compiles; ``train_…``
+trains, evaluates and writes the result. Read ``stages/online.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import checkpoint
+from rlhf_jax.algos.rm import RMHParams, pair_scores, rm_step
+from rlhf_jax.algos.sft import SFTHParams, sft_step
+from rlhf_jax.config import build
+from rlhf_jax.data import pipeline
+from rlhf_jax.evals import language_model, preference
+from rlhf_jax.optim import make_optimizer, make_schedule
+from rlhf_jax.rewards import reward_model_scores
+from rlhf_jax.sharding import check_batch_size, init_sharded
+from rlhf_jax.stages.loop import run_loop
+from rlhf_jax.stages.run import Run, load_policy, load_scalar, model_config
+from rlhf_jax.stages.settings import OfflineSettings
+from rlhf_jax.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Offline:
+    """A checked stage, ready to train."""
+
+    stage: str
+    settings: OfflineSettings
+    hp: Any  # SFTHParams or RMHParams
+    train: pipeline.Dataset
+    eval: pipeline.Dataset
+    references: pipeline.Dataset | None
+    num_steps: int
+
+
+def load_language_model(run: Run, stage: str) -> Offline:
+    """Data and settings of pretrain and sft; see ``OfflineSettings``."""
+    where = f'config.{stage}'
+    settings, hp = build(run.config[stage], OfflineSettings, SFTHParams, where=where)
+
+    def read(spec: str) -> pipeline.Dataset:
+        if stage == 'pretrain':
+            return pipeline.load_texts(spec, run.tokenizer, max_length=settings.buckets[-1])
+        return pipeline.load_demonstrations(
+            spec,
+            run.tokenizer,
+            max_length=settings.buckets[-1],
+            loss_on=settings.loss_on,
+            overlong=settings.overlong,
+            on_bad=settings.on_bad,
+        )
+
+    return _checked(run, stage, settings, hp, read, None)
+
+
+def load_reward_model(run: Run, stage: str) -> Offline:
+    """Data and settings of rm; see ``OfflineSettings``."""
+    where = f'config.{stage}'
+    settings, hp = build(run.config[stage], OfflineSettings, RMHParams, where=where)
+    limits = {
+        'max_length': settings.buckets[-1],
+        'overlong': settings.overlong,
+        'on_bad': settings.on_bad,
+    }
+    references = None
+    if settings.references is not None:
+        references = pipeline.load_demonstrations(
+            settings.references, run.tokenizer, loss_on='response', **limits
+        )
+        references = references.take(settings.num_references)
+
+    def read(spec: str) -> pipeline.Dataset:
+        return pipeline.load_comparisons(spec, run.tokenizer, **limits)
+
+    return _checked(run, stage, settings, hp, read, references)
+
+
+def _checked(
+    run: Run,
+    stage: str,
+    settings: OfflineSettings,
+    hp: Any,
+    read: Any,
+    references: pipeline.Dataset | None,
+) -> Offline:
+    where = f'config.{stage}'
+    check_batch_size(settings.batch_size, run.mesh, where, hp.num_microbatches)
+    config = model_config(run, settings.init)
+    pipeline.check_vocabulary(run.tokenizer, config.vocab_size)
+    if settings.buckets[-1] > config.max_positions:
+        raise ValueError(
+            f'{where}.buckets end at {settings.buckets[-1]} tokens, the model has '
+            f'{config.max_positions} positions; use shorter buckets'
+        )
+    train, held_out = read(settings.train), read(settings.eval)
+    if (settings.num_steps is None) == (settings.num_epochs is None):
+        raise ValueError(f'{where}: set either num_steps or num_epochs')
+    num_steps = settings.num_steps
+    if num_steps is None:
+        num_steps = math.ceil(settings.num_epochs * len(train.examples) / settings.batch_size)
+    make_schedule(settings.optim, num_steps)
+    return Offline(stage, settings, hp, train, held_out, references, num_steps)
+
+
+def train_language_model(run: Run, job: Offline) -> None:
+    """Runs pretrain or sft and leaves its result in the stage's folder."""
+    clock = time.monotonic()
+    key = run.key(job.stage)
+    model, params = load_policy(run, job.settings.init, key)
+    loss_of = run.compile(
+        functools.partial(language_model.batch_loss, model=model), **language_model.KINDS
+    )
+
+    def evaluate(params: Params) -> dict[str, float]:
+        batches = pipeline.eval_batches(job.eval, job.settings.batch_size, job.settings.buckets)
+        return language_model.evaluate_loss(loss_of, params, batches)
+
+    before = evaluate(params)['loss']
+    setup = time.monotonic() - clock
+    state, seconds = _fit(run, job, sft_step, model, params, key, evaluate)
+    clock = time.monotonic()
+    result = evaluate(state.params)
+    checkpoint.write_json(
+        run.stage_dir(job.stage) / 'eval.json',
+        {**result, 'loss_before': before, 'uniform_loss': math.log(model.config.vocab_size)},
+    )
+    seconds = {'setup': setup, **seconds, 'eval': time.monotonic() - clock}
+    _finish(run, job, {'policy': state.params}, {'policy': model.config}, seconds)
+
+
+def train_reward_model(run: Run, job: Offline) -> None:
+    """Runs rm: trains, sets the score bias, evaluates, writes the result."""
+    clock = time.monotonic()
+    key = run.key(job.stage)
+    model, params = load_scalar(run, job.settings.init, key, 'reward')
+    scores_of = run.compile(functools.partial(pair_scores, model=model), **preference.KINDS)
+
+    def scored(params: Params) -> np.ndarray:
+        batches = pipeline.eval_batches(job.eval, job.settings.batch_size, job.settings.buckets)
+        return preference.score_pairs(scores_of, params, batches)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        gap = np.subtract(*scored(params).T)
+        loss = np.logaddexp(0, -gap).mean()
+        return {'accuracy': float((gap > 0).mean()), 'loss': float(loss)}
+
+    setup = time.monotonic() - clock
+    state, seconds = _fit(run, job, rm_step, model, params, key, evaluate)
+    clock = time.monotonic()
+    params, extra = state.params, {}
+    if job.references is not None:
+        params, extra = _center(run, job, model, params)
+    gold = [
+        (record.meta.get('gold_chosen'), record.meta.get('gold_rejected'))
+        for record in job.eval.records
+    ]
+    known = all(value is not None for pair in gold for value in pair)
+    report = preference.preference_report(
+        scored(params),
+        np.asarray([(len(e.chosen), len(e.rejected)) for e in job.eval.examples]),
+        np.asarray(gold, float) if known else None,
+    )
+    checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', {**report, **extra})
+    seconds = {'setup': setup, **seconds, 'eval': time.monotonic() - clock}
+    _finish(run, job, {'reward': params}, {'reward': model.config}, seconds)
+
+
+def _center(run: Run, job: Offline, model: Any, params: Params) -> tuple[Params, dict[str, Any]]:
+    """Shifts the bias so that the references score 0 on average; checks the padding side.
+
+    Source: Stiennon et al. 2020, arXiv 2009.01325, §3.4; the check: Huang et al. 2024, arXiv
+    2403.17031, who flag a gap above 1e-2.
+    """
+    scores_of = run.compile(
+        lambda params, batch: reward_model_scores(params, batch.tokens, batch.mask, model=model),
+        inputs=('params', 'batch'),
+        outputs=('batch',),
+        donate=(),
+    )
+
+    def score(params: Params, left: bool) -> np.ndarray:
+        rows = []
+        for batch in pipeline.eval_batches(
+            job.references, job.settings.batch_size, job.settings.buckets
+        ):
+            real = np.asarray(batch.loss_mask).any(-1)
+            if left:
+                order = np.argsort(batch.mask, axis=-1, kind='stable')
+                batch = jax.tree.map(lambda x, o=order: np.take_along_axis(x, o, -1), batch)
+            rows.append(np.asarray(scores_of(params, batch))[real])
+        return np.concatenate(rows)
+
+    raw = score(params, left=False)
+    gap = np.abs(raw - score(params, left=True)).max()
+    head = {**params['head'], 'bias': params['head']['bias'] - raw.mean()}
+    params = {**params, 'head': head}
+    centred = score(params, left=False)
+    return params, {
+        'mean_reference_score': float(centred.mean()),
+        'reference_score_std': float(centred.std()),
+        'padding_gap': float(gap),
+    }
+
+
+def _fit(
+    run: Run, job: Offline, step: Any, model: Any, params: Params, key: Any, evaluate: Any
+) -> tuple[TrainState, dict[str, float]]:
+    settings = job.settings
+    clock = time.monotonic()
+    tx = make_optimizer(settings.optim, job.num_steps)
+    schedule = make_schedule(settings.optim, job.num_steps)
+    state = init_sharded(
+        lambda p: TrainState(step=jnp.int32(0), rng=key, params=p, opt_state=tx.init(p)),
+        run.mesh,
+        params,
+    )
+    del params
+    compiled = run.compile(functools.partial(step, model=model, tx=tx, hp=job.hp))
+    batches = None
+
+    def one_step(state: TrainState, done: int) -> Any:
+        nonlocal batches
+        if batches is None:  # the first step that this process does
+            batches = pipeline.batches(
+                job.train,
+                settings.batch_size,
+                seed=run.config.seed,
+                buckets=settings.buckets,
+                start_step=done,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        batch = next(batches)
+        state, metrics = compiled(state, batch)
+        metrics = {f'train/{name}': metric for name, metric in metrics.items()}
+        known = {'train/lr': float(schedule(done)), 'tokens': int(np.sum(batch.mask))}
+        return state, metrics, known
+
+    shown = {
+        'train/loss': 'loss',
+        'train/accuracy': 'accuracy',
+        'train/tokens_per_second': 'tokens_per_second',
+    }
+    state = run_loop(
+        run.stage_dir(job.stage),
+        state,
+        job.num_steps,
+        one_step,
+        settings=settings.loop,
+        writers=tuple(run.config.metrics),
+        shown=shown,
+        evaluate=lambda s: {f'eval/{k}': v for k, v in evaluate(s.params).items()},
+    )
+    return state, {'train': time.monotonic() - clock}
+
+
+def _finish(
+    run: Run, job: Offline, params: Params, configs: dict[str, Any], seconds: dict[str, float]
+) -> None:
+    folder = run.stage_dir(job.stage)
+    checkpoint.save_params(folder, params, configs)
+    done = {
+        'stage': job.stage,
+        'steps': job.num_steps,
+        'init': job.settings.init,
+        'seconds': seconds,
+        'data': {
+            'train': job.train.counts.describe(),
+            'eval': job.eval.counts.describe(),
+        },
+    }
+    checkpoint.write_json(folder / 'done.json', done)

@@ -1,0 +1,378 @@
+"""The stage that learns from its own samples: ppo.
+
+One iteration: ``generate`` → score → ``prepare`` → ``ppo_step``; the first three run once per
+rollout, the last makes all updates over it. Read ``main.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import checkpoint, sharding
+from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
+from rlhf_jax.config import build, load_dotted
+from rlhf_jax.data import pipeline
+from rlhf_jax.evals import policy as policy_eval
+from rlhf_jax.generate import Sampling, generate, sampling
+from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.optim import actor_critic_optimizer, make_schedule
+from rlhf_jax.rewards import reward_model_scores, shape_scores
+from rlhf_jax.stages.loop import run_loop
+from rlhf_jax.stages.run import Run, load_policy, load_scalar, model_config
+from rlhf_jax.stages.settings import OnlineSettings
+from rlhf_jax.types import (
+    Array,
+    Generation,
+    Metrics,
+    Params,
+    PPOState,
+    PromptBatch,
+    Rollout,
+)
+
+# Purposes folded into the stage's key; algos.ppo.SHUFFLE is another.
+SAMPLE, EVALUATE, CRITIC = 11, 12, 13
+
+
+@dataclasses.dataclass(frozen=True)
+class Online:
+    """A checked stage, ready to train."""
+
+    stage: str
+    settings: OnlineSettings
+    hp: PPOHParams
+    prompts: pipeline.Dataset
+    eval_prompts: pipeline.Dataset
+    ptx: pipeline.Dataset | None
+    gold: policy_eval.TextReward | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Models and parameters that the stage reads and never trains."""
+
+    models: ActorCritic
+    reward: ScalarModel
+    ref_params: Params
+    reward_params: Params
+
+
+def load_online(run: Run, stage: str) -> Online:
+    """Data and settings of ppo; see ``OnlineSettings`` and ``PPOHParams``."""
+    where = f'config.{stage}'
+    settings, hp = build(run.config[stage], OnlineSettings, PPOHParams, where=where)
+    parts = hp.num_minibatches * hp.num_microbatches
+    sharding.check_batch_size(settings.batch_size, run.mesh, where, parts)
+    sharding.check_batch_size(settings.eval_batch_size, run.mesh, f'{where}.eval')
+    longest = settings.prompt_buckets[-1] + settings.max_new_tokens
+    for name in ('init', 'reward', 'critic'):
+        config = model_config(run, getattr(settings, name))
+        pipeline.check_vocabulary(run.tokenizer, config.vocab_size)
+        if longest > config.max_positions:
+            raise ValueError(
+                f'{where}: prompts of {settings.prompt_buckets[-1]} and responses of '
+                f'{settings.max_new_tokens} tokens exceed the {config.max_positions} positions '
+                f'of the {name} model; shorten prompt_buckets or max_new_tokens'
+            )
+    ptx = None
+    if hp.ptx_coef:
+        if settings.ptx is None:
+            raise ValueError(f'{where}.ptx_coef={hp.ptx_coef} needs data: set {where}.ptx')
+        ptx = _load_ptx(run, settings)
+    limits = {
+        'max_prompt_length': settings.prompt_buckets[-1],
+        'overlong': settings.overlong,
+        'on_bad': settings.on_bad,
+    }
+    make_schedule(settings.optim, settings.num_rollouts)
+    return Online(
+        stage=stage,
+        settings=settings,
+        hp=hp,
+        prompts=pipeline.load_prompts(settings.prompts, run.tokenizer, **limits),
+        eval_prompts=pipeline.load_prompts(settings.eval_prompts, run.tokenizer, **limits),
+        ptx=ptx,
+        gold=None if settings.gold is None else load_dotted(settings.gold, f'{where}.gold'),
+    )
+
+
+def _load_ptx(run: Run, settings: OnlineSettings) -> pipeline.Dataset:
+    length = settings.ptx_buckets[-1]
+    if settings.ptx_kind == 'text':
+        return pipeline.load_texts(settings.ptx, run.tokenizer, max_length=length)
+    return pipeline.load_demonstrations(
+        settings.ptx,
+        run.tokenizer,
+        max_length=length,
+        loss_on='response',
+        overlong=settings.overlong,
+        on_bad=settings.on_bad,
+    )
+
+
+def stop_rules(run: Run, job: Online, temperature: float) -> Sampling:
+    """The sampling parameters of a job: its stop sequences as tokens, all EOS ids."""
+    settings = job.settings
+    return sampling(
+        eos_ids=pipeline.eos_ids(run.tokenizer),
+        temperature=temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_sequences=[
+            run.tokenizer.encode(text, add_special_tokens=False)
+            for text in settings.stop_sequences
+        ],
+        stop_after=settings.stop_after,
+    )
+
+
+def score_and_prepare(
+    state: PPOState,
+    ref_params: Params,
+    reward_params: Params,
+    generation: Generation,
+    *,
+    models: ActorCritic,
+    reward: ScalarModel,
+    hp: PPOHParams,
+    axis_name: str | None = None,
+) -> tuple[Rollout, Metrics]:
+    """Reward-model scores, shaped, and the rollout they make; a pure function to compile."""
+    scores = reward_model_scores(reward_params, generation.tokens, generation.mask, model=reward)
+    scores = shape_scores(
+        scores,
+        generation.ended,
+        missing_eos_score=hp.missing_eos_score,
+        missing_eos_penalty=hp.missing_eos_penalty,
+        clip=hp.score_clip,
+    )
+    return prepare(
+        state, ref_params, generation, scores, model=models, hp=hp, axis_name=axis_name
+    )
+
+
+def train_ppo(run: Run, job: Online) -> None:
+    """Runs ppo: trains, compares with the policy it started from, writes the result."""
+    clock = time.monotonic()
+    settings, hp, key = job.settings, job.hp, run.key(job.stage)
+    policy, ref_params = load_policy(run, settings.init, key)
+    critic, critic_params = load_scalar(
+        run, settings.critic, jax.random.fold_in(key, CRITIC), 'critic'
+    )
+    reward, reward_params = load_scalar(run, settings.reward, key, 'reward')
+    frozen = Frozen(ActorCritic(policy, critic), reward, ref_params, reward_params)
+    state, tx = _initial_state(run, job, ref_params, critic_params, key)
+    phases = {'setup': time.monotonic() - clock}
+    write = _writer(run, job, policy)
+    state = run_loop(
+        run.stage_dir(job.stage),
+        state,
+        settings.num_rollouts,
+        _iteration(run, job, frozen, tx, write, phases),
+        settings=settings.loop,
+        writers=tuple(run.config.metrics),
+        shown={
+            'objective/scores': 'reward',
+            'objective/kl': 'KL',
+            'objective/gold': 'gold',
+            'train/tokens_per_second': 'tokens_per_second',
+        },
+    )
+    clock = time.monotonic()
+    report = _evaluate(run, job, frozen, state.params['policy'], write)
+    folder = run.stage_dir(job.stage)
+    checkpoint.write_json(folder / 'eval.json', report)
+    checkpoint.save_params(
+        folder, dict(state.params), {'policy': policy.config, 'critic': critic.config}
+    )
+    phases['eval'] = time.monotonic() - clock
+    done = {
+        'stage': job.stage,
+        'steps': settings.num_rollouts,
+        'init': settings.init,
+        'seconds': phases,
+        'data': {
+            'prompts': job.prompts.counts.describe(),
+            'eval prompts': job.eval_prompts.counts.describe(),
+        },
+    }
+    checkpoint.write_json(folder / 'done.json', done)
+
+
+def _initial_state(
+    run: Run, job: Online, policy_params: Params, critic_params: Params, key: Array
+) -> tuple[PPOState, Any]:
+    updates = job.settings.num_rollouts * job.hp.num_epochs * job.hp.num_minibatches
+    tx = actor_critic_optimizer(job.settings.optim, job.settings.critic_optim, updates)
+
+    def start(params: Params) -> PPOState:
+        return PPOState(
+            step=jnp.int32(0),
+            rng=key,
+            params=params,
+            opt_state=tx.init(params),
+            kl_coef=jnp.float32(job.hp.kl_coef),
+        )
+
+    # Compiled without donation: the state owns copies, the reference keeps the originals.
+    params = {'policy': policy_params, 'critic': critic_params}
+    return sharding.init_sharded(start, run.mesh, params), tx
+
+
+def _writer(run: Run, job: Online, policy: CausalLM) -> Any:
+    """(params, prompt batch, key, how) -> Generation, compiled once per prompt bucket."""
+    compiled = run.compile(
+        lambda params, batch, row_ids, key, how: generate(
+            params,
+            batch.tokens,
+            batch.mask,
+            row_ids,
+            key,
+            how,
+            model=policy,
+            max_new_tokens=job.settings.max_new_tokens,
+        ),
+        inputs=('params', 'batch', 'batch', 'replicated', 'replicated'),
+        outputs=('batch',),
+        donate=(),
+    )
+
+    def write(params: Params, batch: PromptBatch, key: Array, how: Sampling) -> Generation:
+        rows = np.arange(len(batch.index), dtype=np.int32)
+        return compiled(params, batch, rows, key, how)
+
+    return write
+
+
+def _iteration(
+    run: Run, job: Online, frozen: Frozen, tx: Any, write: Any, phases: dict[str, float]
+) -> Any:
+    """One rollout and the updates over it, as ``run_loop`` wants it."""
+    settings, hp = job.settings, job.hp
+    how = stop_rules(run, job, hp.temperature)
+    ready = run.compile(
+        functools.partial(score_and_prepare, models=frozen.models, reward=frozen.reward, hp=hp),
+        inputs=('params', 'params', 'params', 'batch'),
+        outputs=('batch', 'replicated'),
+        donate=(),
+    )
+    update = run.compile(
+        functools.partial(ppo_step, model=frozen.models, tx=tx, hp=hp),
+        inputs=('params', 'batch') + (('batch',) if job.ptx else ()),
+    )
+    streams: list[Iterator[Any]] = []
+
+    def timed(phase: str, began: float, value: Any) -> Any:
+        jax.block_until_ready(value)
+        phases[phase] = phases.get(phase, 0.0) + time.monotonic() - began
+        return value
+
+    def one_step(state: PPOState, done: int) -> Any:
+        if not streams:  # the first step that this process does
+            streams.append(_stream(run, job.prompts, settings, settings.prompt_buckets, done))
+            if job.ptx:
+                streams.append(_stream(run, job.ptx, settings, settings.ptx_buckets, done))
+        prompts = next(streams[0])
+        extra = (next(streams[1]),) if job.ptx else ()
+        key = jax.random.fold_in(jax.random.fold_in(run.key(job.stage), done), SAMPLE)
+        clock = time.monotonic()
+        generation = timed(
+            'generate', clock, write(state.params['policy'], prompts, key, how)
+        )
+        clock = time.monotonic()
+        rollout, before = timed(
+            'score and prepare',
+            clock,
+            ready(state, frozen.ref_params, frozen.reward_params, generation),
+        )
+        known = {'tokens': float(jnp.sum(generation.response_mask))}
+        if job.gold is not None:
+            known['objective/gold'] = float(np.mean(_gold(run, job, prompts, generation)))
+        clock = time.monotonic()
+        state, metrics = timed('update', clock, update(state, rollout, *extra))
+        return state, {**before, **metrics}, known
+
+    return one_step
+
+
+def _stream(
+    run: Run, data: pipeline.Dataset, settings: OnlineSettings, buckets: Any, done: int
+) -> Iterator[Any]:
+    return pipeline.batches(
+        data,
+        settings.batch_size,
+        seed=run.config.seed,
+        buckets=buckets,
+        start_step=done,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _gold(run: Run, job: Online, prompts: PromptBatch, generation: Generation) -> np.ndarray:
+    tokens, mask = jax.device_get((generation.tokens, generation.response_mask))
+    texts = [job.prompts.records[i].prompt for i in np.asarray(prompts.index)]
+    return job.gold(texts, policy_eval.decode_responses(run.tokenizer, tokens, mask))
+
+
+def _evaluate(
+    run: Run, job: Online, frozen: Frozen, params: Params, write: Any
+) -> dict[str, Any]:
+    """Samples both policies on the held-out prompts with the same keys; writes samples."""
+    settings = job.settings
+    judge = run.compile(
+        functools.partial(
+            policy_eval.row_statistics,
+            policy=frozen.models.policy,
+            reward=frozen.reward,
+            temperature=job.hp.temperature,
+        ),
+        **policy_eval.KINDS,
+    )
+    how = stop_rules(run, job, job.hp.temperature)
+    base = jax.random.fold_in(run.key(job.stage), EVALUATE)
+
+    def sampled(policy_params: Params) -> policy_eval.Sampled:
+        counter = iter(range(len(job.eval_prompts.examples)))
+        return policy_eval.sample_policy(
+            lambda batch: write(
+                policy_params, batch, jax.random.fold_in(base, next(counter)), how
+            ),
+            lambda generation: judge(frozen.ref_params, frozen.reward_params, generation),
+            run.tokenizer,
+            pipeline.eval_batches(
+                job.eval_prompts, settings.eval_batch_size, settings.prompt_buckets
+            ),
+        )
+
+    before, after = sampled(frozen.ref_params), sampled(params)
+    records = job.eval_prompts.records
+    gold = None
+    if job.gold is not None:
+        prompts = [record.prompt for record in records]
+        gold = job.gold(prompts, before.responses), job.gold(prompts, after.responses)
+    path = run.stage_dir(job.stage) / 'samples.jsonl'
+    with path.open('w', encoding='utf-8') as file:
+        for i, record in enumerate(records[: settings.num_samples]):
+            row = {
+                'prompt': record.prompt,
+                'before': before.responses[i],
+                'after': after.responses[i],
+                'reference': record.reference,
+                'proxy_before': float(before.scores[i]),
+                'proxy_after': float(after.scores[i]),
+            }
+            if gold is not None:
+                row |= {'gold_before': float(gold[0][i]), 'gold_after': float(gold[1][i])}
+            file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    report = policy_eval.policy_report(before, after, gold)
+    return {**report, 'expected_win_rate': settings.expected_win_rate}

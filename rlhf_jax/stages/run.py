@@ -1,0 +1,149 @@
+"""What every stage of a run shares, and where a stage gets its model from.
+
+Read ``stages/loop.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from rlhf_jax import checkpoint, hf
+from rlhf_jax.config import build
+from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.models.presets import preset
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.sharding import compile_step, init_sharded, shardings, spec_of
+from rlhf_jax.stages.settings import ModelSettings
+from rlhf_jax.types import Params, PRNGKey
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A launched config: built once by ``main`` and handed to every stage."""
+
+    workdir: Path
+    config: ConfigDict
+    mesh: Mesh
+    tokenizer: Any
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder of a stage, created when missing."""
+        path = self.workdir / stage
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def key(self, stage: str) -> PRNGKey:
+        """The base key of a stage, a pure function of the seed and the stage's name."""
+        base = jax.random.PRNGKey(self.config.seed)
+        return jax.random.fold_in(base, zlib.crc32(stage.encode()) & 0x7FFFFFFF)
+
+    def compile(self, fn: Any, **kinds: Any) -> Any:
+        """``sharding.compile_step`` on this run's mesh and backend."""
+        backend = self.config.parallel.backend
+        return compile_step(fn, mesh=self.mesh, backend=backend, **kinds)
+
+
+def is_finished(run: Run, stage: str) -> bool:
+    """Whether a stage of this work directory has its result."""
+    return (run.workdir / stage / 'done.json').exists()
+
+
+def source_dir(run: Run, init: str) -> Path | None:
+    """The stage folder behind an ``init``: of this run, or of another; None otherwise."""
+    if init in run.config.stages or (run.workdir / init / 'model.json').exists():
+        return run.workdir / init
+    return Path(init) if (Path(init) / 'model.json').exists() else None
+
+
+def model_config(run: Run, init: str, part: str = 'policy') -> TransformerConfig:
+    """The Transformer that ``init`` names; works before the stage it names has run.
+
+    Raises:
+        ValueError: nothing of that name, with the places looked at.
+    """
+    (settings,) = build(run.config.model, ModelSettings, where='config.model')
+    if init == 'scratch':
+        config = preset(settings.preset, len(run.tokenizer))
+    elif (folder := source_dir(run, init)) is not None:
+        if not (folder / 'model.json').exists():
+            return model_config(run, run.config[init].init)
+        parts = checkpoint.load_model_configs(folder)
+        config = parts.get(part) or next(iter(parts.values()))
+    else:
+        config = hf.load_config(init)
+    return dataclasses.replace(
+        config,
+        dtype=settings.dtype,
+        remat=settings.remat,
+        scan_unroll=settings.scan_unroll,
+    )
+
+
+def load_policy(run: Run, init: str, key: PRNGKey) -> tuple[CausalLM, Params]:
+    """A language model and its parameters, in place on the mesh.
+
+    Raises:
+        ValueError: the source is unfinished, of another shape, or has no policy.
+    """
+    model = CausalLM(model_config(run, init))
+    start = functools.partial(_init, model)
+    if init == 'scratch':
+        return model, init_sharded(start, run.mesh, key)
+    folder = source_dir(run, init)
+    if folder is None:
+        return model, _from_hf(run, init, model.config, 'lm')
+    like = _like(run, start, key)
+    return model, checkpoint.load_params(folder, 'policy', like)
+
+
+def load_scalar(
+    run: Run, init: str, key: PRNGKey, part: Literal['reward', 'critic']
+) -> tuple[ScalarModel, Params]:
+    """A reward model or critic: whole from one, or a policy's backbone with a fresh head."""
+    folder = source_dir(run, init)
+    model = ScalarModel(model_config(run, init, part))
+    start = functools.partial(_init, model)
+    if init == 'scratch':
+        return model, init_sharded(start, run.mesh, key)
+    head = init_sharded(lambda k: start(k)['head'], run.mesh, key)
+    if folder is None:
+        return model, {'head': head, **_from_hf(run, init, model.config, 'scalar')}
+    like = _like(run, start, key)
+    parts = checkpoint.load_model_configs(folder)
+    for name in (part, 'reward', 'critic'):
+        if name in parts:
+            return model, checkpoint.load_params(folder, name, like)
+    policy_like = _like(run, functools.partial(_init, CausalLM(model.config)), key)
+    policy = checkpoint.load_params(folder, 'policy', policy_like)
+    return model, {'backbone': policy['backbone'], 'head': head}
+
+
+def _init(model: Any, key: PRNGKey) -> Params:
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return model.init(key, tokens, jnp.ones((1, 2), bool))['params']
+
+
+def _like(run: Run, start: Any, key: PRNGKey) -> Params:
+    shapes = jax.eval_shape(start, key)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        shardings(shapes, run.mesh),
+    )
+
+
+def _from_hf(run: Run, init: str, config: TransformerConfig, head: str) -> Params:
+    def put(path: tuple[str, ...], x: Any) -> jax.Array:
+        spec = spec_of('/'.join(path), x.shape, run.mesh)
+        return jax.device_put(x, NamedSharding(run.mesh, spec))
+
+    return hf.load_params(init, config, head=head, place=put)

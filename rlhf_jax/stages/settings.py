@@ -1,0 +1,83 @@
+"""What a run and its stages can be told, beside the hyperparameters of the steps.
+
+Defaults stand here and in the ``…HParams`` of ``algos``, and nowhere else; ``config.section`` lays
+them out for the command line. Read ``stages/run.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model of ``init='scratch'``, and how any model is computed."""
+
+    preset: str = 'micro'  # models/presets.py
+    dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations
+    remat: bool = False  # recompute layers in the backward pass
+    scan_unroll: int = 1  # layers per scan iteration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How often a stage logs, saves and evaluates."""
+
+    log_every_steps: int = 10
+    save_every_steps: int = 100
+    keep_checkpoints: int = 2
+    eval_every_steps: int | None = None  # None: only at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineSettings:
+    """A stage over a fixed data set: pretrain, sft, rm."""
+
+    init: str  # 'scratch', a stage of this run, another run's stage folder, an HF model
+    train: str  # data spec
+    eval: str  # data spec, held out
+    batch_size: int = 64  # rows (pairs for a reward model) per update
+    num_steps: int | None = None  # either this
+    num_epochs: float | None = None  # or this
+    buckets: tuple[int, ...] = (128,)  # static lengths, in tokens; the last is the limit
+    overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
+    on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
+    loss_on: Literal['response', 'all'] = 'response'  # sft: the tokens in the loss
+    references: str | None = None  # rm: demonstrations whose mean score becomes 0
+    num_references: int = 512
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineSettings:
+    """A stage that samples from its own policy: ppo."""
+
+    init: str  # the policy, and the reference it is anchored to
+    reward: str  # the frozen reward model
+    critic: str  # what the critic starts from: a reward model, or a policy
+    prompts: str  # data spec
+    eval_prompts: str  # data spec, held out
+    gold: str | None = None  # 'module:fn', fn(prompts, responses) -> scores; only judges
+    ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
+    ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
+    ptx_buckets: tuple[int, ...] = (128,)
+    batch_size: int = 64  # responses per rollout
+    num_rollouts: int = 100
+    prompt_buckets: tuple[int, ...] = (64,)  # static prompt lengths, in tokens
+    max_new_tokens: int = 32
+    overlong: Literal['drop', 'truncate'] = 'drop'
+    on_bad: Literal['error', 'skip'] = 'error'
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_sequences: tuple[str, ...] = ()
+    stop_after: int = 0  # response tokens before a stop sequence counts
+    eval_batch_size: int = 128
+    num_samples: int = 16  # before/after samples written down
+    expected_win_rate: float = 0.5  # the report's bar for the lower end of the interval
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)

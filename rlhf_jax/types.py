@@ -1,0 +1,198 @@
+"""Every pytree that crosses a file boundary: batches, rollouts, states, metrics.
+
+This file stands at the bottom of the package: it imports nothing from it, and everything else
+imports it. Letters: ``B`` sequences, ``T`` tokens, ``P`` pairs, ``V`` vocabulary. Read
+``algos/sft.py`` next, the smallest complete use of what stands here.
+
+Conventions that hold everywhere:
+
+* ``mask`` is bool and True where a token is real. Padding is told by the mask alone, never by
+  comparing ids with a pad id (pad may equal EOS, or not exist).
+* ``logprobs[:, t]`` scores ``tokens[:, t]``; position 0 has no predecessor and is masked.
+* Log-probabilities and KL are in nats, scores and rewards in reward units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+PRNGKey = jax.Array
+Params = Mapping[str, Any]  # a plain nested dict of float arrays
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+@struct.dataclass(kw_only=True)
+class TokenBatch:
+    """Sequences for a language-model loss. Rows without a True in ``loss_mask`` count nothing."""
+
+    tokens: Array  # [B, T] int32, right-padded
+    mask: Array  # [B, T] bool, real tokens
+    loss_mask: Array  # [B, T] bool, tokens whose log-probability enters the loss
+
+
+@struct.dataclass(kw_only=True)
+class PairBatch:
+    """Comparisons: on the second axis, index 0 is the chosen and index 1 the rejected text."""
+
+    tokens: Array  # [P, 2, T] int32, right-padded
+    mask: Array  # [P, 2, T] bool
+    margin: Array  # [P] float32, demanded score difference; 0 where labellers gave none
+    weight: Array  # [P] float32, 0 for rows that only fill up a batch
+
+
+@struct.dataclass(kw_only=True)
+class PromptBatch:
+    """Prompts to continue."""
+
+    tokens: Array  # [B, T] int32, left-padded
+    mask: Array  # [B, T] bool
+    index: Array  # [B] int32, position of the prompt in its data set (−1: a row that fills up)
+
+
+@struct.dataclass(kw_only=True)
+class Generation:
+    """Prompts with the responses a policy wrote: ``T`` = prompt bucket + response length."""
+
+    tokens: Array  # [B, T] int32: left-padded prompt, right-padded response
+    mask: Array  # [B, T] bool, real tokens of prompt and response
+    response_mask: Array  # [B, T] bool, response tokens; EOS or a stop sequence is part of them
+    logprobs: Array  # [B, T] float32, behaviour log-probabilities; 0 outside the response
+    ended: Array  # [B] bool, the response ended by EOS or a stop sequence
+
+
+@struct.dataclass(kw_only=True)
+class Rollout:
+    """One batch of experience: everything ``ppo_step`` needs, computed once per rollout."""
+
+    tokens: Array  # [B, T] int32
+    mask: Array  # [B, T] bool
+    response_mask: Array  # [B, T] bool, tokens the policy is trained on
+    value_mask: Array  # [B, T] bool, places the critic is trained at
+    old_logprobs: Array  # [B, T] float32, log π_old of the response tokens
+    ref_logprobs: Array  # [B, T] float32, log π_ref of the response tokens
+    old_values: Array  # [B, T] float32, critic before each response token
+    advantages: Array  # [B, T] float32, whitened over the whole rollout when asked for
+    returns: Array  # [B, T] float32, from the unwhitened advantages
+
+
+# ------------------------------------------------------------------------------- states
+
+
+@struct.dataclass(kw_only=True)
+class TrainState:
+    """What ``sft_step`` and ``rm_step`` carry: arrays only, so that a checkpoint is pure data.
+
+    ``rng`` is the base key of the stage and is never advanced: a step draws from
+    ``fold_in(fold_in(rng, step), PURPOSE)``, so that resuming needs no other random state.
+    """
+
+    step: Array  # [] int32, updates done
+    rng: PRNGKey  # base key of the stage
+    params: Params
+    opt_state: Any
+
+
+@struct.dataclass(kw_only=True)
+class PPOState:
+    """What ``ppo_step`` carries; ``params`` is ``{'policy': …, 'critic': …}``."""
+
+    step: Array  # [] int32, rollouts done
+    rng: PRNGKey  # base key of the stage
+    params: Params
+    opt_state: Any
+    kl_coef: Array  # [] float32, β of the per-token KL penalty; moves when adaptive
+
+
+# ------------------------------------------------------------------------------ metrics
+
+
+@struct.dataclass
+class Mean:
+    """A mean that is still a sum and its weight, so that merging two of them is exact."""
+
+    sum: Array
+    weight: Array
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.sum + other.sum, self.weight + other.weight)
+
+    def reduce(self, axis_name: str) -> Mean:
+        return Mean(jax.lax.psum(self.sum, axis_name), jax.lax.psum(self.weight, axis_name))
+
+    def value(self) -> Array:
+        """The mean; NaN when nothing was counted, because 0 would be a claim."""
+        return jnp.where(self.weight > 0, self.sum / jnp.where(self.weight > 0, self.weight, 1), jnp.nan)
+
+
+@struct.dataclass
+class Max:
+    """A running maximum."""
+
+    max: Array
+
+    def merge(self, other: Max) -> Max:
+        return Max(jnp.maximum(self.max, other.max))
+
+    def reduce(self, axis_name: str) -> Max:
+        return Max(jax.lax.pmax(self.max, axis_name))
+
+    def value(self) -> Array:
+        return self.max
+
+
+@struct.dataclass
+class Min:
+    """A running minimum."""
+
+    min: Array
+
+    def merge(self, other: Min) -> Min:
+        return Min(jnp.minimum(self.min, other.min))
+
+    def reduce(self, axis_name: str) -> Min:
+        return Min(jax.lax.pmin(self.min, axis_name))
+
+    def value(self) -> Array:
+        return self.min
+
+
+@struct.dataclass
+class Last:
+    """A quantity that is the same on every device and microbatch (learning rate, β)."""
+
+    last: Array
+
+    def merge(self, other: Last) -> Last:
+        return other
+
+    def reduce(self, axis_name: str) -> Last:
+        return self
+
+    def value(self) -> Array:
+        return self.last
+
+
+Metric = Mean | Max | Min | Last
+Metrics = dict[str, Metric]  # name as plotted, e.g. 'policy/clipfrac' -> Mean
+
+
+def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
+    """Merges two dicts of the same metrics; exact, because every metric knows its kind."""
+    if a.keys() != b.keys():
+        raise ValueError(f'metrics differ: {sorted(a.keys() ^ b.keys())} stand in one dict only')
+    return {name: a[name].merge(b[name]) for name in a}
+
+
+def reduce_metrics(metrics: Metrics, axis_name: str | None) -> Metrics:
+    """Merges metrics over the devices of a mapped axis; the identity without one."""
+    if axis_name is None:
+        return metrics
+    return {name: metric.reduce(axis_name) for name, metric in metrics.items()}

@@ -1,0 +1,44 @@
+"""Packaging of rlhf_jax. The base install needs neither TensorFlow nor torch."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name='rlhf_jax',
+    version='0.1.0',
+    description='A JAX/Flax functional research codebase for RLHF: SFT, reward models, PPO.',
+    long_description=open('README.md', encoding='utf-8').read(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*', 'configs']),
+    package_data={'rlhf_jax': ['*.html']},
+    install_requires=[
+        'absl-py',
+        'array_record',
+        'chex>=0.1.90',
+        'flax>=0.12',
+        'grain>=0.2.12',
+        'importlib_resources',  # tensorflow-datasets imports it without asking for it
+        'jax>=0.10',
+        'jinja2',
+        'matplotlib',
+        'ml_collections>=1.0',
+        'numpy',
+        'optax>=0.2.5',
+        'orbax-checkpoint>=0.11.30',
+        'pyarrow',
+        'rich',
+        'safetensors',
+        'tensorflow-datasets>=4.9.9',
+        'tokenizers',
+        'transformers>=5.0',
+    ],
+    extras_require={
+        'cuda': ['jax[cuda]'],
+        'tpu': ['jax[tpu]'],
+        'test': ['pytest', 'pytest-xdist', 'ruff'],
+        'parity': ['torch', 'trl==1.12.0', 'pandas', 'requests'],
+        'tensorboard': ['tensorboardX'],
+        'wandb': ['wandb'],
+    },
+)

@@ -1,0 +1,134 @@
+"""Eight virtual CPU devices for every test, and small models and batches to share."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+flags = os.environ.get('XLA_FLAGS', '')
+if 'xla_force_host_platform_device_count' not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'.strip()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.types import Generation, PairBatch, TokenBatch
+
+VOCABULARY = 64
+
+
+@pytest.fixture(scope='session')
+def config() -> TransformerConfig:
+    """A two-layer decoder with grouped queries, small enough for any test."""
+    return TransformerConfig(
+        vocab_size=VOCABULARY,
+        num_layers=2,
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_width=64,
+        max_positions=64,
+        init_std=0.2,
+    )
+
+
+@pytest.fixture(scope='session')
+def policy(config):
+    return CausalLM(config)
+
+
+@pytest.fixture(scope='session')
+def reward_model(config):
+    return ScalarModel(config)
+
+
+@pytest.fixture(scope='session')
+def policy_params(policy):
+    return _init(policy, 0)
+
+
+@pytest.fixture(scope='session')
+def reward_params(reward_model):
+    return _init(reward_model, 1)
+
+
+def _init(model, seed):
+    tokens = np.zeros((1, 4), np.int32)
+    return model.init(jax.random.PRNGKey(seed), tokens, tokens == 0)['params']
+
+
+@pytest.fixture
+def token_batch() -> TokenBatch:
+    """Sixteen right-padded rows of 4 to 12 tokens; the first half of each is the prompt."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 13, size=16)
+    place = np.arange(12)
+    mask = place < lengths[:, None]
+    tokens = rng.integers(0, VOCABULARY, size=(16, 12)).astype(np.int32)
+    return TokenBatch(tokens=tokens, mask=mask, loss_mask=mask & (place >= lengths[:, None] // 2))
+
+
+@pytest.fixture
+def pair_batch() -> PairBatch:
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(3, 11, size=(16, 2))
+    mask = np.arange(10) < lengths[..., None]
+    tokens = rng.integers(0, VOCABULARY, size=(16, 2, 10)).astype(np.int32)
+    weight = np.ones(16, np.float32)
+    weight[5] = 0
+    margin = rng.uniform(0, 1, 16).astype(np.float32)
+    return PairBatch(tokens=tokens, mask=mask, margin=margin, weight=weight)
+
+
+@pytest.fixture
+def generation() -> Generation:
+    """Sixteen left-padded prompts with right-padded responses of 1 to 6 tokens."""
+    rng = np.random.default_rng(2)
+    prompts, responses = rng.integers(1, 6, size=16), rng.integers(1, 7, size=16)
+    prompt_mask = np.arange(5) >= 5 - prompts[:, None]
+    response_mask = np.arange(6) < responses[:, None]
+    off = np.zeros_like(prompt_mask)
+    response = np.concatenate([off, response_mask], 1)
+    return Generation(
+        tokens=rng.integers(0, VOCABULARY, size=(16, 11)).astype(np.int32),
+        mask=np.concatenate([prompt_mask, response_mask], 1),
+        response_mask=response,
+        logprobs=np.where(response, rng.normal(-4, 0.3, size=(16, 11)), 0).astype(np.float32),
+        ended=rng.uniform(size=16) > 0.3,
+    )
+
+
+class _Bigram:
+    """A policy whose next-token logits are a row of a table: params ``{'table': [V, V]}``.
+
+    It has the interface of ``CausalLM``, compiles in no time, and every number that comes out of
+    it can be worked out in NumPy.
+    """
+
+    def apply(self, variables, tokens, *rest, method='__call__'):
+        size = variables['params']['table'].shape[0]
+        hidden = jax.nn.one_hot(tokens, size)
+        return hidden if method == '__call__' else (hidden, ())
+
+    def unembedding(self, params):
+        return params['table']
+
+
+class _TokenScores:
+    """A scalar model that looks a token's number up: params ``{'table': [V]}``."""
+
+    def apply(self, variables, tokens, mask):
+        return jnp.where(mask, variables['params']['table'][tokens], 0)
+
+
+@pytest.fixture(scope='session')
+def bigram():
+    return _Bigram()
+
+
+@pytest.fixture(scope='session')
+def token_scores():
+    return _TokenScores()

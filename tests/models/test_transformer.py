@@ -1,0 +1,266 @@
+"""The Transformer against itself (padding, garbage, caches) and a known loss."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from rlhf_jax import hf
+from rlhf_jax.models import presets
+from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.ops.logprobs import token_logprobs
+
+DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
+STORIES = DATA / 'stories260k'
+
+ROPE = TransformerConfig(
+    vocab_size=50,
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    max_positions=64,
+    init_std=0.2,
+)
+CONFIGS = {
+    'rope, grouped queries, gated, tied': ROPE,
+    'one key-value head, untied, every bias': dataclasses.replace(
+        ROPE,
+        num_kv_heads=1,
+        tied_embeddings=False,
+        attention_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+    ),
+    'learned positions, LayerNorm, plain GELU, untied': dataclasses.replace(
+        ROPE,
+        num_kv_heads=4,
+        norm='layer',
+        position='learned',
+        activation='gelu',
+        gated_mlp=False,
+        tied_embeddings=False,
+        attention_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+    ),
+}
+configs = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@pytest.fixture(scope='module')
+def stories():
+    """The pretrained model (config, parameters) and its tokenizer."""
+    if not STORIES.is_dir():
+        pytest.skip(f'the pretrained model is not at {STORIES}')
+    config = hf.load_config(STORIES)
+    params = hf.load_params(STORIES, config, head='lm')
+    return config, params, Tokenizer.from_file(str(STORIES / 'tokenizer.json'))
+
+
+def random_params(model, seed=0):
+    """Parameters without zeros or ones: every bias and scale counts."""
+    tokens = jax.ShapeDtypeStruct((1, 4), np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens, tokens)['params']
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.2, x.shape)), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens, mask):
+    return CausalLM(config).apply({'params': params}, tokens, mask)
+
+
+def pad(rows, length, *, left, fill=0):
+    """Rows of ids → (tokens, mask) [B, length], padded on one side."""
+    tokens = np.full((len(rows), length), fill, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for row, ids in enumerate(rows):
+        place = slice(length - len(ids), None) if left else slice(len(ids))
+        tokens[row, place], mask[row, place] = ids, True
+    return tokens, mask
+
+
+def test_loss_of_a_pretrained_model(stories):
+    """1.472 nats per token: README of the data, from another implementation."""
+    config, params, tokenizer = stories
+    text = (DATA / 'tinystories' / 'tinystories_sample.txt').read_text(encoding='utf-8')
+    texts = [story.strip() for story in text.split('<|endoftext|>')][1:200]
+    rows = sorted((tokenizer.encode(story).ids for story in texts), key=len)
+    rows = [ids for ids in rows if len(ids) < 512]
+    assert rows[0][0] == 1  # BOS
+
+    @jax.jit
+    def score(tokens, mask):
+        hidden = CausalLM(config).apply({'params': params}, tokens, mask)
+        return token_logprobs(hidden, CausalLM(config).unembedding(params), tokens)[0]
+
+    total = count = 0
+    for start in range(0, len(rows), 25):
+        batch = rows[start : start + 25]
+        tokens, mask = pad(batch, -(-len(batch[-1]) // 128) * 128, left=False)
+        logprobs = np.asarray(score(tokens, mask), np.float64)
+        predicted = mask & (np.arange(tokens.shape[1]) > 0)
+        total, count = total - logprobs[predicted].sum(), count + predicted.sum()
+    assert total / count == pytest.approx(1.472, abs=0.005)
+
+
+def test_greedy_decoding_with_a_cache_follows_the_full_forward(stories):
+    config, params, tokenizer = stories
+    model = CausalLM(config)
+    prompts = ['Once upon a time, there was a', 'Lily saw']
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    width, steps = max(map(len, rows)), 200
+    assert len(rows[0]) != len(rows[1])
+    tokens, mask = pad(rows, width, left=True)
+
+    def pick(hidden):
+        return jnp.argmax(hidden @ model.unembedding(params), -1).astype(jnp.int32)
+
+    @jax.jit
+    def start():
+        hidden, cache = model.apply(
+            {'params': params}, tokens, mask, width + steps, method='prefill'
+        )
+        return pick(hidden[:, -1]), cache
+
+    @jax.jit
+    def step(last, cache):
+        real = jnp.ones(len(prompts), bool)
+        hidden, cache = model.apply(
+            {'params': params}, last, real, cache, method='decode'
+        )
+        return pick(hidden), cache
+
+    last, cache = start()
+    written = [last]
+    for _ in range(steps - 1):
+        last, cache = step(last, cache)
+        written.append(last)
+    written = np.stack(written, 1)
+
+    for row, ids in enumerate(rows):  # no padding and no cache here
+        whole = np.concatenate([ids, written[row]])[None]
+        hidden = forward(config, params, whole, np.ones_like(whole, bool))
+        np.testing.assert_array_equal(
+            np.asarray(pick(hidden))[0, len(ids) - 1 : -1], written[row]
+        )
+    assert len(set(written[0])) > 30  # a story, not one token over and over
+
+
+@configs
+def test_padding_and_what_lies_under_it_change_nothing(config):
+    params = random_params(CausalLM(config))
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, config.vocab_size, size) for size in (9, 4, 1)]
+    alone = [
+        forward(config, params, ids[None], np.ones((1, len(ids)), bool)) for ids in rows
+    ]
+    for left in (False, True):
+        for fill in (0, -1, 10**6):
+            tokens, mask = pad(rows, 9, left=left, fill=fill)
+            hidden = np.asarray(forward(config, params, tokens, mask))
+            assert np.isfinite(hidden).all()
+            for row in range(3):
+                np.testing.assert_allclose(
+                    hidden[row][mask[row]], alone[row][0], rtol=0, atol=1e-5
+                )
+
+
+@configs
+def test_cached_decoding_gives_the_states_of_the_full_forward(config):
+    model = CausalLM(config)
+    params = random_params(model)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, config.vocab_size, size) for size in (5, 2)]
+    more = rng.integers(0, config.vocab_size, (2, 6)).astype(np.int32)
+    tokens, mask = pad(prompts, 5, left=True, fill=-1)
+    _, cache = model.apply({'params': params}, tokens, mask, 11, method='prefill')
+    decode = jax.jit(
+        lambda *args: model.apply({'params': params}, *args, method='decode')
+    )
+    states = []
+    for token in more.T:
+        hidden, cache = decode(token, np.ones(2, bool), cache)
+        states.append(hidden)
+    for row, prompt in enumerate(prompts):
+        whole = np.concatenate([prompt, more[row]])[None]
+        expected = forward(config, params, whole, np.ones_like(whole, bool))[0]
+        np.testing.assert_allclose(
+            np.stack(states, 1)[row], expected[len(prompt) :], rtol=0, atol=1e-5
+        )
+
+
+@configs
+def test_a_token_that_is_not_real_is_never_seen(config):
+    model = CausalLM(config)
+    params = random_params(model)
+    prompt, token = np.array([[3, 1, 4]], np.int32), np.array([7], np.int32)
+    _, cache = model.apply({'params': params}, prompt, prompt > 0, 5, method='prefill')
+
+    @jax.jit
+    def decode(token, real, cache):
+        return model.apply({'params': params}, token, real, cache, method='decode')
+
+    yes, no = np.array([True]), np.array([False])
+    expected, _ = decode(token, yes, cache)
+    _, cache = decode(np.array([-1], np.int32), no, cache)
+    hidden, _ = decode(token, yes, cache)
+    np.testing.assert_allclose(hidden, expected, rtol=0, atol=1e-6)
+
+
+def test_remat_and_unrolling_change_nothing_but_speed():
+    params = random_params(CausalLM(ROPE))
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+
+    def loss(params, config):
+        hidden = CausalLM(config).apply({'params': params}, tokens, tokens >= 0)
+        return jnp.sum(jnp.sin(hidden))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    expected = gradient(params, ROPE)
+    same = gradient(params, dataclasses.replace(ROPE, remat=True, scan_unroll=2))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(same)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_start_from_takes_the_backbone_and_checks_its_shape():
+    policy, scalar = random_params(CausalLM(ROPE)), random_params(ScalarModel(ROPE), 1)
+    started = start_from(scalar, policy)
+    assert started['backbone'] is policy['backbone']
+    assert started['head'] is scalar['head']
+    wide = random_params(CausalLM(dataclasses.replace(ROPE, mlp_width=40)))
+    with pytest.raises(
+        ValueError, match=r'mlp/down_kernel is \[2, 40, 32\].*\[2, 48, 32\]'
+    ):
+        start_from(scalar, wide)
+    biased = random_params(CausalLM(dataclasses.replace(ROPE, attention_bias=True)))
+    with pytest.raises(ValueError, match=r'key_bias is \[2, 2, 8\] in the.*but absent'):
+        start_from(scalar, biased)
+
+
+def test_configs_that_cannot_be():
+    with pytest.raises(ValueError, match='num_heads=4.*num_kv_heads=3'):
+        dataclasses.replace(ROPE, num_kv_heads=3)
+    with pytest.raises(ValueError, match='head_dim=7'):
+        dataclasses.replace(ROPE, head_dim=7)
+
+
+def test_presets():
+    for name in presets.SIZES:
+        config = presets.preset(name, 512)
+        assert config.vocab_size == 512
+        assert config.num_heads * config.head_dim == config.width
+    assert presets.preset('nano', 512).width == 64
+    with pytest.raises(ValueError, match="'mico' is unknown; did you mean 'micro'"):
+        presets.preset('mico', 512)
+    with pytest.raises(ValueError, match='known are nano, micro, small, 1b'):
+        presets.preset('gigantic', 512)

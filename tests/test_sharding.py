@@ -1,0 +1,154 @@
+"""One program, many layouts: every step gives the same numbers on each."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
+from rlhf_jax.algos.rm import RMHParams, rm_step
+from rlhf_jax.algos.sft import SFTHParams, sft_step
+from rlhf_jax.optim import OptimConfig, actor_critic_optimizer, make_optimizer
+from rlhf_jax.sharding import (
+    ParallelConfig,
+    check_batch_size,
+    compile_step,
+    init_sharded,
+    make_mesh,
+    place,
+    shardings,
+)
+from rlhf_jax.types import PPOState, TrainState
+
+UPDATES = 3
+OPTIM = OptimConfig(learning_rate=1e-2, eps=1e-4, schedule='constant', weight_decay=0.01)
+LAYOUTS = {
+    'data8': (dict(data=8), 1),
+    '2x2x2': (dict(data=2, fsdp=2, tensor=2), 1),
+    'pmap8': (dict(backend='pmap'), 1),
+    'microbatches4': (dict(data=1), 4),
+}
+
+
+def _mesh(layout):
+    parallel, parts = LAYOUTS[layout] if layout else (dict(data=1), 1)
+    parallel = ParallelConfig(**parallel)
+    devices = jax.devices()[:1] if parallel.data == 1 else jax.devices()
+    return make_mesh(parallel, devices), parallel.backend, parts
+
+
+def _train(step, state, batches, mesh, backend, inputs=('params', 'batch')):
+    state = place(jax.tree.map(jnp.array, state), mesh, 'params')
+    compiled = compile_step(step, mesh=mesh, backend=backend, inputs=inputs)
+    for batch in batches:
+        state, metrics = compiled(state, *batch)
+    return state, {name: float(metric.value()) for name, metric in metrics.items()}
+
+
+def _assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(other[0].params)):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+    assert one[1].keys() == other[1].keys()
+    for name in one[1]:
+        np.testing.assert_allclose(one[1][name], other[1][name], atol=1e-4, err_msg=name)
+
+
+def _state(params, tx):
+    return TrainState(
+        step=jnp.int32(0), rng=jax.random.PRNGKey(7), params=params, opt_state=tx.init(params)
+    )
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_sft_step_agrees_with_one_device(layout, policy, policy_params, token_batch):
+    tx = make_optimizer(OPTIM, UPDATES)
+
+    def run(layout):
+        mesh, backend, parts = _mesh(layout)
+        step = functools.partial(
+            sft_step, model=policy, tx=tx, hp=SFTHParams(num_microbatches=parts)
+        )
+        return _train(step, _state(policy_params, tx), [(token_batch,)] * UPDATES, mesh, backend)
+
+    one = run(None)
+    _assert_same(one, run(layout))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one[0].params, policy_params)
+    assert max(jax.tree.leaves(moved)) > 1e-2  # three updates did train
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_rm_step_agrees_with_one_device(layout, reward_model, reward_params, pair_batch):
+    tx = make_optimizer(OPTIM, UPDATES)
+
+    def run(layout):
+        mesh, backend, parts = _mesh(layout)
+        hp = RMHParams(num_microbatches=parts, center_coef=0.01)
+        step = functools.partial(rm_step, model=reward_model, tx=tx, hp=hp)
+        state = _state(reward_params, tx)
+        return _train(step, state, [(pair_batch,)] * UPDATES, mesh, backend)
+
+    _assert_same(run(None), run(layout))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_ppo_step_agrees_with_one_device(
+    layout, policy, policy_params, reward_model, reward_params, generation, token_batch
+):
+    """Three rollouts of two epochs of two minibatches, with everything optional switched on."""
+    model = ActorCritic(policy, reward_model)
+    tx = actor_critic_optimizer(OPTIM, OPTIM, UPDATES)
+    scores = jnp.asarray(np.random.default_rng(3).normal(size=16), jnp.float32)
+
+    def run(layout):
+        mesh, backend, parts = _mesh(layout)
+        hp = PPOHParams(
+            num_epochs=2,
+            num_minibatches=2,
+            num_microbatches=parts,
+            kl_target=1.0,
+            kl_horizon=100.0,
+            whiten_rewards=True,
+            entropy_coef=0.01,
+            ptx_coef=0.5,
+            kl_estimator='k3',
+        )
+        state = place(_ppo_state(policy_params, reward_params, tx), mesh, 'params')
+        ready = compile_step(
+            functools.partial(prepare, model=model, hp=hp),
+            mesh=mesh,
+            backend=backend,
+            inputs=('params', 'params', 'batch', 'batch'),
+            outputs=('batch', 'replicated'),
+            donate=(),
+        )
+        step = compile_step(
+            functools.partial(ppo_step, model=model, tx=tx, hp=hp),
+            mesh=mesh,
+            backend=backend,
+            inputs=('params', 'batch', 'batch'),
+        )
+        ref = place(policy_params, mesh, 'params')
+        for _ in range(UPDATES):
+            rollout, before = ready(state, ref, generation, scores)
+            state, metrics = step(state, rollout, token_batch)
+        metrics = {**before, **metrics}
+        return state, {name: float(metric.value()) for name, metric in metrics.items()}
+
+    one, other = run(None), run(layout)
+    _assert_same(one, other)
+    assert float(one[0].kl_coef) == pytest.approx(float(other[0].kl_coef), rel=1e-6)
+    assert float(one[0].kl_coef) != pytest.approx(0.05, rel=1e-3)
+
+
+def _ppo_state(policy_params, critic_params, tx):
+    params = {'policy': policy_params, 'critic': critic_params}
+    params = jax.tree.map(jnp.array, params)
+    return PPOState(
+        step=jnp.int32(0),
+        rng=jax.random.PRNGKey(7),
+        params=params,
+        opt_state=tx.init(params),
+        kl_coef=jnp.float32(0.05),
+    )
