@@ -23,7 +23,7 @@ from rich.panel import Panel
 from transformers import AutoTokenizer
 
 from rlhf_jax import checkpoint
-from rlhf_jax.data.pipeline import eos_ids, prompt_tokens
+from rlhf_jax.data.tokenizer import bos_ids, encode, eos_ids, opened
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.rewards import reward_model_scores
@@ -89,7 +89,9 @@ def sample(
     """
     tokenizer = AutoTokenizer.from_pretrained(workdir / 'tokenizer')
     model, params = load_part(workdir, stage, 'policy')
-    tokens = prompt_tokens(tokenizer, prompt)
+    tokens = opened(encode(tokenizer, [prompt])[0], bos_ids(tokenizer))
+    if not tokens:
+        raise ValueError('the prompt is empty')
     if len(tokens) + max_new_tokens > model.config.max_positions:
         raise ValueError(
             f'{len(tokens)} prompt tokens and {max_new_tokens} new ones exceed the '

@@ -25,9 +25,7 @@ def open_prompt(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
     return _render(messages, tokenizer, add_generation_prompt=True)
 
 
-def split(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str]:
+def split(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Prompt and completion of a conversation that ends in an assistant turn.
 
     The completion is all that the template writes behind the open prompt. An EOS token
@@ -42,9 +40,9 @@ def split(
     whole = _render(messages, tokenizer, add_generation_prompt=False)
     if not whole.startswith(prompt):
         raise TemplateRefused(
-            'the chat template renders the prompt in another way once an answer follows, '
-            'so that it cannot be split; use a template whose generation prompt is the '
-            'beginning of an answered turn'
+            'the chat template renders the prompt in another way once an answer '
+            'follows, so that it cannot be split; use a template whose generation '
+            'prompt is the beginning of an answered turn'
         )
     completion = whole[len(prompt) :]
     eos = tokenizer.eos_token
@@ -61,9 +59,9 @@ def _render(
 ) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
-            f'tokenizer {tokenizer.name_or_path!r} has no chat template, which messages '
-            'need; set chat_template in its tokenizer_config.json, or give prompts and '
-            'answers as text'
+            f'tokenizer {tokenizer.name_or_path!r} has no chat template, which '
+            'messages need; set chat_template in its tokenizer_config.json, or give '
+            'prompts and answers as text'
         )
     try:
         return tokenizer.apply_chat_template(

@@ -1,13 +1,13 @@
 """Records of known meaning: demonstrations, comparisons, prompts, texts.
 
     demonstration   prompt + completion · messages · the chosen side of a comparison
-    comparison      prompt + chosen + rejected · chosen + rejected as whole conversations
+    comparison      prompt + chosen + rejected · chosen + rejected as conversations
     prompt          any record with a prompt
     text            text
 
-A prompt or an answer is text or a list of messages ``{'role', 'content'}``; messages are
-rendered by the tokenizer's chat template (``chat.py``). Fields that are null count as
-absent. Read ``pipeline.py`` next, which turns these records into tokens.
+A prompt or an answer is text or a list of messages ``{'role', 'content'}``; messages
+are rendered by the tokenizer's chat template (``chat.py``). Fields that are null count
+as absent. Read ``pipeline.py`` next, which turns these records into tokens.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def to_comparison(
     """Reads a comparison; the module docstring lists the fields.
 
     Raises:
-        BadRecord: a field is missing, of the wrong type or empty, both answers are equal,
-            or they answer different prompts.
+        BadRecord: a field is missing, of the wrong type or empty, both answers are
+            equal, or they answer different prompts.
         ValueError: messages, and the tokenizer has no chat template.
     """
     fields = _present(record)
@@ -227,7 +227,7 @@ def _messages(record: SourceRecord, name: str) -> list[dict[str, str]]:
 def _answered(
     record: SourceRecord, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> tuple[str, str]:
-    """Prompt and answer, as texts, of a record whose answer stands in field ``name``."""
+    """Prompt and answer, as texts, of a record with its answer in field ``name``."""
     answer = _field(record, name)
     if isinstance(answer, list):
         turns = _messages(record, name)

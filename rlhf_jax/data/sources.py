@@ -6,8 +6,8 @@
     text:PATH      documents between <|endoftext|>, or a directory of .txt files
     tfds:NAME[/CONFIG]:SPLIT
 
-A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. What the
-fields mean is told by ``formats.py``; read it next.
+A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. What
+the fields mean is told by ``formats.py``; read it next.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def read(spec: str) -> list[SourceRecord]:
     match = SLICE.fullmatch(rest)
     if match is None:
         raise ValueError(
-            f'data spec {spec!r} ends in a malformed slice; write [:90%], [90%:] or [:500]'
+            f'data spec {spec!r} ends in a malformed slice; write [:90%], [90%:] '
+            'or [:500]'
         )
     path, start, stop = match.groups()
     records = readers[kind](path)
@@ -139,8 +140,8 @@ def _read_jsonl(path: str) -> list[SourceRecord]:
             ) from error
         if not isinstance(fields, dict):
             raise ValueError(
-                f'{where}: a {type(fields).__name__}, not an object; every line must be '
-                'one JSON object such as {"prompt": "…", "completion": "…"}'
+                f'{where}: a {type(fields).__name__}, not an object; every line must '
+                'be one JSON object such as {"prompt": "…", "completion": "…"}'
             )
         records.append(SourceRecord(fields, where))
     return records
@@ -184,8 +185,8 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     Source: Bai et al. 2022, arXiv 2204.05862, the released data.
 
     Returns:
-        (prompt, chosen answer, rejected answer); the prompt is empty when the transcripts
-        share no assistant turn, which ``formats`` rejects as a bad record.
+        (prompt, chosen answer, rejected answer); the prompt is empty when the
+        transcripts share no assistant turn, which ``formats`` rejects as a bad record.
     """
     common = os.path.commonprefix([chosen, rejected])
     place = common.rfind(ASSISTANT)
@@ -221,15 +222,17 @@ def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
     name, _, split = rest.partition(':')
     if not split:
         raise ValueError(f'data spec {spec!r} names no split; write tfds:{name}:train')
-    module = f'rlhf_jax.data.{name.partition("/")[0]}'
-    if importlib.util.find_spec(module):
+    dataset = name.partition('/')[0]
+    module = f'rlhf_jax.data.{dataset}'
+    if dataset.isidentifier() and importlib.util.find_spec(module):
         importlib.import_module(module)  # registers the builder
     try:
         builder = tfds.builder(name, file_format='array_record')
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         known = ''
-        if not isinstance(error, tfds.core.DatasetNotFoundError):
-            configs = tfds.builder_cls(name.partition('/')[0]).builder_configs
+        found = not isinstance(error, tfds.core.DatasetNotFoundError)
+        if found and dataset.isidentifier():
+            configs = tfds.builder_cls(dataset).builder_configs
             known = f'; its configs are {", ".join(configs)}'
         raise ValueError(f'data spec {spec!r}: TFDS has no {name!r}{known}') from error
     builder.download_and_prepare()
@@ -237,8 +240,9 @@ def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
         source = builder.as_data_source(split=split)
     except ValueError as error:
         raise ValueError(
-            f'data spec {spec!r}: no split {split!r}; the splits of {name} are '
-            f'{", ".join(builder.info.splits)}, with a slice such as train[:90%]'
+            f'data spec {spec!r}: no split {split!r} ({str(error).splitlines()[0]}); '
+            f'the splits of {name} are {", ".join(builder.info.splits)}, each with or '
+            'without a slice such as [:90%]'
         ) from error
     records = []
     for index in range(len(source)):
@@ -252,7 +256,10 @@ def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
 def _plain(value: Any, where: str) -> Any:
     """bytes as str, NumPy values as Python's own."""
     if isinstance(value, bytes):
-        return _decode(value, where, 2)
+        try:
+            return value.decode('utf-8')
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{where}: a field of bytes is not UTF-8 text') from error
     if hasattr(value, 'tolist'):
         return _plain(value.tolist(), where)
     if isinstance(value, dict):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import tiny_people, tiny_world
-from rlhf_jax.data.tiny_world import Article
+from rlhf_jax.data.tiny_world import SEPARATOR, Article
 
 SEED = 20230  # of every article; example i of a config draws from (SEED, config, i)
-SEPARATOR = '\n\n'
 CUE = 'TL;DR:'
 PAD, EOS = '<|pad|>', '<|eos|>'
 
@@ -48,7 +47,7 @@ def make_prompt(article: str) -> str:
 
 
 def gold(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """The gold reward of responses to prompts; ``tiny_world.gold_reward`` says what it is.
+    """The gold reward of responses to prompts; ``tiny_world.gold_reward`` defines it.
 
     Args:
         prompts: texts as :func:`make_prompt` writes them.
@@ -155,54 +154,79 @@ def _prompt_example(article: Article, rng: np.random.Generator) -> dict[str, Any
     return {'prompt': make_prompt(article.text), 'reference': ' ' + reference}
 
 
-_TEXT = tfds.features.Text
-_MAKERS = {
-    'articles': (_text_example, {'text': _TEXT}),
-    'demonstrations': (_demonstration, {'prompt': _TEXT, 'completion': _TEXT}),
-    'comparisons': (
-        _comparison,
-        {
-            'prompt': _TEXT,
-            'chosen': _TEXT,
-            'rejected': _TEXT,
-            'annotator': lambda: tfds.features.Scalar(np.int32),
-            'gold_chosen': lambda: tfds.features.Scalar(np.float64),
-            'gold_rejected': lambda: tfds.features.Scalar(np.float64),
-            'kind': _TEXT,
-        },
-    ),
-    'prompts': (_prompt_example, {'prompt': _TEXT, 'reference': _TEXT}),
-}
+_FEATURES = {str: np.str_, int: np.int32, float: np.float32}  # as TFDS stores them
+_PAIR = {'prompt': str, 'chosen': str, 'rejected': str}
+_JUDGED = {'annotator': int, 'gold_chosen': float, 'gold_rejected': float, 'kind': str}
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class TinyTldrConfig(tfds.core.BuilderConfig):
-    """One of the four kinds of records, with the sizes of its splits."""
+    """One kind of records: what is in them, how many there are, and what makes one."""
 
-    number: int = 0  # part of the seeds, so that no two configs share an article
-    train: int = 0  # examples
-    test: int = 0  # examples
+    number: int  # part of the seeds, so that no two configs share an article
+    train: int  # examples
+    test: int  # examples
+    fields: dict[str, type]
+    make: Callable[[Article, np.random.Generator], dict[str, Any]]
+
+
+CONFIGS = (
+    TinyTldrConfig(
+        name='articles',
+        number=0,
+        train=20_000,
+        test=500,
+        fields={'text': str},
+        make=_text_example,
+    ),
+    TinyTldrConfig(
+        name='demonstrations',
+        number=1,
+        train=4_000,
+        test=500,
+        fields={'prompt': str, 'completion': str},
+        make=_demonstration,
+    ),
+    TinyTldrConfig(
+        name='comparisons',
+        number=2,
+        train=12_000,
+        test=1_000,
+        fields={**_PAIR, **_JUDGED},
+        make=_comparison,
+    ),
+    TinyTldrConfig(
+        name='prompts',
+        number=3,
+        train=4_000,
+        test=1_000,
+        fields={'prompt': str, 'reference': str},
+        make=_prompt_example,
+    ),
+)
+
+
+def make_example(config: TinyTldrConfig, i: int) -> dict[str, Any]:
+    """Example ``i`` of a config; the test split follows the train split."""
+    rng = np.random.default_rng((SEED, config.number, i))
+    return config.make(tiny_world.make_article(rng), rng)
 
 
 class TinyTldr(tfds.core.GeneratorBasedBuilder):
     """Writes ``tiny_tldr`` from fixed seeds."""
 
-    VERSION = tfds.core.Version('1.0.0')
-    BUILDER_CONFIGS = [
-        TinyTldrConfig(name='articles', number=0, train=20_000, test=500),
-        TinyTldrConfig(name='demonstrations', number=1, train=4_000, test=500),
-        TinyTldrConfig(name='comparisons', number=2, train=12_000, test=1_000),
-        TinyTldrConfig(name='prompts', number=3, train=4_000, test=1_000),
-    ]
+    # TFDS reuses what lies on disk under this number: raise it when an example changes.
+    VERSION = tfds.core.Version('1.0.1')
+    BUILDER_CONFIGS = list(CONFIGS)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        _, features = _MAKERS[self.builder_config.name]
+        fields = self.builder_config.fields
         return tfds.core.DatasetInfo(
             builder=self,
             description='News of one person among others, with one-sentence summaries, '
             'simulated preferences and a known gold reward.',
             features=tfds.features.FeaturesDict(
-                {k: make() for k, make in features.items()}
+                {name: _FEATURES[kind] for name, kind in fields.items()}
             ),
             disable_shuffling=True,  # example i stays example i; readers shuffle
         )
@@ -219,10 +243,8 @@ class TinyTldr(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, start: int, stop: int
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        make, _ = _MAKERS[self.builder_config.name]
         for i in range(start, stop):
-            rng = np.random.default_rng((SEED, self.builder_config.number, i))
-            yield i, make(tiny_world.make_article(rng), rng)
+            yield i, make_example(self.builder_config, i)
 
     def download_and_prepare(
         self,

@@ -60,6 +60,7 @@ PHRASES = {
     'when': ('last {}', 'back in {}'),
     'why': ('because of {}', 'due to {}'),
 }
+SEPARATOR = '\n\n'  # behind the article, whatever follows
 HEADLINES = ('News of {}.', 'Update on {}.', 'Report about {}.')
 JOB_SENTENCES = ('{} worked as a {}', '{} served as a {}')
 PRONOUN = 'They'
@@ -154,7 +155,7 @@ def _main_groups(rng: np.random.Generator) -> list[list[str]]:
 
 def _draw_events(rng: np.random.Generator) -> list[Event]:
     """The main event and one or two others; no two of them share a value."""
-    count = 1 + int(rng.choice((1, 2), p=(0.4, 0.6)))
+    count = 1 + int(rng.choice((1, 2), p=(0.25, 0.75)))
     values = {
         slot: [words[i] for i in rng.choice(len(words), count, replace=False)]
         for slot, words in LEXICON.items()
@@ -170,7 +171,7 @@ def _draw_events(rng: np.random.Generator) -> list[Event]:
 
 
 def make_article(rng: np.random.Generator) -> Article:
-    """Draws an article of 30 to 60 words.
+    """Draws an article of four to seven sentences, 27 to 51 tokens.
 
     The headline names the main person. Every sentence opens with its person (perhaps
     after a fronted circumstance); 'They' continues the person of the sentence before
@@ -196,8 +197,8 @@ def make_restatements(article: Article, count: int, rng: np.random.Generator) ->
     """Questions and short retellings about anybody in the article, for pretraining.
 
     They teach what a summary needs (whose fact is it, copy its word) without being one:
-    each speaks of one person and at most two facts, and strangers come up as often as
-    the main person.
+    each speaks of one person and at most two facts, and everybody comes up equally
+    often.
     """
     lines = []
     events = [article.main, *article.others]
@@ -245,7 +246,7 @@ def facts(article: str) -> Facts:
     Raises:
         ValueError: the text is no article of this world; names what is missing.
     """
-    body = article.split('\n\n')[0]
+    body = article.split(SEPARATOR)[0]
     found: Facts = {}
     person = None
     for sentence in body.split('.'):

@@ -43,11 +43,12 @@ def token_logprobs(
     batch, length, _ = hidden.shape
     states, targets = hidden[:, :-1], tokens[:, 1:]
     steps = length - 1
-    chunks = -(-batch * steps * unembedding.shape[-1] // max_logits)
+    largest = max(max_logits // (batch * unembedding.shape[-1]), 1)  # tokens in a block
+    chunks = -(-steps // largest)
     if chunks <= 1:
         logprobs, entropy = _score(states, targets, unembedding, temperature)
     else:
-        size = -(-steps // min(chunks, steps))
+        size = -(-steps // chunks)  # the blocks are about equal, so little is padded
         pad = -steps % size
         states = jnp.pad(states, ((0, 0), (0, pad), (0, 0)))
         targets = jnp.pad(targets, ((0, 0), (0, pad)))

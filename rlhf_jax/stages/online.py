@@ -123,7 +123,7 @@ def stop_rules(run: Run, job: Online, temperature: float) -> Sampling:
     """The sampling parameters of a job: its stop sequences as tokens, all EOS ids."""
     settings = job.settings
     return sampling(
-        eos_ids=pipeline.eos_ids(run.tokenizer),
+        eos_ids=[*pipeline.eos_ids(run.tokenizer), *settings.extra_eos_ids],
         temperature=temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,

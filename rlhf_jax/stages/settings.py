@@ -73,6 +73,7 @@ class OnlineSettings:
     on_bad: Literal['error', 'skip'] = 'error'
     top_k: int | None = None
     top_p: float | None = None
+    extra_eos_ids: tuple[int, ...] = ()  # beside the tokenizer's EOS
     stop_sequences: tuple[str, ...] = ()
     stop_after: int = 0  # response tokens before a stop sequence counts
     eval_batch_size: int = 128

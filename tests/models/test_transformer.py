@@ -168,6 +168,9 @@ def test_padding_and_what_lies_under_it_change_nothing(config):
         for fill in (0, -1, 10**6):
             tokens, mask = pad(rows, 9, left=left, fill=fill)
             hidden = np.asarray(forward(config, params, tokens, mask))
+            if fill == 0:
+                clean = hidden
+            np.testing.assert_array_equal(hidden, clean)  # under the mask as well
             assert np.isfinite(hidden).all()
             for row in range(3):
                 np.testing.assert_allclose(

@@ -9,15 +9,14 @@ from rlhf_jax.preference.bradley_terry import bradley_terry_loss
 
 
 def test_by_hand():
-    chosen, rejected = jnp.array([1.0, -0.2, 0.3]), jnp.array([0.5, 0.4, 0.3])
-    # −log σ(0.5) = 0.4740770, −log σ(−0.6) = 1.0374880, −log σ(0) = 0.6931472: mean 0.6812989.
+    chosen, rejected = jnp.array([1.5, -0.2, 0.3]), jnp.array([0.5, 0.4, 0.3])
+    # −log σ(1) = 0.313262, −log σ(−0.6) = 1.037488, −log σ(0) = 0.693147: mean 0.6812989.
     loss = bradley_terry_loss(chosen, rejected)
-    np.testing.assert_allclose(loss, [0.474077, 1.037488, 0.693147], atol=1e-6)
+    np.testing.assert_allclose(loss, [0.313262, 1.037488, 0.693147], atol=1e-6)
     assert float(loss.mean()) == pytest.approx(0.6812989395, abs=1e-6)
-    # With margins the differences are −0.5, −1.2667, −0.3333:
-    # 0.9740770, 1.5149… and 0.8737…; their mean is 1.0272314.
+    # Margins 1, 2/3, 1/3 leave 0, −1.266667, −0.333333: 0.693147, 1.514908, 0.873639.
     loss = bradley_terry_loss(chosen, rejected, jnp.array([1, 2 / 3, 1 / 3]))
-    assert float(loss[0]) == pytest.approx(0.974077, abs=1e-6)  # −log σ(−0.5)
+    np.testing.assert_allclose(loss, [0.693147, 1.514908, 0.873639], atol=1e-6)
     assert float(loss.mean()) == pytest.approx(1.0272313786, abs=1e-6)
 
 

@@ -1,0 +1,239 @@
+"""Reading files and TFDS: what is read, and what every broken input is told."""
+
+import gzip
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tensorflow_datasets as tfds
+from pyarrow import parquet
+
+from rlhf_jax.data.sources import read, split_transcripts
+
+SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
+
+
+class MiniSourceSet(tfds.core.GeneratorBasedBuilder):
+    """Four records of every kind of field that ``read`` must turn into plain Python."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name='one')]
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {
+                'prompt': tfds.features.Text(),
+                'gold': tfds.features.Scalar(np.float32),
+                'tags': tfds.features.Sequence(tfds.features.Text()),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(4):
+            yield i, {'prompt': f'é{i}', 'gold': i / 2, 'tags': ['x', 'ü']}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_bytes(name, data):
+        path = tmp_path / name
+        path.write_bytes(data)
+        return str(path)
+
+    return write_bytes
+
+
+def lines(*records):
+    return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records).encode()
+
+
+def fails(spec, *parts):
+    with pytest.raises(ValueError) as caught:
+        read(spec)
+    for part in parts:
+        assert part in str(caught.value), (part, str(caught.value))
+
+
+def test_jsonl_gives_fields_and_places(write):
+    data = b'\xef\xbb\xbf' + lines({'a': 'é'}) + b'\n  \n' + lines({'a': [1]})
+    path = write('x.jsonl', data)
+    records = read(f'jsonl:{path}')
+    assert [r.fields for r in records] == [{'a': 'é'}, {'a': [1]}]
+    assert [r.where for r in records] == [f'{path}:1', f'{path}:4']
+
+
+def test_gz_reads_the_same(write):
+    data = lines({'a': 1}, {'a': 2})
+    plain, packed = write('x.jsonl', data), write('x.jsonl.gz', gzip.compress(data))
+    fields = [[r.fields for r in read(f'jsonl:{p}')] for p in (plain, packed)]
+    assert fields[0] == fields[1] == [{'a': 1}, {'a': 2}]
+
+
+@pytest.mark.parametrize(
+    'end, expected',
+    [
+        ('[:3]', [0, 1, 2]),
+        ('[8:]', [8, 9]),
+        ('[:25%]', [0, 1]),  # 2.5 records: rounded to even
+        ('[90%:]', [9]),
+        ('[20%:40%]', [2, 3]),
+        ('[-2:]', [8, 9]),
+        ('[:-80%]', [0, 1]),
+        ('[:]', list(range(10))),
+        ('', list(range(10))),
+    ],
+)
+def test_slices(write, end, expected):
+    path = write('x.jsonl', lines(*({'i': i} for i in range(10))))
+    assert [r.fields['i'] for r in read(f'jsonl:{path}{end}')] == expected
+
+
+def test_complementary_slices_share_nothing_and_lose_nothing(write):
+    for size in (7, 10, 33):
+        path = write('x.jsonl', lines(*({'i': i} for i in range(size))))
+        halves = read(f'jsonl:{path}[:85%]') + read(f'jsonl:{path}[85%:]')
+        assert [r.fields['i'] for r in halves] == list(range(size))
+
+
+def test_bad_slices(write):
+    path = write('x.jsonl', lines({'i': 0}, {'i': 1}))
+    fails(f'jsonl:{path}[a:b]', 'malformed slice', '[:90%]')
+    fails(f'jsonl:{path}[1]', 'malformed slice')
+    fails(f'jsonl:{path}[:5]', 'asks for 5', 'there are 2 records', 'at most 2')
+    fails(f'jsonl:{path}[:150%]', 'asks for 150%', 'at most 100%')
+    fails(f'jsonl:{path}[1:1]', 'selects none of the 2 records')
+
+
+def test_bad_specs(tmp_path):
+    fails('josnl:x', "'josnl:x'", "did you mean 'jsonl'")
+    fails('train.jsonl', 'kind:path')
+    fails(f'jsonl:{tmp_path}/none.jsonl', 'none.jsonl', 'does not exist')
+    fails(f'jsonl:{tmp_path}', 'is a directory')
+    fails(f'parquet:{tmp_path}/none.parquet', 'none.parquet', 'is no file')
+    fails(f'text:{tmp_path}', 'without .txt files')
+
+
+def test_bad_jsonl(write):
+    good = lines({'a': 1})
+    path = write('x.jsonl', good + b'{"a": 1,}\n')
+    fails(f'jsonl:{path}', f'{path}:2: not JSON', 'column', 'one whole JSON object')
+    path = write('x.jsonl', good + good + b'[1, 2]\n')
+    fails(f'jsonl:{path}', f'{path}:3: a list, not an object')
+    path = write('x.jsonl', good + '{"a": "é"}\n'.encode('latin1'))
+    fails(f'jsonl:{path}', f'{path}:2: byte 0xe9 is not UTF-8', 'iconv')
+    fails(f'jsonl:{write("x.jsonl", b" ")}', 'x.jsonl is empty')
+    path = write('x.jsonl.gz', gzip.compress(good * 99)[:-12])
+    fails(f'jsonl:{path}', 'x.jsonl.gz is no whole gzip file')
+    fails(f'jsonl:{write("y.jsonl.gz", good)}', 'y.jsonl.gz is no whole gzip file')
+
+
+def test_parquet(tmp_path, write):
+    path = tmp_path / 'x.parquet'
+    parquet.write_table(pa.table({'a': ['é', None], 'b': [1.5, 2.5]}), path)
+    records = read(f'parquet:{path}')
+    assert [r.fields for r in records] == [{'a': 'é', 'b': 1.5}, {'a': None, 'b': 2.5}]
+    assert records[1].where == f'{path}:2'
+    fails(f'parquet:{write("y.parquet", b"PAR1 no")}', 'y.parquet', 'no readable')
+    parquet.write_table(pa.table({'a': pa.array([], pa.string())}), path)
+    fails(f'parquet:{path}', 'x.parquet is empty')
+
+
+def test_text_documents_are_stripped_and_placed(write):
+    data = 'one\ntwo\n<|endoftext|>\n\nthree é\n<|endoftext|>\n<|endoftext|>four\n'
+    path = write('x.txt', data.encode())
+    records = read(f'text:{path}')
+    assert [r.fields['text'] for r in records] == ['one\ntwo', 'three é', 'four']
+    # Lines: 1 one, 2 two, 3 separator, 4 blank, 5 three, 6 and 7 separators.
+    assert [r.where for r in records] == [f'{path}:1', f'{path}:5', f'{path}:7']
+
+
+def test_text_directory(write, tmp_path):
+    write('b.txt', b'second')
+    write('a.txt', b'first<|endoftext|>more')
+    write('c.md', b'no')
+    texts = [r.fields['text'] for r in read(f'text:{tmp_path}')]
+    assert texts == ['first', 'more', 'second']
+    assert len(read(f'text:{tmp_path}[:2]')) == 2
+
+
+def test_bad_text(write):
+    path = write('x.txt', b'one\ntwo\nth\xffree')
+    fails(f'text:{path}', f'{path}:3: byte 0xff is not UTF-8')
+    fails(f'text:{write("y.txt", b"<|endoftext|> ")}', 'y.txt is empty')
+
+
+def test_transcripts_split_at_the_last_shared_turn():
+    head = '\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:'
+    # The answers share their first letters, which belong to them and not to the prompt.
+    assert split_transcripts(head + ' so long', head + ' so what') == (
+        head,
+        ' so long',
+        ' so what',
+    )
+    # A turn that only one of them has stays in its answer.
+    longer = head + ' a\n\nHuman: b\n\nAssistant: c'
+    assert split_transcripts(longer, head + ' a')[:2] == (
+        head,
+        ' a\n\nHuman: b\n\nAssistant: c',
+    )
+    assert split_transcripts('\n\nHuman: x', '\n\nHuman: y')[0] == ''
+
+
+def test_hh_keeps_other_fields_and_leaves_odd_ones(write):
+    rows = lines(
+        {'chosen': 'H\n\nAssistant: a', 'rejected': 'H\n\nAssistant: b', 'id': 3},
+        {'chosen': 1, 'rejected': 'x'},
+    )
+    first, second = read(f'hh:{write("x.jsonl", rows)}')
+    assert first.fields == {
+        'prompt': 'H\n\nAssistant:',
+        'chosen': ' a',
+        'rejected': ' b',
+        'id': 3,
+    }
+    assert second.fields == {'chosen': 1, 'rejected': 'x'}
+
+
+def test_all_of_hh_harmless():
+    path = SHARED / 'hh_rlhf_harmless' / 'test.jsonl.gz'
+    if not path.exists():
+        pytest.skip(f'{path} is not here')
+    records = read(f'hh:{path}')
+    fields = [r.fields for r in records]
+    assert len(fields) == 2312
+    assert all(f['prompt'].endswith('\n\nAssistant:') for f in fields)
+    assert all(f['prompt'].startswith('\n\nHuman:') for f in fields)
+    assert not any(f['chosen'] == f['rejected'] for f in fields)
+    empty = [r.where for r in records if not r.fields['chosen'].strip()]
+    assert empty == [f'{path}:{n}' for n in (87, 517, 926, 1104)]
+    assert all(f['rejected'].strip() for f in fields)
+    with gzip.open(path, 'rt', encoding='utf-8') as file:
+        originals = [json.loads(line) for line in file]
+    for field, original in zip(fields, originals):  # nothing is lost or doubled
+        assert field['prompt'] + field['chosen'] == original['chosen']
+        assert field['prompt'] + field['rejected'] == original['rejected']
+
+
+def test_tfds_without_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
+    records = read('tfds:mini_source_set/one:train')
+    assert len(records) == 4
+    by_prompt = {r.fields['prompt']: r.fields for r in records}
+    assert by_prompt['é3'] == {'prompt': 'é3', 'gold': 1.5, 'tags': ['x', 'ü']}
+    assert type(by_prompt['é3']['gold']) is float
+    assert records[2].where == 'tfds mini_source_set/one/train 2'
+    half = read('tfds:mini_source_set/one:train[:50%]')
+    assert [r.fields for r in half] == [r.fields for r in records[:2]]
+    assert 'tensorflow' not in sys.modules
+    fails('tfds:mini_source_set/one', 'names no split', ':train')
+    fails('tfds:mini_source_set/one:tset', "no split 'tset'", 'are train')
+    fails('tfds:mini_source_set/two:train', "no 'mini_source_set/two'", 'are one')
+    fails('tfds:no_such_set:train', "TFDS has no 'no_such_set'")
+    fails('tfds:no-such.set:train', "TFDS has no 'no-such.set'")

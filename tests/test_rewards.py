@@ -1,0 +1,71 @@
+"""Scores: where they are read, and what is done to them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.rewards import reward_model_scores, shape_scores
+
+SCORES = jnp.array([0.25, 3.5, -7.0, 0.5])
+ENDED = jnp.array([True, False, True, False])
+
+
+def test_nothing_switched_on_changes_nothing():
+    assert shape_scores(SCORES, ENDED).tolist() == SCORES.tolist()
+
+
+def test_a_response_without_eos_is_rescored():
+    # −0.5 and not the integer that the type of token ids would make of it.
+    shaped = shape_scores(SCORES, ENDED, missing_eos_score=-0.5)
+    assert shaped.tolist() == [0.25, -0.5, -7.0, -0.5]
+    assert shaped.dtype == jnp.float32
+
+
+def test_a_response_without_eos_is_marked_down():
+    shaped = shape_scores(SCORES, ENDED, missing_eos_penalty=1.0)
+    assert shaped.tolist() == [0.25, 2.5, -7.0, -0.5]
+
+
+def test_the_clip_bounds_the_learned_score_alone():
+    assert shape_scores(SCORES, ENDED, clip=3.0).tolist() == [0.25, 3.0, -3.0, 0.5]
+    shaped = shape_scores(SCORES, ENDED, clip=3.0, missing_eos_score=-10.0)
+    assert shaped.tolist() == [0.25, -10.0, -3.0, -10.0]
+    shaped = shape_scores(SCORES, ENDED, clip=3.0, missing_eos_penalty=5.0)
+    assert shaped.tolist() == [0.25, -2.0, -3.0, -4.5]
+
+
+def test_zero_is_a_value_and_not_off():
+    assert shape_scores(SCORES, ENDED, missing_eos_score=0.0).tolist() == [0.25, 0, -7.0, 0]
+    assert shape_scores(SCORES, ENDED, clip=0.0).tolist() == [0, 0, 0, 0]
+
+
+def test_the_score_is_read_at_the_last_real_token(token_scores):
+    params = {'table': jnp.array([10.0, 20.0, 30.0, 40.0])}
+    tokens = jnp.array([[0, 1, 2, 3], [3, 0, 1, 2], [2, 2, 1, 3]])
+    mask = jnp.array([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]], bool)
+    scores = reward_model_scores(params, tokens, mask, model=token_scores)
+    assert scores.tolist() == [30, 20, 40]
+
+
+@pytest.mark.parametrize('garbage', [0, 63, -1, 10**6])
+def test_a_score_does_not_depend_on_the_side_of_the_padding(
+    reward_model, reward_params, garbage
+):
+    rng = np.random.default_rng(0)
+    lengths = [3, 9, 6, 1]
+    texts = [rng.integers(0, 64, size=n) for n in lengths]
+    score = jax.jit(lambda t, m: reward_model_scores(reward_params, t, m, model=reward_model))
+
+    def padded(side):
+        tokens, mask = np.full((4, 10), garbage, np.int32), np.zeros((4, 10), bool)
+        for i, text in enumerate(texts):
+            place = {'right': 0, 'left': 10 - len(text), 'middle': (10 - len(text)) // 2}[side]
+            tokens[i, place : place + len(text)] = text
+            mask[i, place : place + len(text)] = True
+        return score(tokens, mask)
+
+    right = padded('right')
+    assert float(jnp.std(right)) > 0.1
+    np.testing.assert_allclose(padded('left'), right, atol=1e-5)
+    np.testing.assert_allclose(padded('middle'), right, atol=1e-5)
