@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _DEFAULT = Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f'unknown arguments {argv[1:]}; flags start with --')
     if _WORKDIR.value is None:
         raise app.UsageError('--workdir is needed, e.g. --workdir runs/quickstart')
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every rename at INFO
     try:
         launch(_CONFIG.value, Path(_WORKDIR.value))
     except ValueError as error:
