@@ -72,7 +72,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         reward='rm',
         critic='rm',
         prompts=f'{DATA}/prompts:train',
-        eval_prompts=f'{DATA}/prompts:test[:32]' if arg.smoke else f'{DATA}/prompts:test',
+        eval_prompts=f'{DATA}/prompts:test[:32]'
+        if arg.smoke
+        else f'{DATA}/prompts:test',
         gold='rlhf_jax.data.tiny_tldr:gold',
         batch_size=8 if arg.smoke else 64,
         num_rollouts=4 if arg.smoke else 60,

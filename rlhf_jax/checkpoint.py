@@ -63,7 +63,9 @@ def restore_state(manager: ocp.CheckpointManager, like: Any) -> Any | None:
     )
 
 
-def save_params(stage_dir: Path, params: Params, models: dict[str, TransformerConfig]) -> None:
+def save_params(
+    stage_dir: Path, params: Params, models: dict[str, TransformerConfig]
+) -> None:
     """Writes the result of a stage: ``params/`` and ``model.json``.
 
     Args:
@@ -88,7 +90,9 @@ def load_model_configs(stage_dir: Path) -> dict[str, TransformerConfig]:
     """
     path = stage_dir / 'model.json'
     if not path.exists():
-        raise ValueError(f'{stage_dir} holds no finished stage (no {path.name}); run it first')
+        raise ValueError(
+            f'{stage_dir} holds no finished stage (no {path.name}); run it first'
+        )
     table = json.loads(path.read_text(encoding='utf-8'))
     return {part: TransformerConfig(**config) for part, config in table.items()}
 
@@ -106,7 +110,9 @@ def load_params(stage_dir: Path, part: str, like: Params) -> Params:
     """
     parts = load_model_configs(stage_dir)
     if part not in parts:
-        raise ValueError(f'{stage_dir} has no {part!r}; it holds {", ".join(sorted(parts))}')
+        raise ValueError(
+            f'{stage_dir} has no {part!r}; it holds {", ".join(sorted(parts))}'
+        )
     path = epath.Path(stage_dir.absolute() / 'params')
     target = {part: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
     with ocp.PyTreeCheckpointer() as checkpointer:

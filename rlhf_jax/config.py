@@ -39,22 +39,30 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     for item in filter(None, (part.strip() for part in (arg or '').split(','))):
         name, has_value, text = item.partition('=')
         if name not in defaults:
-            raise ValueError(f'config argument {name!r} is unknown{nearest(name, defaults)}')
+            raise ValueError(
+                f'config argument {name!r} is unknown{nearest(name, defaults)}'
+            )
         default = defaults[name]
         if not has_value:
             if not isinstance(default, bool):
-                raise ValueError(f'config argument {name!r} needs a value: write {name}=…')
+                raise ValueError(
+                    f'config argument {name!r} needs a value: write {name}=…'
+                )
             result[name] = True
         elif isinstance(default, bool):
             if text.lower() not in ('true', 'false', '1', '0'):
-                raise ValueError(f'config argument {item!r}: use {name}=true or {name}=false')
+                raise ValueError(
+                    f'config argument {item!r}: use {name}=true or {name}=false'
+                )
             result[name] = text.lower() in ('true', '1')
         else:
             kind = str if default is None else type(default)
             try:
                 result[name] = kind(text)
             except ValueError as error:
-                raise ValueError(f'config argument {item!r}: {text!r} is no {kind.__name__}') from error
+                raise ValueError(
+                    f'config argument {item!r}: {text!r} is no {kind.__name__}'
+                ) from error
     return ConfigDict(result)
 
 
@@ -62,7 +70,11 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     """The tail of an error message: the nearest right name, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f'; did you mean {close[0]!r}?' if close else f'; known are {", ".join(sorted(known))}'
+    return (
+        f'; did you mean {close[0]!r}?'
+        if close
+        else f'; known are {", ".join(sorted(known))}'
+    )
 
 
 def _fields(*classes: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
@@ -71,7 +83,9 @@ def _fields(*classes: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if field.name in table:
-                raise TypeError(f'{field.name!r} is a field of {table[field.name][0].__name__} and of {cls.__name__}')
+                raise TypeError(
+                    f'{field.name!r} is a field of {table[field.name][0].__name__} and of {cls.__name__}'
+                )
             table[field.name] = (cls, field, hints[field.name])
     return table
 
@@ -92,6 +106,33 @@ def _default(field: dataclasses.Field, hint: Any) -> Any:
     return value
 
 
+def _is_required(field: dataclasses.Field, hint: Any) -> bool:
+    has_default = (
+        field.default is not dataclasses.MISSING
+        or field.default_factory is not dataclasses.MISSING
+    )
+    return not has_default and types.NoneType not in typing.get_args(hint)
+
+
+def _fit(value: Any, hint: Any, where: str) -> Any:
+    """The value as a field of this type holds it: ints become floats, lists tuples."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    for option in typing.get_args(hint) if is_union else (hint,):
+        kind = typing.get_origin(option) or option
+        if kind is Any or (kind is typing.Literal and value in typing.get_args(option)):
+            return value
+        if kind is tuple and isinstance(value, (list, tuple)):
+            return tuple(_fit(v, typing.get_args(option)[0], where) for v in value)
+        if isinstance(value, bool) != (kind is bool):
+            continue  # Python's True is an int, a setting's is not
+        if kind is float and isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(kind, type) and isinstance(value, kind):
+            return value
+    wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise ValueError(f'{where}={value!r} is not {wanted.replace("typing.", "")}')
+
+
 def section(*classes: type, **values: Any) -> ConfigDict:
     """Lays out the defaults of dataclasses as one flat ``ConfigDict``, with some values set.
 
@@ -101,16 +142,20 @@ def section(*classes: type, **values: Any) -> ConfigDict:
         **values: what differs from the defaults; a dict for a nested dataclass.
 
     Raises:
-        ValueError: a value for a field that no class has.
+        ValueError: a value for a field that no class has, or of the wrong type.
     """
     table = _fields(*classes)
-    result = ConfigDict({name: _default(field, hint) for name, (_, field, hint) in table.items()})
+    result = ConfigDict(
+        {name: _default(field, hint) for name, (_, field, hint) in table.items()}
+    )
     for name, value in values.items():
         if name not in table:
             raise ValueError(f'{name!r} is no setting here{nearest(name, table)}')
         hint = table[name][2]
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             value = section(hint, **value)
+        else:
+            value = _fit(value, hint, name)
         if value is not None:
             with result.ignore_type():
                 result[name] = value
@@ -119,7 +164,9 @@ def section(*classes: type, **values: Any) -> ConfigDict:
     return result
 
 
-def build(config: Mapping[str, Any], *classes: type, where: str = 'config') -> tuple[Any, ...]:
+def build(
+    config: Mapping[str, Any], *classes: type, where: str = 'config'
+) -> tuple[Any, ...]:
     """Builds dataclasses from a flat mapping: the inverse of :func:`section`.
 
     Args:
@@ -131,7 +178,8 @@ def build(config: Mapping[str, Any], *classes: type, where: str = 'config') -> t
         One instance per class, in order.
 
     Raises:
-        ValueError: an unknown key (with the nearest right one), or a required one that is empty.
+        ValueError: an unknown key (with the nearest right one), a value of the wrong type,
+            or a required one that is empty.
     """
     table = _fields(*classes)
     arguments: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
@@ -142,13 +190,11 @@ def build(config: Mapping[str, Any], *classes: type, where: str = 'config') -> t
         value = config[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             (value,) = build(value, hint, where=f'{where}.{name}')
-        elif isinstance(value, list):
-            value = tuple(value)
+        elif value is not None or not _is_required(field, hint):
+            value = _fit(value, hint, f'{where}.{name}')
         arguments[cls][name] = value
     for name, (cls, field, hint) in table.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        optional = types.NoneType in typing.get_args(hint)
-        if required and not optional and arguments[cls].get(name) is None:
+        if _is_required(field, hint) and arguments[cls].get(name) is None:
             raise ValueError(f'{where}.{name} is needed and not set')
     return tuple(cls(**arguments[cls]) for cls in classes)
 
@@ -163,7 +209,11 @@ def load_dotted(name: str, where: str) -> Callable[..., Any]:
     try:
         result = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f'{where}={name!r} cannot be imported ({error}); write package.module:function') from error
+        raise ValueError(
+            f'{where}={name!r} cannot be imported ({error}); write package.module:function'
+        ) from error
     if not callable(result):
-        raise ValueError(f'{where}={name!r} is a {type(result).__name__}, not a function')
+        raise ValueError(
+            f'{where}={name!r} is a {type(result).__name__}, not a function'
+        )
     return result

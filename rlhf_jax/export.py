@@ -14,15 +14,27 @@ from pathlib import Path
 
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
-_STAGE = flags.DEFINE_string('stage', None, 'Finished stage, e.g. sft, rm, ppo.', required=True)
-_PART = flags.DEFINE_string('part', None, 'policy, reward or critic; by default the first.')
-_OUT = flags.DEFINE_string('out', None, 'Directory to write; must not exist.', required=True)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Work directory of the run.', required=True
+)
+_STAGE = flags.DEFINE_string(
+    'stage', None, 'Finished stage, e.g. sft, rm, ppo.', required=True
+)
+_PART = flags.DEFINE_string(
+    'part', None, 'policy, reward or critic; by default the first.'
+)
+_OUT = flags.DEFINE_string(
+    'out', None, 'Directory to write; must not exist.', required=True
+)
 _SHARD = flags.DEFINE_integer('max_shard_mb', 5000, 'Largest safetensors file, in MB.')
 
 
 def export(
-    workdir: Path, stage: str, out: Path, part: str | None = None, max_shard_mb: int = 5000
+    workdir: Path,
+    stage: str,
+    out: Path,
+    part: str | None = None,
+    max_shard_mb: int = 5000,
 ) -> None:
     """Exports one part of a finished stage.
 
@@ -58,7 +70,13 @@ def export(
 def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
     try:
-        export(Path(_WORKDIR.value), _STAGE.value, Path(_OUT.value), _PART.value, _SHARD.value)
+        export(
+            Path(_WORKDIR.value),
+            _STAGE.value,
+            Path(_OUT.value),
+            _PART.value,
+            _SHARD.value,
+        )
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)

@@ -27,7 +27,9 @@ class Sampling:
     top_k: Array  # [] int32; 0 is off
     top_p: Array  # [] float32; 1 is off
     eos_ids: Array  # [E] int32; −1 matches nothing
-    stop_sequences: Array  # [S, N] int32, left-padded with −1; a row of −1 matches nothing
+    stop_sequences: (
+        Array  # [S, N] int32, left-padded with −1; a row of −1 matches nothing
+    )
     stop_after: Array  # [] int32, response tokens before a stop sequence may count
 
 
@@ -55,11 +57,15 @@ def sampling(
         ValueError: a value out of range.
     """
     if temperature < 0:
-        raise ValueError(f'temperature={temperature} is negative; use 0 for greedy decoding')
+        raise ValueError(
+            f'temperature={temperature} is negative; use 0 for greedy decoding'
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f'top_k={top_k} keeps no token; use None to keep all')
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f'top_p={top_p} is outside (0, 1]; use None to keep all tokens')
+        raise ValueError(
+            f'top_p={top_p} is outside (0, 1]; use None to keep all tokens'
+        )
     if any(len(sequence) == 0 for sequence in stop_sequences):
         raise ValueError('an empty stop sequence would stop every response at once')
     width = max((len(sequence) for sequence in stop_sequences), default=1)
@@ -101,7 +107,9 @@ def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-def sample_tokens(logits: Array, keys: PRNGKey, params: Sampling) -> tuple[Array, Array]:
+def sample_tokens(
+    logits: Array, keys: PRNGKey, params: Sampling
+) -> tuple[Array, Array]:
     """Draws one token per row.
 
     Args:
@@ -123,7 +131,9 @@ def sample_tokens(logits: Array, keys: PRNGKey, params: Sampling) -> tuple[Array
         scaled,
     )
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    tokens = jnp.argmax(jnp.where(greedy, kept, kept + noise), axis=-1).astype(jnp.int32)
+    tokens = jnp.argmax(jnp.where(greedy, kept, kept + noise), axis=-1).astype(
+        jnp.int32
+    )
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
 

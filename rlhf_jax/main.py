@@ -83,7 +83,9 @@ def launch(config: Any, workdir: Path) -> dict[str, Any]:
     return report
 
 
-def _run_stages(config: Any, workdir: Path, unfinished: list[str], resolved: Any) -> None:
+def _run_stages(
+    config: Any, workdir: Path, unfinished: list[str], resolved: Any
+) -> None:
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
     from rlhf_jax.data.tokenizer import load_tokenizer
@@ -118,11 +120,17 @@ def _check_top_level(config: Any) -> None:
     order = [s for s in STAGES if s in config.stages]
     for stage in config.stages:
         if stage not in STAGES:
-            raise ValueError(f'config.stages: {stage!r} is no stage{nearest(stage, STAGES)}')
+            raise ValueError(
+                f'config.stages: {stage!r} is no stage{nearest(stage, STAGES)}'
+            )
         if stage not in config:
-            raise ValueError(f'config.stages names {stage!r}, but config.{stage} is not set')
+            raise ValueError(
+                f'config.stages names {stage!r}, but config.{stage} is not set'
+            )
     if list(config.stages) != order or not order:
-        raise ValueError(f'config.stages={tuple(config.stages)}: need some of {STAGES}, in order')
+        raise ValueError(
+            f'config.stages={tuple(config.stages)}: need some of {STAGES}, in order'
+        )
 
 
 def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
@@ -169,7 +177,15 @@ def _differences(old: Any, new: Any, key: str = '') -> list[tuple[str, Any, Any]
 def _description(resolved: Any) -> dict[str, Any]:
     import jax
 
-    packages = ('rlhf_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers')
+    packages = (
+        'rlhf_jax',
+        'jax',
+        'jaxlib',
+        'flax',
+        'optax',
+        'orbax-checkpoint',
+        'transformers',
+    )
     versions = {'python': sys.version.split()[0]}
     for name in packages:
         try:
@@ -189,7 +205,9 @@ def _description(resolved: Any) -> dict[str, Any]:
 
 def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
     for stage, result in report['stages'].items():
-        print(f'[{stage}] {result["verdict"]}: {result["figure"]} (expected: {result["expected"]})')
+        print(
+            f'[{stage}] {result["verdict"]}: {result["figure"]} (expected: {result["expected"]})'
+        )
     print(f'report: {workdir / "report.html"}')
 
 

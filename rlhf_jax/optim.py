@@ -39,7 +39,9 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """
     for name in ('warmup_percent', 'final_percent'):
         if not 0 <= getattr(config, name) <= 100:
-            raise ValueError(f'optim.{name}={getattr(config, name)} is outside [0, 100]')
+            raise ValueError(
+                f'optim.{name}={getattr(config, name)} is outside [0, 100]'
+            )
     peak, warmup = config.learning_rate, round(num_steps * config.warmup_percent / 100)
     rest, final = max(num_steps - warmup, 1), peak * config.final_percent / 100
     if config.schedule == 'constant':

@@ -12,7 +12,9 @@ from rlhf_jax.ops.masked import at_last
 from rlhf_jax.types import Array, Params
 
 
-def reward_model_scores(params: Params, tokens: Array, mask: Array, *, model: ScalarModel) -> Array:
+def reward_model_scores(
+    params: Params, tokens: Array, mask: Array, *, model: ScalarModel
+) -> Array:
     """Scores whole texts: the scalar head read at the last real token.
 
     Args:

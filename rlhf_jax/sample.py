@@ -29,7 +29,9 @@ from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.types import Params
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Work directory of the run.', required=True
+)
 _STAGE = flags.DEFINE_string('stage', 'ppo', 'Finished stage with a policy.')
 _PROMPT = flags.DEFINE_string('prompt', None, 'Text to continue.')
 _NUM = flags.DEFINE_integer('num', 2, 'Samples per prompt.')
@@ -39,7 +41,9 @@ _TOP_P = flags.DEFINE_float('top_p', None, 'Nucleus; off by default.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
 
 
-def load_part(workdir: Path, stage: str, part: str) -> tuple[CausalLM | ScalarModel, Params]:
+def load_part(
+    workdir: Path, stage: str, part: str
+) -> tuple[CausalLM | ScalarModel, Params]:
     """A model and its parameters from a finished stage, on the first device.
 
     Raises:
@@ -47,14 +51,19 @@ def load_part(workdir: Path, stage: str, part: str) -> tuple[CausalLM | ScalarMo
     """
     configs = checkpoint.load_model_configs(workdir / stage)
     if part not in configs:
-        raise ValueError(f'{workdir / stage} has no {part!r}; it holds {", ".join(configs)}')
+        raise ValueError(
+            f'{workdir / stage} has no {part!r}; it holds {", ".join(configs)}'
+        )
     model = (CausalLM if part == 'policy' else ScalarModel)(configs[part])
     tokens = jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(
-        lambda key: model.init(key, tokens, tokens == 0)['params'], jax.random.PRNGKey(0)
+        lambda key: model.init(key, tokens, tokens == 0)['params'],
+        jax.random.PRNGKey(0),
     )
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+    )
     return model, checkpoint.load_params(workdir / stage, part, like)
 
 
@@ -99,15 +108,24 @@ def sample(
         )
     tokens = jnp.asarray(np.tile(tokens, (num, 1)), jnp.int32)
     how = sampling(eos_ids=eos_ids(tokenizer), temperature=temperature, top_p=top_p)
-    write = jax.jit(functools.partial(generate, model=model, max_new_tokens=max_new_tokens))
+    write = jax.jit(
+        functools.partial(generate, model=model, max_new_tokens=max_new_tokens)
+    )
     key, rows = jax.random.PRNGKey(seed), jnp.arange(num)
     result = write(params, tokens, jnp.ones_like(tokens, bool), rows, key, how)
     scores: list[float | None] = [None] * num
     if (workdir / 'rm' / 'done.json').exists():
         reward, reward_params = load_part(workdir, 'rm', 'reward')
-        values = reward_model_scores(reward_params, result.tokens, result.mask, model=reward)
+        values = reward_model_scores(
+            reward_params, result.tokens, result.mask, model=reward
+        )
         scores = [float(value) for value in values]
-    kept = [row[mask] for row, mask in zip(np.asarray(result.tokens), np.asarray(result.response_mask))]
+    kept = [
+        row[mask]
+        for row, mask in zip(
+            np.asarray(result.tokens), np.asarray(result.response_mask)
+        )
+    ]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return list(zip(texts, np.asarray(result.ended).tolist(), scores))
 
@@ -116,9 +134,13 @@ def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
     workdir, console = Path(_WORKDIR.value), Console()
     try:
-        prompts = [_PROMPT.value.replace('\\n', '\n')] if _PROMPT.value else _known(workdir)
+        prompts = (
+            [_PROMPT.value.replace('\\n', '\n')] if _PROMPT.value else _known(workdir)
+        )
         for prompt in prompts:
-            console.print(Panel(prompt, title='prompt', title_align='left'), markup=False)
+            console.print(
+                Panel(prompt, title='prompt', title_align='left'), markup=False
+            )
             for text, ended, score in sample(
                 workdir,
                 _STAGE.value,

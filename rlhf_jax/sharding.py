@@ -64,7 +64,9 @@ def make_mesh(config: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     if config.backend not in ('jit', 'pmap'):
-        raise ValueError(f"parallel.backend={config.backend!r} is unknown; use 'jit' or 'pmap'")
+        raise ValueError(
+            f"parallel.backend={config.backend!r} is unknown; use 'jit' or 'pmap'"
+        )
     if config.backend == 'pmap' and (config.fsdp, config.tensor) != (1, 1):
         raise ValueError(
             f'pmap is pure data parallelism; fsdp={config.fsdp}, tensor={config.tensor} need '
@@ -73,7 +75,9 @@ def make_mesh(config: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
     sizes = [config.data, config.fsdp, config.tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f'mesh sizes {sizes}: at most one may be -1, the others at least 1')
+        raise ValueError(
+            f'mesh sizes {sizes}: at most one may be -1, the others at least 1'
+        )
     if len(devices) % known:
         raise ValueError(
             f'mesh (data, fsdp, tensor) = {tuple(sizes)} does not divide {len(devices)} devices'
@@ -191,7 +195,8 @@ def _compile_jit(
     def run(*args: Any) -> Any:
         # Batches come fresh from the host; parameters and states already lie on the mesh.
         args = tuple(
-            place(x, mesh, kind) if kind == 'batch' else x for x, kind in zip(args, inputs)
+            place(x, mesh, kind) if kind == 'batch' else x
+            for x, kind in zip(args, inputs)
         )
         with jax.set_mesh(mesh):
             return compiled(*args)
@@ -234,7 +239,8 @@ def _compile_pmap(
 
     def run(*args: Any) -> Any:
         args = tuple(
-            jax.tree.map(split, x) if kind == 'batch' else x for x, kind in zip(args, inputs)
+            jax.tree.map(split, x) if kind == 'batch' else x
+            for x, kind in zip(args, inputs)
         )
         results = compiled(*args)
         results = results if len(outputs) > 1 else (results,)

@@ -63,8 +63,12 @@ class Generation:
 
     tokens: Array  # [B, T] int32: left-padded prompt, right-padded response
     mask: Array  # [B, T] bool, real tokens of prompt and response
-    response_mask: Array  # [B, T] bool, response tokens; EOS or a stop sequence is part of them
-    logprobs: Array  # [B, T] float32, behaviour log-probabilities; 0 outside the response
+    response_mask: (
+        Array  # [B, T] bool, response tokens; EOS or a stop sequence is part of them
+    )
+    logprobs: (
+        Array  # [B, T] float32, behaviour log-probabilities; 0 outside the response
+    )
     ended: Array  # [B] bool, the response ended by EOS or a stop sequence
 
 
@@ -125,11 +129,17 @@ class Mean:
         return Mean(self.sum + other.sum, self.weight + other.weight)
 
     def reduce(self, axis_name: str) -> Mean:
-        return Mean(jax.lax.psum(self.sum, axis_name), jax.lax.psum(self.weight, axis_name))
+        return Mean(
+            jax.lax.psum(self.sum, axis_name), jax.lax.psum(self.weight, axis_name)
+        )
 
     def value(self) -> Array:
         """The mean; NaN when nothing was counted, because 0 would be a claim."""
-        return jnp.where(self.weight > 0, self.sum / jnp.where(self.weight > 0, self.weight, 1), jnp.nan)
+        return jnp.where(
+            self.weight > 0,
+            self.sum / jnp.where(self.weight > 0, self.weight, 1),
+            jnp.nan,
+        )
 
 
 @struct.dataclass
@@ -187,7 +197,9 @@ Metrics = dict[str, Metric]  # name as plotted, e.g. 'policy/clipfrac' -> Mean
 def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
     """Merges two dicts of the same metrics; exact, because every metric knows its kind."""
     if a.keys() != b.keys():
-        raise ValueError(f'metrics differ: {sorted(a.keys() ^ b.keys())} stand in one dict only')
+        raise ValueError(
+            f'metrics differ: {sorted(a.keys() ^ b.keys())} stand in one dict only'
+        )
     return {name: a[name].merge(b[name]) for name in a}
 
 

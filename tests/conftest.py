@@ -5,7 +5,9 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = os.environ.get('XLA_FLAGS', '')
 if 'xla_force_host_platform_device_count' not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'.strip()
+    os.environ['XLA_FLAGS'] = (
+        f'{flags} --xla_force_host_platform_device_count=8'.strip()
+    )
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +70,9 @@ def token_batch() -> TokenBatch:
     place = np.arange(12)
     mask = place < lengths[:, None]
     tokens = rng.integers(0, VOCABULARY, size=(16, 12)).astype(np.int32)
-    return TokenBatch(tokens=tokens, mask=mask, loss_mask=mask & (place >= lengths[:, None] // 2))
+    return TokenBatch(
+        tokens=tokens, mask=mask, loss_mask=mask & (place >= lengths[:, None] // 2)
+    )
 
 
 @pytest.fixture
@@ -96,7 +100,9 @@ def generation() -> Generation:
         tokens=rng.integers(0, VOCABULARY, size=(16, 11)).astype(np.int32),
         mask=np.concatenate([prompt_mask, response_mask], 1),
         response_mask=response,
-        logprobs=np.where(response, rng.normal(-4, 0.3, size=(16, 11)), 0).astype(np.float32),
+        logprobs=np.where(response, rng.normal(-4, 0.3, size=(16, 11)), 0).astype(
+            np.float32
+        ),
         ended=rng.uniform(size=16) > 0.3,
     )
 

@@ -22,7 +22,9 @@ def chain(bigram):
     run = jax.jit(functools.partial(generate, model=bigram, max_new_tokens=6))
 
     def responses(start, **how):
-        rows = jnp.array(start + [0] * (3 - len(start)))  # always three: one compilation
+        rows = jnp.array(
+            start + [0] * (3 - len(start))
+        )  # always three: one compilation
         tokens = jnp.stack([jnp.full(3, 3), rows], 1)
         mask, ids = jnp.ones_like(tokens, bool), jnp.arange(3)
         out = run(CHAIN, tokens, mask, ids, KEY, sampling(**how))
@@ -104,7 +106,9 @@ def test_top_p_by_hand():
     logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
 
     def kept(top_k, top_p):
-        finite = jnp.isfinite(filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p)))
+        finite = jnp.isfinite(
+            filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p))
+        )
         return np.flatnonzero(finite[0]).tolist()
 
     assert kept(0, 0.45) == [1]  # the token that crosses is kept
@@ -144,7 +148,11 @@ def test_sampled_frequencies_are_the_tempered_probabilities():
 def prompts():
     rng = np.random.default_rng(1)
     mask = np.arange(5) >= 5 - np.array([5, 2, 1, 4])[:, None]
-    return rng.integers(0, 64, size=(4, 5)).astype(np.int32), mask, np.array([7, 3, 11, 0])
+    return (
+        rng.integers(0, 64, size=(4, 5)).astype(np.int32),
+        mask,
+        np.array([7, 3, 11, 0]),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -181,8 +189,10 @@ def test_greedy_is_the_argmax_of_repeated_full_forward_passes(
     tokens = np.concatenate([prompts[0], np.zeros((4, 7), np.int32)], 1)
     mask = np.concatenate([prompts[1], np.zeros((4, 7), bool)], 1)
     full = jax.jit(
-        lambda t, m: policy.apply({'params': policy_params}, t, m)
-        @ policy.unembedding(policy_params)
+        lambda t, m: (
+            policy.apply({'params': policy_params}, t, m)
+            @ policy.unembedding(policy_params)
+        )
     )
     for place in range(5, 12):
         logits = full(tokens, mask)[:, place - 1]

@@ -48,7 +48,9 @@ def _same(ours, theirs, mask=None):
 
 def test_whitening(golden):
     _same(whiten(R, EVERY), golden['openai_whiten(R)'])
-    _same(whiten(R, EVERY, shift_mean=False), golden['openai_whiten(R,shift_mean=False)'])
+    _same(
+        whiten(R, EVERY, shift_mean=False), golden['openai_whiten(R,shift_mean=False)']
+    )
     _same(whiten(R, EVERY, unbiased=True), golden['trlx_whiten_unbiased(R)'])
     # Theirs leaves whitened garbage outside the mask, ours leaves 0 there.
     _same(whiten(R, M), golden['masked_whiten(R,M)'], M)
@@ -122,7 +124,9 @@ def test_bradley_terry(golden):
     chosen, rejected = jnp.array([1.5, -0.2, 0.3]), jnp.array([0.5, 0.4, 0.3])
     margins = jnp.array([1, 2 / 3, 1 / 3])
     _same(bradley_terry_loss(chosen, rejected).mean(), golden['BT loss'])
-    _same(bradley_terry_loss(chosen, rejected, margins).mean(), golden['BT margin loss'])
+    _same(
+        bradley_terry_loss(chosen, rejected, margins).mean(), golden['BT margin loss']
+    )
 
 
 def test_token_rewards(golden):
@@ -144,7 +148,9 @@ def test_token_rewards(golden):
     ],
 )
 def test_adam_has_the_semantics_of_pytorch(golden, name, gradients):
-    config = OptimConfig(learning_rate=1e-3, eps=1e-5, schedule='constant', max_grad_norm=None)
+    config = OptimConfig(
+        learning_rate=1e-3, eps=1e-5, schedule='constant', max_grad_norm=None
+    )
     tx = make_optimizer(config, len(gradients))
     params = {'w': jnp.zeros(())}
     state = tx.init(params)

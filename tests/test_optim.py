@@ -36,16 +36,22 @@ def _rates(config, num_steps, steps):
 def test_adam_by_hand():
     # One step: m̂ = g, v̂ = g², so that Δ = −lr·g/(|g| + ε) = −10⁻³·10⁻⁴/(1.1·10⁻⁴).
     config = _replace(learning_rate=1e-3, eps=1e-5)
-    one = _after(make_optimizer(config, 1), {'w': jnp.float32(0)}, {'w': jnp.float32(1e-4)})
+    one = _after(
+        make_optimizer(config, 1), {'w': jnp.float32(0)}, {'w': jnp.float32(1e-4)}
+    )
     assert float(one['w']) == pytest.approx(-9.090909e-4, rel=1e-5)
 
 
 def test_schedules_by_hand():
     assert _rates(PLAIN, 10, [0, 5, 9]) == pytest.approx([0.1, 0.1, 0.1])
-    assert _rates(_replace(schedule='linear'), 10, [0, 5, 10]) == pytest.approx([0.1, 0.05, 0])
+    assert _rates(_replace(schedule='linear'), 10, [0, 5, 10]) == pytest.approx(
+        [0.1, 0.05, 0]
+    )
     # Cosine: ½·(1 + cos(π·t/T)); at T/4 that is (1 + √½)/2.
     cosine = _replace(schedule='cosine')
-    assert _rates(cosine, 8, [0, 2, 4, 8]) == pytest.approx([0.1, 0.0853553, 0.05, 0], abs=1e-7)
+    assert _rates(cosine, 8, [0, 2, 4, 8]) == pytest.approx(
+        [0.1, 0.0853553, 0.05, 0], abs=1e-7
+    )
     ending = _replace(schedule='linear', final_percent=10)
     assert _rates(ending, 10, [0, 5, 10]) == pytest.approx([0.1, 0.055, 0.01])
 
@@ -63,11 +69,15 @@ def test_gradients_are_clipped_by_their_global_norm():
     config = _replace(max_grad_norm=1.0, eps=1e6, learning_rate=1e6)
     params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
     after = _after(
-        make_optimizer(config, 1), params, {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
+        make_optimizer(config, 1),
+        params,
+        {'a': jnp.array([3.0]), 'b': jnp.array([4.0])},
     )
     np.testing.assert_allclose([after['a'][0], after['b'][0]], [-0.6, -0.8], rtol=1e-5)
     small = _after(
-        make_optimizer(config, 1), params, {'a': jnp.array([0.3]), 'b': jnp.array([0.4])}
+        make_optimizer(config, 1),
+        params,
+        {'a': jnp.array([0.3]), 'b': jnp.array([0.4])},
     )
     np.testing.assert_allclose([small['a'][0], small['b'][0]], [-0.3, -0.4], rtol=1e-5)
 
@@ -78,7 +88,9 @@ def test_weight_decay_spares_norms_and_biases():
         'head': {'kernel': jnp.ones(2), 'bias': jnp.ones(2)},
     }
     config = _replace(weight_decay=0.5)
-    after = _after(make_optimizer(config, 1), params, jax.tree.map(jnp.zeros_like, params))
+    after = _after(
+        make_optimizer(config, 1), params, jax.tree.map(jnp.zeros_like, params)
+    )
     # Without a gradient only the decay acts: 1 − 0.1·0.5·1.
     np.testing.assert_allclose(after['layers']['up_kernel'], 0.95, rtol=1e-6)
     np.testing.assert_allclose(after['head']['kernel'], 0.95, rtol=1e-6)

@@ -36,7 +36,12 @@ def test_the_clip_bounds_the_learned_score_alone():
 
 
 def test_zero_is_a_value_and_not_off():
-    assert shape_scores(SCORES, ENDED, missing_eos_score=0.0).tolist() == [0.25, 0, -7.0, 0]
+    assert shape_scores(SCORES, ENDED, missing_eos_score=0.0).tolist() == [
+        0.25,
+        0,
+        -7.0,
+        0,
+    ]
     assert shape_scores(SCORES, ENDED, clip=0.0).tolist() == [0, 0, 0, 0]
 
 
@@ -55,12 +60,18 @@ def test_a_score_does_not_depend_on_the_side_of_the_padding(
     rng = np.random.default_rng(0)
     lengths = [3, 9, 6, 1]
     texts = [rng.integers(0, 64, size=n) for n in lengths]
-    score = jax.jit(lambda t, m: reward_model_scores(reward_params, t, m, model=reward_model))
+    score = jax.jit(
+        lambda t, m: reward_model_scores(reward_params, t, m, model=reward_model)
+    )
 
     def padded(side):
         tokens, mask = np.full((4, 10), garbage, np.int32), np.zeros((4, 10), bool)
         for i, text in enumerate(texts):
-            place = {'right': 0, 'left': 10 - len(text), 'middle': (10 - len(text)) // 2}[side]
+            place = {
+                'right': 0,
+                'left': 10 - len(text),
+                'middle': (10 - len(text)) // 2,
+            }[side]
             tokens[i, place : place + len(text)] = text
             mask[i, place : place + len(text)] = True
         return score(tokens, mask)

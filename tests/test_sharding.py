@@ -23,7 +23,9 @@ from rlhf_jax.sharding import (
 from rlhf_jax.types import PPOState, TrainState
 
 UPDATES = 3
-OPTIM = OptimConfig(learning_rate=1e-2, eps=1e-4, schedule='constant', weight_decay=0.01)
+OPTIM = OptimConfig(
+    learning_rate=1e-2, eps=1e-4, schedule='constant', weight_decay=0.01
+)
 LAYOUTS = {
     'data8': (dict(data=8), 1),
     '2x2x2': (dict(data=2, fsdp=2, tensor=2), 1),
@@ -52,12 +54,17 @@ def _assert_same(one, other):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
     assert one[1].keys() == other[1].keys()
     for name in one[1]:
-        np.testing.assert_allclose(one[1][name], other[1][name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            one[1][name], other[1][name], atol=1e-4, err_msg=name
+        )
 
 
 def _state(params, tx):
     return TrainState(
-        step=jnp.int32(0), rng=jax.random.PRNGKey(7), params=params, opt_state=tx.init(params)
+        step=jnp.int32(0),
+        rng=jax.random.PRNGKey(7),
+        params=params,
+        opt_state=tx.init(params),
     )
 
 
@@ -70,16 +77,22 @@ def test_sft_step_agrees_with_one_device(layout, policy, policy_params, token_ba
         step = functools.partial(
             sft_step, model=policy, tx=tx, hp=SFTHParams(num_microbatches=parts)
         )
-        return _train(step, _state(policy_params, tx), [(token_batch,)] * UPDATES, mesh, backend)
+        return _train(
+            step, _state(policy_params, tx), [(token_batch,)] * UPDATES, mesh, backend
+        )
 
     one = run(None)
     _assert_same(one, run(layout))
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one[0].params, policy_params)
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()), one[0].params, policy_params
+    )
     assert max(jax.tree.leaves(moved)) > 1e-2  # three updates did train
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_rm_step_agrees_with_one_device(layout, reward_model, reward_params, pair_batch):
+def test_rm_step_agrees_with_one_device(
+    layout, reward_model, reward_params, pair_batch
+):
     tx = make_optimizer(OPTIM, UPDATES)
 
     def run(layout):

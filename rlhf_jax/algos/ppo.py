@@ -91,7 +91,9 @@ class PPOHParams:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f'temperature={self.temperature}: a policy needs one above 0')
+            raise ValueError(
+                f'temperature={self.temperature}: a policy needs one above 0'
+            )
         if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
             raise ValueError(
                 'missing_eos_score and missing_eos_penalty are both set; '
@@ -107,10 +109,14 @@ def policy_logprobs(
 ) -> tuple[Array, Array]:
     """Log-probabilities and entropies of a policy on whole sequences, each [B, T] nats."""
     hidden = model.apply({'params': params}, tokens, mask)
-    return token_logprobs(hidden, model.unembedding(params), tokens, temperature=temperature)
+    return token_logprobs(
+        hidden, model.unembedding(params), tokens, temperature=temperature
+    )
 
 
-def critic_values(params: Params, tokens: Array, mask: Array, *, model: ScalarModel) -> Array:
+def critic_values(
+    params: Params, tokens: Array, mask: Array, *, model: ScalarModel
+) -> Array:
     """Values *before* each token: ``values[:, t]`` is read at token t − 1. [B, T] float32."""
     values = model.apply({'params': params}, tokens, mask)
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
@@ -145,7 +151,11 @@ def prepare(
     Returns:
         (rollout, metrics of the rollout; ``objective/kl`` in nats per sequence).
     """
-    tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
+    tokens, mask, response = (
+        generation.tokens,
+        generation.mask,
+        generation.response_mask,
+    )
     ref_logprobs, _ = policy_logprobs(
         ref_params, tokens, mask, model=model.policy, temperature=hp.temperature
     )
@@ -154,7 +164,9 @@ def prepare(
     values = critic_values(state.params['critic'], tokens, mask, model=model.critic)
     values = jnp.where(value_mask, values, 0)
 
-    kl = jnp.where(response, kl_estimate(generation.logprobs, ref_logprobs, hp.kl_estimator), 0)
+    kl = jnp.where(
+        response, kl_estimate(generation.logprobs, ref_logprobs, hp.kl_estimator), 0
+    )
     rewards = token_rewards(scores, kl, value_mask, state.kl_coef)
     unwhitened = rewards
     if hp.whiten_rewards:
@@ -185,10 +197,16 @@ def prepare(
     def per_row(x: Array) -> Mean:
         return Mean(jnp.sum(x.astype(jnp.float32)), jnp.float32(x.shape[0]))
 
-    k1, k3 = (kl_estimate(generation.logprobs, ref_logprobs, kind) for kind in ('k1', 'k3'))
-    residual = masked_mean(jnp.square(returns - values), value_mask, axis_name=axis_name)
+    k1, k3 = (
+        kl_estimate(generation.logprobs, ref_logprobs, kind) for kind in ('k1', 'k3')
+    )
+    residual = masked_mean(
+        jnp.square(returns - values), value_mask, axis_name=axis_name
+    )
     mean_return = masked_mean(returns, value_mask, axis_name=axis_name)
-    spread = masked_mean(jnp.square(returns - mean_return), value_mask, axis_name=axis_name)
+    spread = masked_mean(
+        jnp.square(returns - mean_return), value_mask, axis_name=axis_name
+    )
     metrics: Metrics = {
         'objective/scores': per_row(scores),
         'objective/kl': per_row(masked_sum(k1, response, -1)),
@@ -198,7 +216,10 @@ def prepare(
         'objective/kl_coef': Last(state.kl_coef),
         'rollout/response_length': per_row(jnp.sum(response, axis=-1)),
         'rollout/ended': per_row(generation.ended),
-        'val/mean': Mean(masked_sum(values, value_mask), masked_sum(jnp.ones_like(values), value_mask)),
+        'val/mean': Mean(
+            masked_sum(values, value_mask),
+            masked_sum(jnp.ones_like(values), value_mask),
+        ),
         'val/explained_variance': Last(1 - residual / jnp.maximum(spread, 1e-8)),
     }
     for name, metric in metrics.items():
@@ -232,14 +253,18 @@ def policy_loss(
     def mean(x: Array) -> Mean:
         return Mean(masked_sum(x, mask), tokens)
 
-    return total, weight, {
-        'loss/policy': Mean(aggregate(loss, mask, hp.aggregation)[0], weight),
-        'policy/approxkl': mean(jnp.square(logprobs - batch.old_logprobs) / 2),
-        'policy/clipfrac': mean(clipped),
-        'policy/entropy': mean(entropy),
-        'policy/ratio': mean(ratio),
-        'policy/ratio_max': Max(jnp.max(jnp.where(mask, ratio, 0))),
-    }
+    return (
+        total,
+        weight,
+        {
+            'loss/policy': Mean(aggregate(loss, mask, hp.aggregation)[0], weight),
+            'policy/approxkl': mean(jnp.square(logprobs - batch.old_logprobs) / 2),
+            'policy/clipfrac': mean(clipped),
+            'policy/entropy': mean(entropy),
+            'policy/ratio': mean(ratio),
+            'policy/ratio_max': Max(jnp.max(jnp.where(mask, ratio, 0))),
+        },
+    )
 
 
 def value_loss(
@@ -247,15 +272,21 @@ def value_loss(
 ) -> tuple[Array, Array, Metrics]:
     """Sum of the clipped value loss over the places the critic is trained at."""
     values = critic_values(params, batch.tokens, batch.mask, model=model)
+    # Masked before the loss, so that no gradient of what lies in padding exists.
+    values = jnp.where(batch.value_mask, values, 0)
     loss, clipped = clipped_value_loss(
         values, batch.old_values, batch.returns, clip_eps=hp.value_clip_eps
     )
     total, weight = aggregate(loss, batch.value_mask, hp.aggregation)
     tokens = jnp.sum(batch.value_mask).astype(jnp.float32)
-    return total, weight, {
-        'loss/value': Mean(total, weight),
-        'val/clipfrac': Mean(masked_sum(clipped, batch.value_mask), tokens),
-    }
+    return (
+        total,
+        weight,
+        {
+            'loss/value': Mean(total, weight),
+            'val/clipfrac': Mean(masked_sum(clipped, batch.value_mask), tokens),
+        },
+    )
 
 
 def _minibatch_update(
@@ -326,7 +357,9 @@ def _minibatches(
     orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(
         jax.random.split(key, hp.num_epochs)
     )
-    orders = orders.reshape(hp.num_epochs * hp.num_minibatches, rows // hp.num_minibatches)
+    orders = orders.reshape(
+        hp.num_epochs * hp.num_minibatches, rows // hp.num_minibatches
+    )
     if axis_name is not None:
         share = orders.shape[1] // devices
         first = jax.lax.axis_index(axis_name) * share
@@ -369,7 +402,9 @@ def ppo_step(
         raise ValueError(f'ptx_coef={hp.ptx_coef} and ptx={ptx is not None} disagree')
     minibatches = _minibatches(state, (batch, ptx), hp, axis_name)
 
-    def update(params: Params, opt_state: Any, minibatch: Any) -> tuple[Any, Any, Metrics]:
+    def update(
+        params: Params, opt_state: Any, minibatch: Any
+    ) -> tuple[Any, Any, Metrics]:
         return _minibatch_update(
             params, opt_state, minibatch, model=model, tx=tx, hp=hp, axis_name=axis_name
         )
@@ -408,7 +443,9 @@ def _over_updates(stacked: Metrics, done: Array) -> Metrics:
     def merge(carry: Metrics, item: tuple[Metrics, Array]) -> tuple[Metrics, None]:
         more, did = item
         merged = merge_metrics(carry, more)
-        return jax.tree.map(lambda new, old: jnp.where(did, new, old), merged, carry), None
+        return jax.tree.map(
+            lambda new, old: jnp.where(did, new, old), merged, carry
+        ), None
 
     metrics, _ = jax.lax.scan(merge, first, (rest, done))
     metrics['policy/updates'] = Last(count)
@@ -423,5 +460,9 @@ def _next_kl_coef(
     if axis_name is not None:
         kl, rows = jax.lax.psum((kl, rows), axis_name)
     return adapt_kl_coef(
-        kl_coef, kl / rows, target=hp.kl_target, horizon=hp.kl_horizon, num_episodes=rows
+        kl_coef,
+        kl / rows,
+        target=hp.kl_target,
+        horizon=hp.kl_horizon,
+        num_episodes=rows,
     )

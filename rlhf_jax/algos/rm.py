@@ -18,7 +18,9 @@ from rlhf_jax.types import Array, Last, Mean, Metrics, PairBatch, Params, TrainS
 class RMHParams:
     """Hyperparameters of ``rm_step``."""
 
-    center_coef: float = 0.0  # weight of the squared sum of a pair's scores; 0.01 is usual
+    center_coef: float = (
+        0.0  # weight of the squared sum of a pair's scores; 0.01 is usual
+    )
     num_microbatches: int = 1  # gradient accumulation
 
 
@@ -50,19 +52,25 @@ def rm_loss(
     scores = pair_scores(params, batch, model=model)
     chosen, rejected = scores[:, 0], scores[:, 1]
     loss = bradley_terry_loss(chosen, rejected, batch.margin)
-    total = jnp.sum((loss + hp.center_coef * jnp.square(chosen + rejected)) * batch.weight)
+    total = jnp.sum(
+        (loss + hp.center_coef * jnp.square(chosen + rejected)) * batch.weight
+    )
     weight = jnp.sum(batch.weight)
 
     def mean(x: Array) -> Mean:
         return Mean(jnp.sum(x * batch.weight), weight)
 
-    return total, weight, {
-        'loss': mean(loss),
-        'accuracy': mean(chosen > rejected),
-        'score_chosen': mean(chosen),
-        'score_rejected': mean(rejected),
-        'score_gap': mean(jnp.abs(chosen - rejected)),
-    }
+    return (
+        total,
+        weight,
+        {
+            'loss': mean(loss),
+            'accuracy': mean(chosen > rejected),
+            'score_chosen': mean(chosen),
+            'score_rejected': mean(rejected),
+            'score_gap': mean(jnp.abs(chosen - rejected)),
+        },
+    )
 
 
 def rm_step(

@@ -21,7 +21,9 @@ class SFTHParams:
     num_microbatches: int = 1  # gradient accumulation
 
 
-def sft_loss(params: Params, batch: TokenBatch, *, model: CausalLM) -> tuple[Array, Array, Metrics]:
+def sft_loss(
+    params: Params, batch: TokenBatch, *, model: CausalLM
+) -> tuple[Array, Array, Metrics]:
     """Sum of the negative log-likelihood of the tokens under ``loss_mask``.
 
     L = −Σ_bt m_bt·log π(y_bt | y_b<t)
@@ -65,7 +67,7 @@ def sft_step(
         axis_name: mapped device axis under ``pmap``.
 
     Returns:
-        (new state, metrics: ``loss`` nats per token, ``grad_norm`` before clipping, ``tokens``).
+        (new state, metrics: ``loss`` nats per token, ``grad_norm`` before clipping).
     """
     gradient, metrics = mean_gradient(
         lambda params, part: sft_loss(params, part, model=model),

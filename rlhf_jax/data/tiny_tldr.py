@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import tiny_people, tiny_world
@@ -36,6 +36,7 @@ from rlhf_jax.data.tiny_world import SEPARATOR, Article
 SEED = 20230  # of every article; example i of a config draws from (SEED, config, i)
 CUE = 'TL;DR:'
 PAD, EOS = '<|pad|>', '<|eos|>'
+TRAINING_EXAMPLES = 1_000  # of every config, for the tokenizer
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -71,45 +72,34 @@ def gold(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
 # ---------------------------------------------------------------------------- tokenizer
 
 
-def _words() -> list[str]:
-    """Every piece of text that gets a token of its own, sorted."""
-    templates = [
-        *tiny_world.VERBS,
-        *(phrase for pair in tiny_world.PHRASES.values() for phrase in pair),
-        *tiny_world.HEADLINES,
-        *tiny_world.JOB_SENTENCES,
-        *tiny_world.QUESTIONS.values(),
-        *tiny_people.OPENINGS,
-        *tiny_people.TAILS,
-        *tiny_people.NOTHINGS,
-        tiny_people.NOBODY,
-        tiny_world.PRONOUN,
-        'did so the and',
-    ]
-    templates += [tiny_world.capitalise(template) for template in templates]
-    words = {word for text in templates for word in tiny_world.words_of(text)}
-    words = {word for word in words if word.isalpha()} | tiny_world.SLOT_OF.keys()
-    first = {headline.split()[0] for headline in tiny_world.HEADLINES}
-    return sorted({' ' + word for word in words} | first | {'Facts', 'TL', 'DR'})
-
-
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer in which every word of the world is one token.
 
-    The vocabulary is laid out, not trained: two special tokens, the 256 bytes, the
-    words with their leading space. Trained merges would spend most of a small
-    vocabulary on the pieces of words, so a word that is in the vocabulary is taken
-    whole (``ignore_merges``) and any other text falls back to its bytes: encoding loses
-    nothing, and the result is the same everywhere.
+    The words are learned by the ``tokenizers`` trainer from the first texts of the data
+    set, spelt in bytes and with their leading space; the 256 bytes and two special
+    tokens stand before them. A word that is in the vocabulary is taken whole
+    (``ignore_merges``) and any other text falls back to its bytes: encoding loses
+    nothing. Learned merges would spend a small vocabulary on the pieces of words.
 
     Returns:
         A tokenizer with pad and EOS and without BOS; ids 0 and 1 are the special
         tokens.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    counter = tokenizers.Tokenizer(models.WordLevel())
+    counter.pre_tokenizer = split
+    corpus = (
+        text
+        for config in CONFIGS
+        for i in range(TRAINING_EXAMPLES)
+        for name, text in make_example(config, i).items()
+        if isinstance(text, str) and name != 'kind'
+    )
+    # Rarer pieces are accidents of cut and stuttering summaries.
+    trainer = trainers.WordLevelTrainer(min_frequency=10, show_progress=False)
+    counter.train_from_iterator(corpus, trainer)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [split.pre_tokenize_str(word)[0][0] for word in _words()]
-    pieces = dict.fromkeys([PAD, EOS, *alphabet, *words])
+    pieces = dict.fromkeys([PAD, EOS, *alphabet, *sorted(counter.get_vocab())])
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)

@@ -48,7 +48,11 @@ def row_statistics(
 ) -> dict[str, Array]:
     """Score, KL to the reference, length and end of every row; a pure function to compile."""
     ref_logprobs, _ = policy_logprobs(
-        ref_params, generation.tokens, generation.mask, model=policy, temperature=temperature
+        ref_params,
+        generation.tokens,
+        generation.mask,
+        model=policy,
+        temperature=temperature,
     )
     response = generation.response_mask
     return {

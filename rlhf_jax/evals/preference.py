@@ -20,7 +20,9 @@ LENGTHS = (-np.inf, -10, -5, -1, 0, 1, 5, 10, np.inf)  # tokens, chosen minus re
 
 
 def score_pairs(
-    compiled: Callable[[Params, PairBatch], Array], params: Params, batches: Iterable[PairBatch]
+    compiled: Callable[[Params, PairBatch], Array],
+    params: Params,
+    batches: Iterable[PairBatch],
 ) -> np.ndarray:
     """Scores of all pairs, [N, 2] float32; rows that only fill a batch are left out."""
     rows = []
@@ -69,11 +71,15 @@ def preference_report(
     if gold is not None:
         order = gold[:, 0] - gold[:, 1]
         report['accuracy_ceiling'] = float((order > 0).mean() + (order == 0).mean() / 2)
-        report['gold_agreement'] = float((np.sign(gap) == np.sign(order))[order != 0].mean())
+        report['gold_agreement'] = float(
+            (np.sign(gap) == np.sign(order))[order != 0].mean()
+        )
     return report
 
 
-def _binned(x: np.ndarray, right: np.ndarray, edges: Sequence[float]) -> list[dict[str, Any]]:
+def _binned(
+    x: np.ndarray, right: np.ndarray, edges: Sequence[float]
+) -> list[dict[str, Any]]:
     rows = []
     for low, high in zip(edges, edges[1:]):
         inside = (x >= low) & (x < high)

@@ -36,11 +36,15 @@ class CausalLM(nn.Module):
         """Hidden states after the final norm, [B, T] → [B, T, D]."""
         return transformer.forward(self.backbone, tokens, mask)
 
-    def prefill(self, tokens: Array, mask: Array, cache_length: int) -> tuple[Array, KVCache]:
+    def prefill(
+        self, tokens: Array, mask: Array, cache_length: int
+    ) -> tuple[Array, KVCache]:
         """See :func:`rlhf_jax.models.transformer.prefill`."""
         return transformer.prefill(self.backbone, tokens, mask, cache_length)
 
-    def decode(self, tokens: Array, real: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def decode(
+        self, tokens: Array, real: Array, cache: KVCache
+    ) -> tuple[Array, KVCache]:
         """See :func:`rlhf_jax.models.transformer.decode`."""
         return transformer.decode(self.backbone, tokens, real, cache)
 
@@ -92,7 +96,8 @@ def start_from(params: Params, source: Params) -> Params:
     offered = traverse_util.flatten_dict(source['backbone'], sep='/')
     for path in sorted(have.keys() | offered.keys()):
         ours, theirs = (
-            list(tree[path].shape) if path in tree else 'absent' for tree in (have, offered)
+            list(tree[path].shape) if path in tree else 'absent'
+            for tree in (have, offered)
         )
         if ours != theirs:
             raise ValueError(

@@ -58,7 +58,9 @@ class TransformerConfig:
                 f'num_kv_heads={self.num_kv_heads}'
             )
         if self.position == 'rope' and self.head_dim % 2:
-            raise ValueError(f'head_dim={self.head_dim} must be even for rotary positions')
+            raise ValueError(
+                f'head_dim={self.head_dim} must be even for rotary positions'
+            )
 
 
 @struct.dataclass(kw_only=True)
@@ -131,7 +133,9 @@ class Attention(nn.Module):
         init = nn.initializers.normal(cfg.init_std)
 
         def project(name: str, heads: int) -> Array:
-            kernel = self.param(f'{name}_kernel', init, (cfg.width, heads, cfg.head_dim))
+            kernel = self.param(
+                f'{name}_kernel', init, (cfg.width, heads, cfg.head_dim)
+            )
             y = jnp.einsum('btd,dnh->btnh', x, kernel.astype(x.dtype))
             if cfg.attention_bias:
                 zeros = nn.initializers.zeros
@@ -154,26 +158,34 @@ class Attention(nn.Module):
         parts = [(k, v)] if cache is None else [cache, (k, v)]
         scores = jnp.concatenate(
             [
-                jnp.einsum('btkgh,bskh->bkgts', q, keys, preferred_element_type=jnp.float32)
+                jnp.einsum(
+                    'btkgh,bskh->bkgts', q, keys, preferred_element_type=jnp.float32
+                )
                 for keys, _ in parts
             ],
             axis=-1,
         )
-        weights = jax.nn.softmax(scores * cfg.head_dim**-0.5 + bias, axis=-1).astype(x.dtype)
+        weights = jax.nn.softmax(scores * cfg.head_dim**-0.5 + bias, axis=-1).astype(
+            x.dtype
+        )
         out, start = 0, 0
         for keys, values in parts:
             stop = start + keys.shape[1]
-            out = out + jnp.einsum('bkgts,bskh->btkgh', weights[..., start:stop], values)
+            out = out + jnp.einsum(
+                'bkgts,bskh->btkgh', weights[..., start:stop], values
+            )
             start = stop
         out = out.reshape(*out.shape[:2], cfg.num_heads, cfg.head_dim)
         # Residual outputs start smaller by √(2·layers), as in GPT-2.
         out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
-        kernel = self.param('out_kernel', out_init, (cfg.num_heads, cfg.head_dim, cfg.width))
+        kernel = self.param(
+            'out_kernel', out_init, (cfg.num_heads, cfg.head_dim, cfg.width)
+        )
         out = jnp.einsum('btnh,nhd->btd', out, kernel.astype(x.dtype))
         if cfg.attention_out_bias:
-            out = out + self.param('out_bias', nn.initializers.zeros, (cfg.width,)).astype(
-                x.dtype
-            )
+            out = out + self.param(
+                'out_bias', nn.initializers.zeros, (cfg.width,)
+            ).astype(x.dtype)
         return out, (k, v)
 
 
@@ -194,7 +206,9 @@ class MLP(nn.Module):
             'relu': nn.relu,
         }[cfg.activation]
 
-        def linear(name: str, y: Array, size: int, initializer: nn.initializers.Initializer):
+        def linear(
+            name: str, y: Array, size: int, initializer: nn.initializers.Initializer
+        ):
             kernel = self.param(f'{name}_kernel', initializer, (y.shape[-1], size))
             y = y @ kernel.astype(y.dtype)
             if cfg.mlp_bias:
@@ -279,7 +293,12 @@ class Embed(nn.Module):
         table = self.param('tokens', init, (cfg.vocab_size, cfg.width))
         x = table[tokens]
         if cfg.position == 'learned':
-            x = x + self.param('positions', init, (cfg.max_positions, cfg.width))[positions]
+            x = (
+                x
+                + self.param('positions', init, (cfg.max_positions, cfg.width))[
+                    positions
+                ]
+            )
         return x.astype(cfg.dtype)
 
 
@@ -307,7 +326,9 @@ def embed_safe(tokens: Array, mask: Array) -> Array:
 
 def forward(backbone: Transformer, tokens: Array, mask: Array) -> Array:
     """Hidden states of whole sequences, [B, T] tokens and mask → [B, T, D]."""
-    hidden, _ = backbone(embed_safe(tokens, mask), positions_of(mask), causal_bias(mask))
+    hidden, _ = backbone(
+        embed_safe(tokens, mask), positions_of(mask), causal_bias(mask)
+    )
     return hidden
 
 

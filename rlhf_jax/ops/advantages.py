@@ -12,7 +12,9 @@ from rlhf_jax.ops.masked import last_index
 from rlhf_jax.types import Array
 
 
-def token_rewards(scores: Array, kl: Array, mask: Array, kl_coef: Array | float) -> Array:
+def token_rewards(
+    scores: Array, kl: Array, mask: Array, kl_coef: Array | float
+) -> Array:
     """Per-token rewards: a KL penalty everywhere, the score at the last real token.
 
     r_t = −β·kl_t + [t = last]·score

@@ -14,7 +14,9 @@ from rlhf_jax.types import Array
 KLEstimator = Literal['k1', 'k2', 'k3']
 
 
-def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLEstimator = 'k1') -> Array:
+def kl_estimate(
+    logprobs: Array, ref_logprobs: Array, kind: KLEstimator = 'k1'
+) -> Array:
     """Per-token estimate of the KL from tokens that π sampled, with d = log π − log π_ref.
 
     k1 = d;   k2 = d²/2;   k3 = e^−d − 1 + d.

@@ -48,7 +48,9 @@ def clipped_policy_loss(
     clipped = -advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
     loss = jnp.maximum(unclipped, clipped)
     if dual_clip is not None:
-        loss = jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss)
+        loss = jnp.where(
+            advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss
+        )
     return loss, ratio, clipped > unclipped
 
 
@@ -57,7 +59,7 @@ def clipped_value_loss(
 ) -> tuple[Array, Array]:
     """Half the squared error of the critic, not rewarded for large moves.
 
-    L = ½·max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²)
+    L = ½·max((V − R)², (clip(V, V_old ± ε) − R)²)
 
     Source: ``value_loss`` of OpenAI baselines' PPO2 and openai/lm-human-preferences.
 
@@ -73,7 +75,8 @@ def clipped_value_loss(
     plain = jnp.square(values - returns)
     if clip_eps is None:
         return plain / 2, jnp.zeros_like(plain, bool)
-    near = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
+    # Not old + clip(V − old, ±ε): in float32 that moves values inside the range too.
+    near = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
     clipped = jnp.square(near - returns)
     return jnp.maximum(plain, clipped) / 2, clipped > plain
 

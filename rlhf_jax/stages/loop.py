@@ -33,7 +33,9 @@ def _values(metrics: Metrics) -> dict[str, jax.Array]:
 
 def fetch(metrics: Metrics) -> dict[str, float]:
     """Metrics as Python floats, in one transfer."""
-    return {name: float(value) for name, value in jax.device_get(_values(metrics)).items()}
+    return {
+        name: float(value) for name, value in jax.device_get(_values(metrics)).items()
+    }
 
 
 def run_loop(
@@ -96,8 +98,13 @@ def run_loop(
                     if 'tokens' in known:
                         values['train/tokens_per_second'] = known['tokens'] * pace
                     log.write(step, {'seconds': now - began, **values})
-                    bar = {label: values[name] for name, label in shown.items() if name in values}
+                    bar = {
+                        label: values[name]
+                        for name, label in shown.items()
+                        if name in values
+                    }
                     show(step, **bar)
+
             done = start
             while done < num_steps:
                 state, metrics, known = one_step(state, done)
@@ -105,9 +112,16 @@ def run_loop(
                 done += 1
                 pending = (done, metrics, known)
                 every = settings.eval_every_steps
-                if evaluate is not None and every and done % every == 0 and done < num_steps:
+                if (
+                    evaluate is not None
+                    and every
+                    and done % every == 0
+                    and done < num_steps
+                ):
                     flush()
-                    log.write(done, {'seconds': time.monotonic() - began, **evaluate(state)})
+                    log.write(
+                        done, {'seconds': time.monotonic() - began, **evaluate(state)}
+                    )
                 if done % settings.save_every_steps == 0 or terminated():
                     flush()
                     checkpoint.save_state(manager, done, state)

@@ -51,7 +51,9 @@ def load_language_model(run: Run, stage: str) -> Offline:
 
     def read(spec: str) -> pipeline.Dataset:
         if stage == 'pretrain':
-            return pipeline.load_texts(spec, run.tokenizer, max_length=settings.buckets[-1])
+            return pipeline.load_texts(
+                spec, run.tokenizer, max_length=settings.buckets[-1]
+            )
         return pipeline.load_demonstrations(
             spec,
             run.tokenizer,
@@ -108,7 +110,9 @@ def _checked(
         raise ValueError(f'{where}: set either num_steps or num_epochs')
     num_steps = settings.num_steps
     if num_steps is None:
-        num_steps = math.ceil(settings.num_epochs * len(train.examples) / settings.batch_size)
+        num_steps = math.ceil(
+            settings.num_epochs * len(train.examples) / settings.batch_size
+        )
     make_schedule(settings.optim, num_steps)
     return Offline(stage, settings, hp, train, held_out, references, num_steps)
 
@@ -119,11 +123,14 @@ def train_language_model(run: Run, job: Offline) -> None:
     key = run.key(job.stage)
     model, params = load_policy(run, job.settings.init, key)
     loss_of = run.compile(
-        functools.partial(language_model.batch_loss, model=model), **language_model.KINDS
+        functools.partial(language_model.batch_loss, model=model),
+        **language_model.KINDS,
     )
 
     def evaluate(params: Params) -> dict[str, float]:
-        batches = pipeline.eval_batches(job.eval, job.settings.batch_size, job.settings.buckets)
+        batches = pipeline.eval_batches(
+            job.eval, job.settings.batch_size, job.settings.buckets
+        )
         return language_model.evaluate_loss(loss_of, params, batches)
 
     before = evaluate(params)['loss']
@@ -133,7 +140,11 @@ def train_language_model(run: Run, job: Offline) -> None:
     result = evaluate(state.params)
     checkpoint.write_json(
         run.stage_dir(job.stage) / 'eval.json',
-        {**result, 'loss_before': before, 'uniform_loss': math.log(model.config.vocab_size)},
+        {
+            **result,
+            'loss_before': before,
+            'uniform_loss': math.log(model.config.vocab_size),
+        },
     )
     seconds = {'setup': setup, **seconds, 'eval': time.monotonic() - clock}
     _finish(run, job, {'policy': state.params}, {'policy': model.config}, seconds)
@@ -144,10 +155,14 @@ def train_reward_model(run: Run, job: Offline) -> None:
     clock = time.monotonic()
     key = run.key(job.stage)
     model, params = load_scalar(run, job.settings.init, key, 'reward')
-    scores_of = run.compile(functools.partial(pair_scores, model=model), **preference.KINDS)
+    scores_of = run.compile(
+        functools.partial(pair_scores, model=model), **preference.KINDS
+    )
 
     def scored(params: Params) -> np.ndarray:
-        batches = pipeline.eval_batches(job.eval, job.settings.batch_size, job.settings.buckets)
+        batches = pipeline.eval_batches(
+            job.eval, job.settings.batch_size, job.settings.buckets
+        )
         return preference.score_pairs(scores_of, params, batches)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -176,14 +191,18 @@ def train_reward_model(run: Run, job: Offline) -> None:
     _finish(run, job, {'reward': params}, {'reward': model.config}, seconds)
 
 
-def _center(run: Run, job: Offline, model: Any, params: Params) -> tuple[Params, dict[str, Any]]:
+def _center(
+    run: Run, job: Offline, model: Any, params: Params
+) -> tuple[Params, dict[str, Any]]:
     """Shifts the bias so that the references score 0 on average; checks the padding side.
 
     Source: Stiennon et al. 2020, arXiv 2009.01325, §3.4; the check: Huang et al. 2024, arXiv
     2403.17031, who flag a gap above 1e-2.
     """
     scores_of = run.compile(
-        lambda params, batch: reward_model_scores(params, batch.tokens, batch.mask, model=model),
+        lambda params, batch: reward_model_scores(
+            params, batch.tokens, batch.mask, model=model
+        ),
         inputs=('params', 'batch'),
         outputs=('batch',),
         donate=(),
@@ -197,7 +216,9 @@ def _center(run: Run, job: Offline, model: Any, params: Params) -> tuple[Params,
             real = np.asarray(batch.loss_mask).any(-1)
             if left:
                 order = np.argsort(batch.mask, axis=-1, kind='stable')
-                batch = jax.tree.map(lambda x, o=order: np.take_along_axis(x, o, -1), batch)
+                batch = jax.tree.map(
+                    lambda x, o=order: np.take_along_axis(x, o, -1), batch
+                )
             rows.append(np.asarray(scores_of(params, batch))[real])
         return np.concatenate(rows)
 
@@ -214,14 +235,22 @@ def _center(run: Run, job: Offline, model: Any, params: Params) -> tuple[Params,
 
 
 def _fit(
-    run: Run, job: Offline, step: Any, model: Any, params: Params, key: Any, evaluate: Any
+    run: Run,
+    job: Offline,
+    step: Any,
+    model: Any,
+    params: Params,
+    key: Any,
+    evaluate: Any,
 ) -> tuple[TrainState, dict[str, float]]:
     settings = job.settings
     clock = time.monotonic()
     tx = make_optimizer(settings.optim, job.num_steps)
     schedule = make_schedule(settings.optim, job.num_steps)
     state = init_sharded(
-        lambda p: TrainState(step=jnp.int32(0), rng=key, params=p, opt_state=tx.init(p)),
+        lambda p: TrainState(
+            step=jnp.int32(0), rng=key, params=p, opt_state=tx.init(p)
+        ),
         run.mesh,
         params,
     )
@@ -266,7 +295,11 @@ def _fit(
 
 
 def _finish(
-    run: Run, job: Offline, params: Params, configs: dict[str, Any], seconds: dict[str, float]
+    run: Run,
+    job: Offline,
+    params: Params,
+    configs: dict[str, Any],
+    seconds: dict[str, float],
 ) -> None:
     folder = run.stage_dir(job.stage)
     checkpoint.save_params(folder, params, configs)

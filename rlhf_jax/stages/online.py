@@ -86,7 +86,9 @@ def load_online(run: Run, stage: str) -> Online:
     ptx = None
     if hp.ptx_coef:
         if settings.ptx is None:
-            raise ValueError(f'{where}.ptx_coef={hp.ptx_coef} needs data: set {where}.ptx')
+            raise ValueError(
+                f'{where}.ptx_coef={hp.ptx_coef} needs data: set {where}.ptx'
+            )
         ptx = _load_ptx(run, settings)
     limits = {
         'max_prompt_length': settings.prompt_buckets[-1],
@@ -99,9 +101,13 @@ def load_online(run: Run, stage: str) -> Online:
         settings=settings,
         hp=hp,
         prompts=pipeline.load_prompts(settings.prompts, run.tokenizer, **limits),
-        eval_prompts=pipeline.load_prompts(settings.eval_prompts, run.tokenizer, **limits),
+        eval_prompts=pipeline.load_prompts(
+            settings.eval_prompts, run.tokenizer, **limits
+        ),
         ptx=ptx,
-        gold=None if settings.gold is None else load_dotted(settings.gold, f'{where}.gold'),
+        gold=None
+        if settings.gold is None
+        else load_dotted(settings.gold, f'{where}.gold'),
     )
 
 
@@ -147,7 +153,9 @@ def score_and_prepare(
     axis_name: str | None = None,
 ) -> tuple[Rollout, Metrics]:
     """Reward-model scores, shaped, and the rollout they make; a pure function to compile."""
-    scores = reward_model_scores(reward_params, generation.tokens, generation.mask, model=reward)
+    scores = reward_model_scores(
+        reward_params, generation.tokens, generation.mask, model=reward
+    )
     scores = shape_scores(
         scores,
         generation.ended,
@@ -246,7 +254,9 @@ def _writer(run: Run, job: Online, policy: CausalLM) -> Any:
         donate=(),
     )
 
-    def write(params: Params, batch: PromptBatch, key: Array, how: Sampling) -> Generation:
+    def write(
+        params: Params, batch: PromptBatch, key: Array, how: Sampling
+    ) -> Generation:
         rows = np.arange(len(batch.index), dtype=np.int32)
         return compiled(params, batch, rows, key, how)
 
@@ -260,7 +270,9 @@ def _iteration(
     settings, hp = job.settings, job.hp
     how = stop_rules(run, job, hp.temperature)
     ready = run.compile(
-        functools.partial(score_and_prepare, models=frozen.models, reward=frozen.reward, hp=hp),
+        functools.partial(
+            score_and_prepare, models=frozen.models, reward=frozen.reward, hp=hp
+        ),
         inputs=('params', 'params', 'params', 'batch'),
         outputs=('batch', 'replicated'),
         donate=(),
@@ -278,9 +290,13 @@ def _iteration(
 
     def one_step(state: PPOState, done: int) -> Any:
         if not streams:  # the first step that this process does
-            streams.append(_stream(run, job.prompts, settings, settings.prompt_buckets, done))
+            streams.append(
+                _stream(run, job.prompts, settings, settings.prompt_buckets, done)
+            )
             if job.ptx:
-                streams.append(_stream(run, job.ptx, settings, settings.ptx_buckets, done))
+                streams.append(
+                    _stream(run, job.ptx, settings, settings.ptx_buckets, done)
+                )
         prompts = next(streams[0])
         extra = (next(streams[1]),) if job.ptx else ()
         key = jax.random.fold_in(jax.random.fold_in(run.key(job.stage), done), SAMPLE)
@@ -296,7 +312,9 @@ def _iteration(
         )
         known = {'tokens': float(jnp.sum(generation.response_mask))}
         if job.gold is not None:
-            known['objective/gold'] = float(np.mean(_gold(run, job, prompts, generation)))
+            known['objective/gold'] = float(
+                np.mean(_gold(run, job, prompts, generation))
+            )
         clock = time.monotonic()
         state, metrics = timed('update', clock, update(state, rollout, *extra))
         return state, {**before, **metrics}, known
@@ -318,7 +336,9 @@ def _stream(
     )
 
 
-def _gold(run: Run, job: Online, prompts: PromptBatch, generation: Generation) -> np.ndarray:
+def _gold(
+    run: Run, job: Online, prompts: PromptBatch, generation: Generation
+) -> np.ndarray:
     tokens, mask = jax.device_get((generation.tokens, generation.response_mask))
     texts = [job.prompts.records[i].prompt for i in np.asarray(prompts.index)]
     return job.gold(texts, policy_eval.decode_responses(run.tokenizer, tokens, mask))
@@ -347,7 +367,9 @@ def _evaluate(
             lambda batch: write(
                 policy_params, batch, jax.random.fold_in(base, next(counter)), how
             ),
-            lambda generation: judge(frozen.ref_params, frozen.reward_params, generation),
+            lambda generation: judge(
+                frozen.ref_params, frozen.reward_params, generation
+            ),
             run.tokenizer,
             pipeline.eval_batches(
                 job.eval_prompts, settings.eval_batch_size, settings.prompt_buckets
@@ -372,7 +394,10 @@ def _evaluate(
                 'proxy_after': float(after.scores[i]),
             }
             if gold is not None:
-                row |= {'gold_before': float(gold[0][i]), 'gold_after': float(gold[1][i])}
+                row |= {
+                    'gold_before': float(gold[0][i]),
+                    'gold_after': float(gold[1][i]),
+                }
             file.write(json.dumps(row, ensure_ascii=False) + '\n')
     report = policy_eval.policy_report(before, after, gold)
     return {**report, 'expected_win_rate': settings.expected_win_rate}

@@ -42,7 +42,9 @@ class OfflineSettings:
     batch_size: int = 64  # rows (pairs for a reward model) per update
     num_steps: int | None = None  # either this
     num_epochs: float | None = None  # or this
-    buckets: tuple[int, ...] = (128,)  # static lengths, in tokens; the last is the limit
+    buckets: tuple[int, ...] = (
+        128,
+    )  # static lengths, in tokens; the last is the limit
     overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
     loss_on: Literal['response', 'all'] = 'response'  # sft: the tokens in the loss
@@ -61,7 +63,9 @@ class OnlineSettings:
     critic: str  # what the critic starts from: a reward model, or a policy
     prompts: str  # data spec
     eval_prompts: str  # data spec, held out
-    gold: str | None = None  # 'module:fn', fn(prompts, responses) -> scores; only judges
+    gold: str | None = (
+        None  # 'module:fn', fn(prompts, responses) -> scores; only judges
+    )
     ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
     ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
     ptx_buckets: tuple[int, ...] = (128,)

@@ -84,7 +84,9 @@ def test_rows_of_weight_zero_count_nothing(token_scores):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_a_filling_row_without_a_token_is_harmless(reward_model, reward_params, pair_batch):
+def test_a_filling_row_without_a_token_is_harmless(
+    reward_model, reward_params, pair_batch
+):
     """In the real model: rows without any mask leave loss and gradient as they are."""
     assert pair_batch.weight[5] == 0
     empty = pair_batch.mask.copy()
@@ -99,7 +101,9 @@ def test_a_filling_row_without_a_token_is_harmless(reward_model, reward_params, 
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_scores_of_pairs_do_not_depend_on_padding(reward_model, reward_params, pair_batch):
+def test_scores_of_pairs_do_not_depend_on_padding(
+    reward_model, reward_params, pair_batch
+):
     """Neither on its side, nor on its ids, nor on the other text of the pair."""
     score = jax.jit(functools.partial(pair_scores, model=reward_model))
     base = score(reward_params, pair_batch)
@@ -112,7 +116,9 @@ def test_scores_of_pairs_do_not_depend_on_padding(reward_model, reward_params, p
         mask=np.take_along_axis(pair_batch.mask, places, -1),
     )
     np.testing.assert_allclose(score(reward_params, left), base, atol=1e-5)
-    dirty = pair_batch.replace(tokens=np.where(pair_batch.mask, pair_batch.tokens, 10**6))
+    dirty = pair_batch.replace(
+        tokens=np.where(pair_batch.mask, pair_batch.tokens, 10**6)
+    )
     np.testing.assert_array_equal(score(reward_params, dirty), base)
     swapped = jax.tree.map(lambda x: x[:, ::-1] if x.ndim == 3 else x, pair_batch)
     np.testing.assert_allclose(score(reward_params, swapped), base[:, ::-1], atol=1e-5)
@@ -121,7 +127,10 @@ def test_scores_of_pairs_do_not_depend_on_padding(reward_model, reward_params, p
 def _state(tx):
     params = jax.tree.map(jnp.array, PARAMS)
     return TrainState(
-        step=jnp.int32(0), rng=jax.random.PRNGKey(0), params=params, opt_state=tx.init(params)
+        step=jnp.int32(0),
+        rng=jax.random.PRNGKey(0),
+        params=params,
+        opt_state=tx.init(params),
     )
 
 
@@ -161,7 +170,9 @@ def test_accumulation_equals_the_full_batch(token_scores):
 
 def test_learning_separates_the_pairs(token_scores):
     batch, tx = _pairs([0, 3, 0], [1, 2, 2]), optax.adam(0.2)  # every pair starts wrong
-    step = jax.jit(functools.partial(rm_step, model=token_scores, tx=tx, hp=RMHParams()))
+    step = jax.jit(
+        functools.partial(rm_step, model=token_scores, tx=tx, hp=RMHParams())
+    )
     state, accuracies = _state(tx), []
     for _ in range(30):
         state, metrics = step(state, batch)

@@ -29,13 +29,18 @@ def _batch(seed=0, rows=8, length=7):
 
 @pytest.fixture
 def params():
-    return {'table': jnp.asarray(np.random.default_rng(9).normal(size=(V, V)), jnp.float32)}
+    return {
+        'table': jnp.asarray(np.random.default_rng(9).normal(size=(V, V)), jnp.float32)
+    }
 
 
 def _state(params, tx):
     params = jax.tree.map(jnp.array, params)
     return TrainState(
-        step=jnp.int32(0), rng=jax.random.PRNGKey(0), params=params, opt_state=tx.init(params)
+        step=jnp.int32(0),
+        rng=jax.random.PRNGKey(0),
+        params=params,
+        opt_state=tx.init(params),
     )
 
 
@@ -69,7 +74,9 @@ def test_three_tokens_by_hand(bigram):
 def test_one_step_against_a_slow_loop(bigram, params):
     batch, tx = _batch(), optax.sgd(1.0)
     total, count, gradient = _slow(params['table'], batch)
-    state, metrics = sft_step(_state(params, tx), batch, model=bigram, tx=tx, hp=SFTHParams())
+    state, metrics = sft_step(
+        _state(params, tx), batch, model=bigram, tx=tx, hp=SFTHParams()
+    )
     assert float(metrics['loss'].value()) == pytest.approx(total / count, rel=1e-5)
     moved = np.asarray(params['table'] - state.params['table'])
     np.testing.assert_allclose(moved, gradient / count, atol=1e-5)
@@ -91,14 +98,19 @@ def test_a_prompt_token_costs_nothing(bigram, params):
     # A sequence without a response counts nothing, and a batch of them is no NaN.
     empty = batch.replace(loss_mask=np.zeros_like(batch.mask))
     tx = optax.sgd(1.0)
-    state, metrics = sft_step(_state(params, tx), empty, model=bigram, tx=tx, hp=SFTHParams())
+    state, metrics = sft_step(
+        _state(params, tx), empty, model=bigram, tx=tx, hp=SFTHParams()
+    )
     np.testing.assert_array_equal(state.params['table'], params['table'])
     assert np.isnan(metrics['loss'].value())
 
 
 def test_a_token_behind_left_padding_is_not_predicted_from_it(bigram, params):
     """Left or right padding, the same loss: the first real token has nothing before it."""
-    tokens, real = np.array([[1, 2, 3, 0, 0]], np.int32), np.array([[1, 1, 1, 0, 0]], bool)
+    tokens, real = (
+        np.array([[1, 2, 3, 0, 0]], np.int32),
+        np.array([[1, 1, 1, 0, 0]], bool),
+    )
     right = TokenBatch(tokens=tokens, mask=real, loss_mask=real)
     left = jax.tree.map(lambda x: np.roll(x, 2, axis=1), right)
     one, other = (sft_loss(params, batch, model=bigram)[:2] for batch in (right, left))
@@ -137,7 +149,9 @@ def test_accumulation_equals_the_full_batch(bigram, params):
 def test_microbatches_that_do_not_divide_are_an_error(bigram, params):
     tx = optax.sgd(1.0)
     hp = SFTHParams(num_microbatches=3)
-    with pytest.raises(ValueError, match='8 rows .* num_microbatches=3; use a divisor of 8'):
+    with pytest.raises(
+        ValueError, match='8 rows .* num_microbatches=3; use a divisor of 8'
+    ):
         sft_step(_state(params, tx), _batch(), model=bigram, tx=tx, hp=hp)
 
 

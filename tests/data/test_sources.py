@@ -28,6 +28,7 @@ class MiniSourceSet(tfds.core.GeneratorBasedBuilder):
                 'prompt': tfds.features.Text(),
                 'gold': tfds.features.Scalar(np.float32),
                 'tags': tfds.features.Sequence(tfds.features.Text()),
+                'votes': tfds.features.Tensor(shape=(2,), dtype=np.int32),
             }
         )
         return tfds.core.DatasetInfo(builder=self, features=features)
@@ -37,7 +38,8 @@ class MiniSourceSet(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for i in range(4):
-            yield i, {'prompt': f'é{i}', 'gold': i / 2, 'tags': ['x', 'ü']}
+            odd = {'tags': ['x', 'ü'], 'votes': [i, 7]}
+            yield i, {'prompt': f'é{i}', 'gold': i / 2, **odd}
 
 
 @pytest.fixture
@@ -226,14 +228,17 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     records = read('tfds:mini_source_set/one:train')
     assert len(records) == 4
     by_prompt = {r.fields['prompt']: r.fields for r in records}
-    assert by_prompt['é3'] == {'prompt': 'é3', 'gold': 1.5, 'tags': ['x', 'ü']}
+    odd = {'tags': ['x', 'ü'], 'votes': [3, 7]}
+    assert by_prompt['é3'] == {'prompt': 'é3', 'gold': 1.5, **odd}
     assert type(by_prompt['é3']['gold']) is float
+    assert type(by_prompt['é3']['votes']) is list
     assert records[2].where == 'tfds mini_source_set/one/train 2'
     half = read('tfds:mini_source_set/one:train[:50%]')
     assert [r.fields for r in half] == [r.fields for r in records[:2]]
     assert 'tensorflow' not in sys.modules
     fails('tfds:mini_source_set/one', 'names no split', ':train')
-    fails('tfds:mini_source_set/one:tset', "no split 'tset'", 'are train')
+    fails('tfds:mini_source_set/one:tset', "split 'tset' (Unknown", 'are train')
+    fails('tfds:mini_source_set/one:train[:1%]', "nothing in split 'train[:1%]'")
     fails('tfds:mini_source_set/two:train', "no 'mini_source_set/two'", 'are one')
     fails('tfds:no_such_set:train', "TFDS has no 'no_such_set'")
     fails('tfds:no-such.set:train', "TFDS has no 'no-such.set'")

@@ -65,7 +65,9 @@ def _slow_gae(rewards, values, mask, gamma, lam):
     return advantages, np.where(mask, advantages + values, 0)
 
 
-@pytest.mark.parametrize('gamma, lam', [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
+@pytest.mark.parametrize(
+    'gamma, lam', [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)]
+)
 def test_gae_against_a_slow_loop(gamma, lam):
     rewards, values, mask = _case(0)
     assert mask.any(1).sum() < len(mask) and mask.sum() > 20

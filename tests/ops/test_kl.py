@@ -12,11 +12,15 @@ def test_by_hand():
     logprobs = jnp.array([[-1.0, -0.5, -2.0]])
     ref_logprobs = jnp.array([[-1.1, -0.6, -1.5]])
     # d = 0.1, 0.1, −0.5.
-    k1, k2, k3 = (kl_estimate(logprobs, ref_logprobs, kind) for kind in ('k1', 'k2', 'k3'))
+    k1, k2, k3 = (
+        kl_estimate(logprobs, ref_logprobs, kind) for kind in ('k1', 'k2', 'k3')
+    )
     np.testing.assert_allclose(k1, [[0.1, 0.1, -0.5]], atol=1e-6)
     np.testing.assert_allclose(k2, [[0.005, 0.005, 0.125]], atol=1e-6)
     # e^−0.1 − 1 + 0.1 = 0.904837418 − 0.9; e^0.5 − 1 − 0.5 = 1.6487212707 − 1.5.
-    np.testing.assert_allclose(k3, [[0.004837418, 0.004837418, 0.1487212707]], atol=1e-6)
+    np.testing.assert_allclose(
+        k3, [[0.004837418, 0.004837418, 0.1487212707]], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize('kind', ['k1', 'k2', 'k3'])
@@ -59,6 +63,10 @@ def test_an_unknown_estimator_names_the_known_ones():
 )
 def test_the_coefficient_moves_by_hand(kl, factor):
     moved = adapt_kl_coef(
-        jnp.float32(0.15), jnp.float32(kl), target=6.0, horizon=10_000.0, num_episodes=512
+        jnp.float32(0.15),
+        jnp.float32(kl),
+        target=6.0,
+        horizon=10_000.0,
+        num_episodes=512,
     )
     assert float(moved) == pytest.approx(0.15 * factor, rel=1e-6)

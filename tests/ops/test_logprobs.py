@@ -47,7 +47,9 @@ def test_two_tokens_by_hand():
 @pytest.mark.parametrize('max_logits', [2**26, 1, 4 * B * V, 3 * B * V, 3 * B * V - 1])
 def test_equals_the_slow_reference(inputs, temperature, max_logits):
     """For one block, one token at a time, chunks that divide the seven tokens and some not."""
-    logprobs, entropy = token_logprobs(*inputs, temperature=temperature, max_logits=max_logits)
+    logprobs, entropy = token_logprobs(
+        *inputs, temperature=temperature, max_logits=max_logits
+    )
     expected = _slow(*inputs, temperature)
     np.testing.assert_allclose(logprobs, expected[0], atol=1e-5)
     np.testing.assert_allclose(entropy, expected[1], atol=1e-5)
@@ -65,7 +67,9 @@ def test_chunks_have_the_gradient_of_the_whole(inputs):
         return jnp.sum(logprobs * weights[0] + entropy * weights[1])
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnums=2)
-    whole, chunked = (gradient(hidden, unembedding, size) for size in (2**26, 3 * B * V))
+    whole, chunked = (
+        gradient(hidden, unembedding, size) for size in (2**26, 3 * B * V)
+    )
     for a, b in zip(whole, chunked):
         assert float(jnp.abs(a).max()) > 0.1
         np.testing.assert_allclose(a, b, atol=1e-5)

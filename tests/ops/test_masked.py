@@ -17,7 +17,9 @@ def test_sum_and_mean_by_hand():
     assert masked_sum(x, mask, axis=-1).tolist() == [3, 4]
     assert float(masked_mean(x, mask)) == pytest.approx(7 / 3)
     assert masked_mean(x, mask, axis=-1).tolist() == [1.5, 4]
-    assert float(masked_mean(x > 1.5, mask)) == pytest.approx(2 / 3)  # of booleans: a share
+    assert float(masked_mean(x > 1.5, mask)) == pytest.approx(
+        2 / 3
+    )  # of booleans: a share
 
 
 def test_nothing_counted_gives_zero_and_not_nan():
@@ -31,7 +33,9 @@ def test_whiten_by_hand():
     # μ = 4, population variance ((2−4)² + (6−4)²)/2 = 4, σ = 2.
     np.testing.assert_allclose(whiten(x, mask), [[-1, 1, 0]], atol=1e-6)
     # The mean comes back: −1 + 4 and 1 + 4.
-    np.testing.assert_allclose(whiten(x, mask, shift_mean=False), [[3, 5, 0]], atol=1e-6)
+    np.testing.assert_allclose(
+        whiten(x, mask, shift_mean=False), [[3, 5, 0]], atol=1e-6
+    )
     # With n − 1 the variance is 8: ∓2/√8.
     unbiased = whiten(x, mask, unbiased=True)
     np.testing.assert_allclose(unbiased, [[-(2**-0.5), 2**-0.5, 0]], atol=1e-6)
@@ -54,13 +58,18 @@ def test_whiten_eight_numbers_by_hand():
 def test_whitening_a_constant_stays_finite():
     every = jnp.ones((1, 3), bool)
     np.testing.assert_allclose(whiten(jnp.full((1, 3), 5.0), every), 0, atol=1e-6)
-    np.testing.assert_allclose(whiten(jnp.full((1, 1), 5.0), every[:, :1], unbiased=True), 0)
+    np.testing.assert_allclose(
+        whiten(jnp.full((1, 1), 5.0), every[:, :1], unbiased=True), 0
+    )
 
 
 @pytest.mark.parametrize('garbage', GARBAGE)
 def test_garbage_under_the_mask_changes_neither_value_nor_gradient(garbage):
     rng = np.random.default_rng(0)
-    clean, mask = rng.normal(size=(4, 6)).astype(np.float32), rng.uniform(size=(4, 6)) > 0.4
+    clean, mask = (
+        rng.normal(size=(4, 6)).astype(np.float32),
+        rng.uniform(size=(4, 6)) > 0.4,
+    )
     dirty = np.where(mask, clean, garbage).astype(np.float32)
     functions = [
         masked_sum,
@@ -69,7 +78,9 @@ def test_garbage_under_the_mask_changes_neither_value_nor_gradient(garbage):
     ]
     for function in functions:
         value, gradient = jax.value_and_grad(function)(jnp.asarray(clean), mask)
-        dirty_value, dirty_gradient = jax.value_and_grad(function)(jnp.asarray(dirty), mask)
+        dirty_value, dirty_gradient = jax.value_and_grad(function)(
+            jnp.asarray(dirty), mask
+        )
         assert value == dirty_value
         np.testing.assert_array_equal(gradient, dirty_gradient)
         assert np.all(gradient[~mask] == 0)
@@ -80,10 +91,14 @@ def test_statistics_are_global_over_a_mapped_axis():
     rng = np.random.default_rng(1)
     x = rng.normal(2, 3, size=(4, 2, 5)).astype(np.float32)
     mask = np.arange(5) < rng.integers(1, 6, size=(4, 2))[..., None]
-    mapped = jax.vmap(lambda a, m: masked_mean(a, m, axis_name='d'), axis_name='d')(x, mask)
+    mapped = jax.vmap(lambda a, m: masked_mean(a, m, axis_name='d'), axis_name='d')(
+        x, mask
+    )
     np.testing.assert_allclose(mapped, x[mask].mean(), rtol=1e-6)
     per_device = [x[i][mask[i]].mean() for i in range(4)]
-    assert abs(np.mean(per_device) - x[mask].mean()) > 1e-3  # a mean of means would differ
+    assert (
+        abs(np.mean(per_device) - x[mask].mean()) > 1e-3
+    )  # a mean of means would differ
     for unbiased in (False, True):
 
         def device(a, m, unbiased=unbiased):

@@ -14,15 +14,29 @@ from rlhf_jax.ops.policy_loss import aggregate, clipped_policy_loss, clipped_val
     [
         (1.0, 2.0, -2.0, False, True),  # the ratio of a first minibatch: −A
         (1.1, 2.0, -2.2, False, True),  # inside the clip: −A·ρ
-        (1.5, 2.0, -2.4, True, False),  # a good token, raised too far: −2·1.2, no gradient
+        (
+            1.5,
+            2.0,
+            -2.4,
+            True,
+            False,
+        ),  # a good token, raised too far: −2·1.2, no gradient
         (0.5, 2.0, -1.0, False, True),  # a good token, lowered: always pulled back
         (1.5, -2.0, 3.0, False, True),  # a bad token, raised: always pushed back
-        (0.5, -2.0, 1.6, True, False),  # a bad token, lowered too far: 2·0.8, no gradient
+        (
+            0.5,
+            -2.0,
+            1.6,
+            True,
+            False,
+        ),  # a bad token, lowered too far: 2·0.8, no gradient
     ],
 )
 def test_policy_loss_by_hand(ratio, advantage, loss, clipped, moves):
     def total(logprob):
-        return clipped_policy_loss(logprob, jnp.float32(-1), jnp.float32(advantage), clip_eps=0.2)
+        return clipped_policy_loss(
+            logprob, jnp.float32(-1), jnp.float32(advantage), clip_eps=0.2
+        )
 
     logprob = jnp.float32(np.log(ratio) - 1)
     got, got_ratio, got_clipped = total(logprob)
@@ -38,7 +52,11 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token():
     def loss(ratio, advantage, dual_clip):
         logprob = jnp.float32(np.log(ratio))
         result = clipped_policy_loss(
-            logprob, jnp.float32(0), jnp.float32(advantage), clip_eps=0.2, dual_clip=dual_clip
+            logprob,
+            jnp.float32(0),
+            jnp.float32(advantage),
+            clip_eps=0.2,
+            dual_clip=dual_clip,
         )
         return float(result[0])
 
@@ -50,7 +68,9 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token():
 
 def test_an_absurd_ratio_stays_finite():
     def total(logprob):
-        return clipped_policy_loss(logprob, jnp.float32(-500), jnp.float32(-1), clip_eps=0.2)[0]
+        return clipped_policy_loss(
+            logprob, jnp.float32(-500), jnp.float32(-1), clip_eps=0.2
+        )[0]
 
     assert np.isfinite(float(total(jnp.float32(0))))
     assert np.isfinite(float(jax.grad(total)(jnp.float32(0))))
@@ -93,7 +113,9 @@ def test_value_loss_by_hand(value, target, loss, clipped):
 
 
 def test_aggregations_by_hand():
-    loss = jnp.array([[1.0, 2.0, 3.0, np.nan], [5.0, np.nan, np.nan, np.nan], [np.nan] * 4])
+    loss = jnp.array(
+        [[1.0, 2.0, 3.0, np.nan], [5.0, np.nan, np.nan, np.nan], [np.nan] * 4]
+    )
     mask = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
     # Four tokens summing to 11; two rows with means 2 and 5, sums 6 and 5; the third is empty.
     for how, total, weight in [

@@ -34,7 +34,9 @@ def test_only_the_difference_counts():
 def test_extreme_differences_stay_finite():
     loss = bradley_terry_loss(jnp.array([1e4, -1e4]), jnp.array([-1e4, 1e4]))
     np.testing.assert_allclose(loss, [0, 2e4])
-    gradient = jax.grad(lambda r: bradley_terry_loss(r, -r).sum())(jnp.array([1e4, -1e4]))
+    gradient = jax.grad(lambda r: bradley_terry_loss(r, -r).sum())(
+        jnp.array([1e4, -1e4])
+    )
     np.testing.assert_allclose(gradient, [0, -2])
 
 
