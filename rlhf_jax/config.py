@@ -152,7 +152,7 @@ def section(*classes: type, **values: Any) -> ConfigDict:
         if name not in table:
             raise ValueError(f'{name!r} is no setting here{nearest(name, table)}')
         hint = table[name][2]
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        if dataclasses.is_dataclass(hint) and isinstance(value, (Mapping, ConfigDict)):
             value = section(hint, **value)
         else:
             value = _fit(value, hint, name)
@@ -188,7 +188,7 @@ def build(
             raise ValueError(f'{where}.{name} is unknown{nearest(name, table)}')
         cls, field, hint = table[name]
         value = config[name]
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        if dataclasses.is_dataclass(hint) and isinstance(value, (Mapping, ConfigDict)):
             (value,) = build(value, hint, where=f'{where}.{name}')
         elif value is not None or not _is_required(field, hint):
             value = _fit(value, hint, f'{where}.{name}')

@@ -7,6 +7,7 @@ its batch nor on the size of the batch. Read ``rewards.py`` next.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -150,6 +151,15 @@ class _Loop:
     cache: KVCache
 
 
+def _stopped(tail: Array, length: Array, how: Sampling) -> Array:
+    """Whether the last tokens [B, N] of responses of this length end them, [B] bool."""
+    is_eos = jnp.any(tail[:, -1:] == how.eos_ids, axis=1)
+    stops = how.stop_sequences
+    matches = jnp.all((stops == -1) | (tail[:, None] == stops), axis=-1)
+    matches = jnp.any(matches & (stops[:, -1] != -1), axis=-1)
+    return is_eos | (matches & (length >= how.stop_after))
+
+
 def generate(
     params: Params,
     tokens: Array,
@@ -177,10 +187,9 @@ def generate(
         A Generation of length P + R.
     """
     batch, prompt_length = tokens.shape
-    apply = {'params': params}
-    hidden, cache = model.apply(
-        apply, tokens, mask, prompt_length + max_new_tokens, method='prefill'
-    )
+    length = prompt_length + max_new_tokens
+    apply = functools.partial(model.apply, {'params': params})
+    hidden, cache = apply(tokens, mask, length, method='prefill')
     unembedding = model.unembedding(params)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
     start = _Loop(
@@ -209,12 +218,8 @@ def generate(
         alive = ~loop.ended
         drawn = jnp.where(alive, drawn, 0)
         tail = jnp.concatenate([loop.tail[:, 1:], drawn[:, None]], axis=1)
-        is_eos = jnp.any(drawn[:, None] == how.eos_ids, axis=1)
-        stops = how.stop_sequences
-        matches = jnp.all((stops == -1) | (tail[:, None] == stops), axis=-1)
-        matches = jnp.any(matches & (stops[:, -1] != -1), axis=-1)
-        stopped = is_eos | (matches & (loop.i + 1 >= how.stop_after))
-        hidden, cache = model.apply(apply, drawn, alive, loop.cache, method='decode')
+        stopped = _stopped(tail, loop.i + 1, how)
+        hidden, cache = apply(drawn, alive, loop.cache, method='decode')
         return _Loop(
             i=loop.i + 1,
             hidden=hidden,

@@ -64,6 +64,7 @@ def launch(config: Any, workdir: Path) -> dict[str, Any]:
             before anything is compiled wherever it can be known.
     """
     _check_top_level(config)
+    _check_sources(config, workdir)
     resolved = json.loads(config.to_json_best_effort())
     _claim(workdir, resolved)
     unfinished = [s for s in config.stages if not (workdir / s / 'done.json').exists()]
@@ -95,8 +96,6 @@ def _run_stages(
 
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
     run = Run(workdir, config, make_mesh(parallel), load_tokenizer(config.tokenizer))
-    checkpoint.write_json(workdir / 'config.json', _description(resolved))
-    run.tokenizer.save_pretrained(workdir / 'tokenizer')
     loaders = {
         'pretrain': (offline.load_language_model, offline.train_language_model),
         'sft': (offline.load_language_model, offline.train_language_model),
@@ -105,6 +104,10 @@ def _run_stages(
     }
     # Everything is read and checked before the first stage compiles anything.
     jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
+    # Only now does the directory belong to this config: after a corrected mistake in the
+    # data or the batch size it can be used again.
+    checkpoint.write_json(workdir / 'config.json', _description(resolved))
+    run.tokenizer.save_pretrained(workdir / 'tokenizer')
     for train, job in jobs:
         print(f'[{job.stage}] {workdir / job.stage}', flush=True)
         train(run, job)
@@ -131,6 +134,27 @@ def _check_top_level(config: Any) -> None:
         raise ValueError(
             f'config.stages={tuple(config.stages)}: need some of {STAGES}, in order'
         )
+
+
+def _check_sources(config: Any, workdir: Path) -> None:
+    """A stage that another starts from must come before it, or be finished."""
+    for stage in config.stages:
+        for name in ('init', 'reward', 'critic'):
+            source = config[stage].get(name)
+            if source not in STAGES:
+                continue
+            if STAGES.index(source) >= STAGES.index(stage):
+                raise ValueError(
+                    f'config.{stage}.{name}={source!r} does not come before {stage}; the order '
+                    f'is {", ".join(STAGES)}'
+                )
+            if source in config.stages or (workdir / source / 'done.json').exists():
+                continue
+            raise ValueError(
+                f'config.{stage}.{name}={source!r} is neither among config.stages='
+                f'{tuple(config.stages)} nor finished in {workdir}; add it to the stages, or '
+                "name another run's stage folder"
+            )
 
 
 def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:

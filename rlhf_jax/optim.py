@@ -11,15 +11,18 @@ from typing import Any, Literal
 
 import jax
 import optax
+import optax.contrib
 
 from rlhf_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with global-norm clipping and a schedule."""
+    """AdamW or Muon, with global-norm clipping and a schedule."""
 
+    name: Literal['adamw', 'muon'] = 'adamw'
     learning_rate: float = 3e-4  # at the peak
+    adam_learning_rate: float | None = None  # muon: of all but the layers' matrices
     schedule: Literal['constant', 'linear', 'cosine'] = 'cosine'  # behind the warm-up
     warmup_percent: float = 0.0  # of all optimizer steps, linear from 0
     final_percent: float = 0.0  # of the peak, at the last step
@@ -29,6 +32,14 @@ class OptimConfig:
     weight_decay: float = 0.0  # on matrices and embeddings, not on norms and biases
     max_grad_norm: float | None = 1.0
     trainable: str | None = None  # regex over parameter paths; None trains everything
+
+
+# Muon: which axes of a stacked matrix are its inputs, which its outputs.
+MUON_AXES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
+    (r'attention/(query|key|value)_kernel', (1,), (2, 3)),
+    (r'attention/out_kernel', (1, 2), (3,)),
+    (r'mlp/(up|gate|down)_kernel', (1,), (2,)),
+)
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -67,26 +78,27 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm, Adam, decoupled weight decay, schedule; frozen paths get 0.
+    """Clip by the global norm, AdamW or Muon, schedule; frozen paths get 0.
 
-    Source: Loshchilov & Hutter 2019, arXiv 1711.05101.
+    Source: AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. Muon: Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon, by ``optax.contrib.muon``.
 
     Args:
         config: its settings.
         num_steps: optimizer steps of the whole stage.
     """
 
-    def decayed(params: Params) -> Any:
-        is_matrix = lambda path, _: not re.search(r'(norm|bias|scale)', path_of(path))  # noqa: E731
-        return jax.tree_util.tree_map_with_path(is_matrix, params)
-
     parts = []
     if config.max_grad_norm is not None:
         parts.append(optax.clip_by_global_norm(config.max_grad_norm))
-    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
-    if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
-    parts.append(optax.scale_by_learning_rate(make_schedule(config, num_steps)))
+    if config.name == 'muon':
+        parts.append(_muon(config, num_steps))
+    elif config.name == 'adamw':
+        parts += _adamw(config, num_steps)
+    else:
+        raise ValueError(
+            f"optim.name={config.name!r} is unknown; use 'adamw' or 'muon'"
+        )
     chain = optax.chain(*parts)
     if config.trainable is None:
         return chain
@@ -98,6 +110,43 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         return jax.tree_util.tree_map_with_path(label, params)
 
     return optax.partition({'train': chain, 'freeze': optax.set_to_zero()}, labels)
+
+
+def _adamw(config: OptimConfig, num_steps: int) -> list[optax.GradientTransformation]:
+    def decayed(params: Params) -> Any:
+        def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+            return not re.search(r'(norm|bias|scale)', path_of(path))
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+    parts = [optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)]
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    return [*parts, optax.scale_by_learning_rate(make_schedule(config, num_steps))]
+
+
+def _muon(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Orthogonalised momentum on the layers' matrices, Adam on everything else."""
+
+    def axes(params: Params) -> Any:
+        def of(path: tuple[Any, ...], _: Any) -> Any:
+            for pattern, inputs, outputs in MUON_AXES:
+                if re.search(pattern, path_of(path)):
+                    return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+            return None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    rate = config.adam_learning_rate
+    rest = dataclasses.replace(config, learning_rate=rate or config.learning_rate)
+    return optax.contrib.muon(
+        make_schedule(config, num_steps),
+        muon_weight_dimension_numbers=axes,
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=make_schedule(rest, num_steps),
+    )
 
 
 def actor_critic_optimizer(

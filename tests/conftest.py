@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and small models and batches to share."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = os.environ.get('XLA_FLAGS', '')
@@ -17,6 +18,7 @@ import pytest
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.types import Generation, PairBatch, TokenBatch
+from tests import small_config
 
 VOCABULARY = 64
 
@@ -138,3 +140,13 @@ def bigram():
 @pytest.fixture(scope='session')
 def token_scores():
     return _TokenScores()
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory) -> Path:
+    """The work directory of a small run through all four stages, on all devices; read-only."""
+    from rlhf_jax.main import launch
+
+    workdir = tmp_path_factory.mktemp('runs') / 'small'
+    launch(small_config.get_config(), workdir)
+    return workdir

@@ -18,7 +18,7 @@ KEY = jax.random.PRNGKey(3)
 
 @pytest.fixture(scope='module')
 def chain(bigram):
-    """chain(start, …): responses (as lists, and the Generation) to prompts that end in start."""
+    """chain(start, …): the responses as lists, and the Generation they are from."""
     run = jax.jit(functools.partial(generate, model=bigram, max_new_tokens=6))
 
     def responses(start, **how):
@@ -38,7 +38,7 @@ def test_eos_is_kept_and_nothing_follows_it(chain):
     written, out = chain([0, 2, 6], eos_ids=[4])
     assert written == [[1, 2, 3, 4], [3, 4], [7, 0, 1, 2, 3, 4]]
     assert out.ended.tolist() == [True] * 3
-    # EOS on the very last place counts as ended; without EOS the response is full and is not.
+    # EOS on the very last place counts as ended; a full response without it does not.
     written, out = chain([0, 5, 6], eos_ids=[4])
     assert written == [[1, 2, 3, 4], [6, 7, 0, 1, 2, 3], [7, 0, 1, 2, 3, 4]]
     assert out.ended.tolist() == [True, False, True]
@@ -254,7 +254,7 @@ def test_garbage_under_the_prompt_mask_changes_nothing(write, prompts):
 
 
 def test_every_token_of_every_row_has_a_key_of_its_own(bigram):
-    """A policy without preferences writes what its noise says: no row or place repeats it."""
+    """A policy without preferences writes its noise, which no row or place repeats."""
     params = {'table': jnp.zeros((1000, 1000))}
     tokens = jnp.zeros((8, 1), jnp.int32)
     out = generate(
@@ -267,7 +267,7 @@ def test_every_token_of_every_row_has_a_key_of_its_own(bigram):
         model=bigram,
         max_new_tokens=8,
     )
-    # 64 draws of 1,000: two chance repeats are expected; a shared key repeats eight times.
+    # 64 draws of 1,000: two chance repeats are expected; a shared key repeats 8 times.
     values, counts = np.unique(out.tokens[:, 1:], return_counts=True)
     assert counts.max() <= 3 and len(values) > 50
 

@@ -1,7 +1,7 @@
 """Our estimators and losses against what other projects' own functions returned.
 
-The numbers lie outside the repository, so that these tests are skipped where they are missing;
-the same cases by hand arithmetic stand in ``tests/ops``. The inputs are written out here.
+The numbers lie outside the repository, so that these tests are skipped where they are
+missing; the same cases by hand arithmetic stand in ``tests/ops``.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The shape of the package, read from its syntax trees: who imports whom, sizes, docstrings."""
+"""The shape of the package, read from its syntax trees: imports, sizes, docstrings."""
 
 import ast
 import pathlib
@@ -101,7 +101,14 @@ def test_the_pure_parts_read_no_config_and_touch_no_disk(path):
     banned = {'logging', 'absl', 'os', 'sys', 'json', 'pathlib', 'io', 'ml_collections'}
     for name, line in _imports(path):
         assert name.split('.')[0] not in banned, f'{path}:{line} imports {name}'
-    calls = {'open', 'print', 'process_index', 'process_count', 'local_devices', 'devices'}
+    calls = {
+        'open',
+        'print',
+        'process_index',
+        'process_count',
+        'local_devices',
+        'devices',
+    }
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Call):
             called = getattr(node.func, 'id', getattr(node.func, 'attr', ''))
@@ -137,7 +144,7 @@ def test_settings_have_one_default_and_functions_named_arguments(path):
         if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'get':
             receiver = ast.unparse(node.func.value)
             assert not receiver.endswith(('config', 'cfg')), (
-                f'{path}:{node.lineno} {ast.unparse(node)}: defaults live in dataclasses'
+                f'{path}:{node.lineno} {ast.unparse(node)}: use a dataclass default'
             )
         if isinstance(node, ast.FunctionDef) and node.args.kwarg:
             name = node.args.kwarg.arg
@@ -146,7 +153,7 @@ def test_settings_have_one_default_and_functions_named_arguments(path):
 
 @pytest.mark.parametrize('path', FILES, ids=NAMES)
 def test_no_module_level_state(path):
-    """Module level holds constants: nothing lower-case is assigned, nothing is global."""
+    """Module level holds constants: nothing lower-case is assigned or global."""
     tree = _tree(path)
     for node in tree.body:
         for target in getattr(node, 'targets', []):

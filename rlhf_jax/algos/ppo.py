@@ -43,6 +43,7 @@ from rlhf_jax.types import (
     Rollout,
     TokenBatch,
     merge_metrics,
+    reduce_metrics,
 )
 
 SHUFFLE = 1  # purpose folded into the key of the minibatch permutations
@@ -194,37 +195,53 @@ def prepare(
         returns=returns,
     )
 
+    metrics = _rollout_metrics(
+        rollout, generation.ended, scores, unwhitened, state.kl_coef, axis_name
+    )
+    return rollout, metrics
+
+
+def _rollout_metrics(
+    rollout: Rollout,
+    ended: Array,
+    scores: Array,
+    rewards: Array,
+    kl_coef: Array,
+    axis_name: str | None,
+) -> Metrics:
+    response, values, places = (
+        rollout.response_mask,
+        rollout.old_values,
+        rollout.value_mask,
+    )
+
     def per_row(x: Array) -> Mean:
         return Mean(jnp.sum(x.astype(jnp.float32)), jnp.float32(x.shape[0]))
 
+    def mean(x: Array) -> Array:
+        return masked_mean(x, places, axis_name=axis_name)
+
     k1, k3 = (
-        kl_estimate(generation.logprobs, ref_logprobs, kind) for kind in ('k1', 'k3')
+        kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, kind)
+        for kind in ('k1', 'k3')
     )
-    residual = masked_mean(
-        jnp.square(returns - values), value_mask, axis_name=axis_name
-    )
-    mean_return = masked_mean(returns, value_mask, axis_name=axis_name)
-    spread = masked_mean(
-        jnp.square(returns - mean_return), value_mask, axis_name=axis_name
-    )
+    residual = mean(jnp.square(rollout.returns - values))
+    spread = mean(jnp.square(rollout.returns - mean(rollout.returns)))
     metrics: Metrics = {
         'objective/scores': per_row(scores),
         'objective/kl': per_row(masked_sum(k1, response, -1)),
         'objective/kl_k3': per_row(masked_sum(k3, response, -1)),
-        'objective/entropy': per_row(masked_sum(-generation.logprobs, response, -1)),
-        'objective/rlhf_reward': per_row(masked_sum(unwhitened, value_mask, -1)),
-        'objective/kl_coef': Last(state.kl_coef),
+        'objective/entropy': per_row(masked_sum(-rollout.old_logprobs, response, -1)),
+        'objective/rlhf_reward': per_row(masked_sum(rewards, places, -1)),
+        'objective/kl_coef': Last(kl_coef),
         'rollout/response_length': per_row(jnp.sum(response, axis=-1)),
-        'rollout/ended': per_row(generation.ended),
+        'rollout/ended': per_row(ended),
         'val/mean': Mean(
-            masked_sum(values, value_mask),
-            masked_sum(jnp.ones_like(values), value_mask),
+            masked_sum(values, places), masked_sum(jnp.ones_like(values), places)
         ),
         'val/explained_variance': Last(1 - residual / jnp.maximum(spread, 1e-8)),
     }
-    for name, metric in metrics.items():
-        metrics[name] = metric if axis_name is None else metric.reduce(axis_name)
-    return rollout, metrics
+    return reduce_metrics(metrics, axis_name)
 
 
 # -------------------------------------------------------------------------------- update

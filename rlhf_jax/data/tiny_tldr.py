@@ -5,7 +5,8 @@ and a gold reward that knows the truth. Nothing is downloaded: the first use wri
 data set in seconds from fixed seeds, in ArrayRecord files and without TensorFlow. Four
 configs, each with the splits ``train`` and ``test``, no article in two of them:
 
-* ``articles``: ``text``, an article with questions and retellings about anybody in it;
+* ``articles``: ``text``, an article with questions and retellings about anybody in it, or
+  retellings at once behind every event;
 * ``demonstrations``: ``prompt``, ``completion``, by decent but imperfect labellers;
 * ``comparisons``: ``prompt``, ``chosen``, ``rejected``, with the annotator, both gold
   rewards and the kind of pair;
@@ -116,10 +117,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 # ----------------------------------------------------------------------------- data set
 
-RESTATEMENTS = 6  # per article of the pretraining text
+RESTATEMENTS = 8  # per article of the pretraining text
+CHATTER = 3  # restatements per person of a text without an article
 
 
 def _text_example(article: Article, rng: np.random.Generator) -> dict[str, Any]:
+    if rng.random() < 0.5:
+        return {'text': tiny_world.make_chatter(article, CHATTER, rng)}
     restated = tiny_world.make_restatements(article, RESTATEMENTS, rng)
     return {'text': f'{article.text}{SEPARATOR}{restated}'}
 
@@ -206,7 +210,7 @@ class TinyTldr(tfds.core.GeneratorBasedBuilder):
     """Writes ``tiny_tldr`` from fixed seeds."""
 
     # TFDS reuses what lies on disk under this number: raise it when an example changes.
-    VERSION = tfds.core.Version('1.0.1')
+    VERSION = tfds.core.Version('1.0.2')
     BUILDER_CONFIGS = list(CONFIGS)
 
     def _info(self) -> tfds.core.DatasetInfo:

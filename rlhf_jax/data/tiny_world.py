@@ -193,24 +193,39 @@ def make_article(rng: np.random.Generator) -> Article:
     return Article(' '.join(lines), main, tuple(others))
 
 
+def restate(event: Event, rng: np.random.Generator) -> str:
+    """A question with its answer, or one or two facts retold, about one person."""
+    slots = _shuffled([slot for slot in SLOTS[1:] if slot in event.facts], rng)
+    if rng.random() < 0.4:
+        question = QUESTIONS[slots[0]]
+        return question.format(event.facts['who'], event.facts[slots[0]])
+    return retell(event, slots[: int(rng.integers(1, 3))], rng)
+
+
 def make_restatements(article: Article, count: int, rng: np.random.Generator) -> str:
-    """Questions and short retellings about anybody in the article, for pretraining.
+    """Restatements about anybody in the article, for pretraining.
 
     They teach what a summary needs (whose fact is it, copy its word) without being one:
     each speaks of one person and at most two facts, and everybody comes up equally
     often.
     """
-    lines = []
     events = [article.main, *article.others]
-    for _ in range(count):
-        event = events[int(rng.integers(len(events)))]
-        slots = _shuffled([slot for slot in SLOTS[1:] if slot in event.facts], rng)
-        if rng.random() < 0.4:
-            question = QUESTIONS[slots[0]]
-            lines.append(question.format(event.facts['who'], event.facts[slots[0]]))
-        else:
-            lines.append(retell(event, slots[: int(rng.integers(1, 3))], rng))
+    lines = [restate(events[int(rng.integers(len(events)))], rng) for _ in range(count)]
     return 'Facts: ' + ' '.join(lines)
+
+
+def make_chatter(article: Article, count: int, rng: np.random.Generator) -> str:
+    """The same people without the article: each event told, and restated at once.
+
+    Copying a word over a short distance is learned first and fast; a model that has
+    learned it from these texts finds the facts in whole articles sooner.
+    """
+    lines = []
+    for event in (article.main, *article.others):
+        slots = _shuffled([slot for slot in SLOTS[1:] if slot in event.facts], rng)
+        lines.append(_sentence(event.facts['who'], event, slots, rng))
+        lines += [restate(event, rng) for _ in range(count)]
+    return ' '.join(lines)
 
 
 def retell(event: Event, slots: Sequence[str], rng: np.random.Generator) -> str:

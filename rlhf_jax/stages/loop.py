@@ -122,16 +122,18 @@ def run_loop(
                     log.write(
                         done, {'seconds': time.monotonic() - began, **evaluate(state)}
                     )
-                if done % settings.save_every_steps == 0 or terminated():
+                stop = terminated()  # asked once: it may come between two lines
+                if done % settings.save_every_steps == 0 or stop:
                     flush()
                     checkpoint.save_state(manager, done, state)
-                if terminated():
-                    manager.wait_until_finished()
-                    raise SystemExit(128 + signal.SIGTERM)
+                if stop:
+                    break
             flush()
             if manager.latest_step() != done:
                 checkpoint.save_state(manager, done, state)
             manager.wait_until_finished()
+        if terminated():
+            raise SystemExit(128 + signal.SIGTERM)
     return state
 
 

@@ -27,7 +27,13 @@ from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.optim import actor_critic_optimizer, make_schedule
 from rlhf_jax.rewards import reward_model_scores, shape_scores
 from rlhf_jax.stages.loop import run_loop
-from rlhf_jax.stages.run import Run, load_policy, load_scalar, model_config
+from rlhf_jax.stages.run import (
+    Run,
+    check_trained_head,
+    load_policy,
+    load_scalar,
+    model_config,
+)
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import (
     Array,
@@ -72,7 +78,13 @@ def load_online(run: Run, stage: str) -> Online:
     settings, hp = build(run.config[stage], OnlineSettings, PPOHParams, where=where)
     parts = hp.num_minibatches * hp.num_microbatches
     sharding.check_batch_size(settings.batch_size, run.mesh, where, parts)
-    sharding.check_batch_size(settings.eval_batch_size, run.mesh, f'{where}.eval')
+    devices = run.mesh.shape['data'] * run.mesh.shape['fsdp']
+    if settings.eval_batch_size % devices:
+        raise ValueError(
+            f'{where}.eval_batch_size={settings.eval_batch_size} is not divisible by '
+            f'{devices} devices; use {-(-settings.eval_batch_size // devices) * devices}'
+        )
+    check_trained_head(run, f'{where}.reward', settings.reward)
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens
     for name in ('init', 'reward', 'critic'):
         config = model_config(run, getattr(settings, name))

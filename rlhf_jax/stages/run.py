@@ -52,11 +52,6 @@ class Run:
         return compile_step(fn, mesh=self.mesh, backend=backend, **kinds)
 
 
-def is_finished(run: Run, stage: str) -> bool:
-    """Whether a stage of this work directory has its result."""
-    return (run.workdir / stage / 'done.json').exists()
-
-
 def source_dir(run: Run, init: str) -> Path | None:
     """The stage folder behind an ``init``: of this run, or of another; None otherwise."""
     if init in run.config.stages or (run.workdir / init / 'model.json').exists():
@@ -103,6 +98,26 @@ def load_policy(run: Run, init: str, key: PRNGKey) -> tuple[CausalLM, Params]:
         return model, _from_hf(run, init, model.config, 'lm')
     like = _like(run, start, key)
     return model, checkpoint.load_params(folder, 'policy', like)
+
+
+def check_trained_head(run: Run, where: str, init: str) -> None:
+    """Refuses what has no trained scalar head, where a reward is to be optimised.
+
+    Raises:
+        ValueError: a policy, or nothing, where a reward model is needed.
+    """
+    folder = source_dir(run, init)
+    if folder is None:
+        bare = init == 'scratch'
+    elif (folder / 'model.json').exists():
+        bare = set(checkpoint.load_model_configs(folder)) == {'policy'}
+    else:
+        bare = init in ('pretrain', 'sft')
+    if bare:
+        raise ValueError(
+            f'{where}={init!r} has no trained score: it is a language model; name a reward '
+            "model, e.g. 'rm'"
+        )
 
 
 def load_scalar(

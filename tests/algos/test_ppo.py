@@ -1,7 +1,7 @@
-"""``prepare`` and ``ppo_step``: by hand, against a slow loop, and the bugs seen elsewhere.
+"""``prepare`` and ``ppo_step``: by hand, against a slow loop, and known bugs.
 
-The policy is a table of bigram logits and the critic a table of numbers, so that every quantity
-can be worked out without the package.
+The policy is a table of bigram logits and the critic a table of numbers, so that every
+quantity can be worked out without the package.
 """
 
 import functools
@@ -79,7 +79,7 @@ def _hp(**values):
 
 @pytest.fixture(scope='module')
 def ready(model):
-    """prepare, compiled once per hyperparameters: ready(generation, scores, hp, ref)."""
+    """prepare, compiled once per ``hp``: ready(generation, scores, hp, ref)."""
     compiled = jax.jit(functools.partial(prepare, model=model), static_argnames='hp')
 
     def run(generation, scores=SCORES, hp=PLAIN, ref=REF, state=None):
@@ -114,7 +114,7 @@ def update(model):
 
 
 def _two_rows():
-    """Prompt token 0, then the responses (1, 5) and (2, 3, 4), the second up to the end."""
+    """Prompt 0, then the responses (1, 5) and (2, 3, 4), the second up to the end."""
     response = jnp.array([[0, 1, 1, 0], [0, 1, 1, 1]], bool)
     return Generation(
         tokens=jnp.array([[0, 1, 5, 0], [0, 2, 3, 4]]),
@@ -156,7 +156,7 @@ def test_prepare_by_hand(ready):
 
 
 def test_scores_stay_real_numbers(ready):
-    """A score of 0.4 must not become the 0 that the type of the token ids would make of it."""
+    """A score of 0.4 must not become the 0 that an integer type would make of it."""
     hp = _hp(gamma=1.0, lam=1.0, whiten_advantages=False)
     state = _state(kl_coef=0.0).replace(params=NO_VALUE)
     rollout, _ = ready(_two_rows(), jnp.array([0.4, -0.6]), hp, UNIFORM, state)
@@ -172,7 +172,7 @@ def test_scores_stay_real_numbers(ready):
     'score_at, first', [('last', [0.5, 1.0, 0]), ('after_last', [0.25, 0.5, 1.0])]
 )
 def test_where_the_score_stands(ready, score_at, first):
-    """γ = ½ shows the distance to the score; a response up to the end has no place behind it."""
+    """γ = ½ shows the distance to the score; a full response has no place behind it."""
     hp = _hp(gamma=0.5, lam=1.0, whiten_advantages=False, score_at=score_at)
     state = _state(kl_coef=0.0).replace(params=NO_VALUE)
     rollout, _ = ready(_two_rows(), jnp.array([1.0, 1.0]), hp, UNIFORM, state)
@@ -226,7 +226,7 @@ def test_advantages_are_whitened_over_the_whole_rollout_and_returns_are_not(
 
 
 def test_whitened_rewards_keep_their_mean(ready, generation):
-    """With V = 0 and γ = λ = 1 the first return is the sum of the rewards of its row."""
+    """With V = 0 and γ = λ = 1 the first return is the sum of a row's rewards."""
     state = _state().replace(params=NO_VALUE)
     hp = {'gamma': 1.0, 'lam': 1.0, 'whiten_advantages': False}
     plain, _ = ready(generation, hp=_hp(**hp), state=state)
@@ -245,7 +245,7 @@ def test_whitened_rewards_keep_their_mean(ready, generation):
     assert abs(before.std() - 1) > 0.1
 
 
-# -------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------ update
 
 
 def test_the_first_minibatch_sees_ratio_one(update, rollout):
@@ -285,7 +285,7 @@ def _losses(params, rows, hp):
 
 @pytest.mark.parametrize('parts', [1, 2])
 def test_a_step_is_a_slow_loop_over_its_minibatches(update, rollout, parts):
-    """Two epochs of two minibatches with Adam; also when each is accumulated in two parts."""
+    """Two epochs of two minibatches with Adam; also accumulated in two parts."""
     tx, step = optax.adam(0.05), 3
     hp = _hp(num_epochs=2, num_minibatches=2, num_microbatches=parts, value_coef=0.3)
     state, metrics = update(rollout, hp, tx=tx, step=step)
@@ -396,15 +396,19 @@ def test_target_approxkl_stops_the_epochs(update, rollout, bigram):
     assert float(jnp.abs(apart).max()) > 1e-3
 
 
-@pytest.mark.parametrize('kl, error', [(0.0, -0.2), (5.0, 0.0), (5.5, 0.1), (50.0, 0.2)])
+@pytest.mark.parametrize(
+    'kl, error', [(0.0, -0.2), (5.0, 0.0), (5.5, 0.1), (50.0, 0.2)]
+)
 def test_the_adaptive_coefficient_by_hand(update, rollout, kl, error):
-    """A rollout of ``kl`` nats per sequence against a target of 5; n/horizon = 8/100."""
+    """``kl`` nats per sequence against a target of 5; n/horizon = 8/100."""
     per_token = kl * ROWS / rollout.response_mask.sum()
     ref = jnp.where(rollout.response_mask, rollout.old_logprobs - per_token, 0)
     hp = _hp(kl_target=5.0, kl_horizon=100.0, entropy_coef=0.1)
     state, _ = update(rollout.replace(ref_logprobs=ref), hp, kl_coef=0.1)
     assert float(state.kl_coef) == pytest.approx(0.1 * (1 + error * 0.08), rel=1e-5)
-    assert float(update(rollout)[0].kl_coef) == np.float32(0.1)  # fixed without a target
+    assert float(update(rollout)[0].kl_coef) == np.float32(
+        0.1
+    )  # fixed without a target
 
 
 def test_every_epoch_of_every_step_is_shuffled_anew(rollout):
@@ -450,7 +454,7 @@ def test_garbage_outside_the_response_changes_nothing(update, rollout, generatio
 
 @pytest.mark.parametrize('how', ['token_mean', 'sequence_mean', 'sequence_sum'])
 def test_losses_over_parts_add_up(rollout, bigram, token_scores, how):
-    """Sums and weights of two halves are those of the whole, whatever the aggregation."""
+    """Sums and weights of two halves add up to those of the whole."""
     hp = _hp(aggregation=how)
     halves = [
         jax.tree.map(lambda x, s=s: x[s], rollout) for s in (slice(4), slice(4, None))

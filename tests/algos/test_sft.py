@@ -1,4 +1,4 @@
-"""``sft_step``: the loss in NumPy, what counts and what does not, accumulation, learning."""
+"""``sft_step``: the loss in NumPy, what counts, accumulation, learning."""
 
 import functools
 
@@ -60,7 +60,7 @@ def _slow(table, batch):
 
 
 def test_three_tokens_by_hand(bigram):
-    # Behind token 0 the logits are (log 3, 0): p = (3/4, 1/4). Behind token 1, (0, 0): ½ each.
+    # Behind token 0 the logits are (log 3, 0): p = (3/4, 1/4). Behind token 1: ½ each.
     params = {'table': jnp.array([[np.log(3.0), 0.0], [0.0, 0.0]])}
     every = jnp.ones((1, 3), bool)
     batch = TokenBatch(tokens=jnp.array([[0, 1, 0]]), mask=every, loss_mask=every)
@@ -106,7 +106,7 @@ def test_a_prompt_token_costs_nothing(bigram, params):
 
 
 def test_a_token_behind_left_padding_is_not_predicted_from_it(bigram, params):
-    """Left or right padding, the same loss: the first real token has nothing before it."""
+    """Left or right padding, one loss: the first real token has nothing before it."""
     tokens, real = (
         np.array([[1, 2, 3, 0, 0]], np.int32),
         np.array([[1, 1, 1, 0, 0]], bool),
@@ -119,7 +119,7 @@ def test_a_token_behind_left_padding_is_not_predicted_from_it(bigram, params):
 
 
 def test_garbage_ids_in_padding_change_nothing(policy, policy_params, token_batch):
-    """In the real model, in value and gradient; padding may even be marked for the loss."""
+    """In the real model, value and gradient; even where padding is in the loss mask."""
     grad = jax.jit(jax.value_and_grad(lambda p, b: sft_loss(p, b, model=policy)[0]))
     clean = jax.tree.leaves(grad(policy_params, token_batch))
     for garbage in (63, -5, 10**6):

@@ -12,7 +12,7 @@ def test_token_rewards_by_hand():
     kl = jnp.array([[9.0, 0.1, -0.5, 9.0], [0.2, 0.4, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]])
     mask = jnp.array([[0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
     rewards = token_rewards(jnp.array([2.0, -0.25, 7.0]), kl, mask, 0.05)
-    # −0.05·0.1; −0.05·−0.5 + 2; −0.05·0.2; −0.05·0.4 − 0.25. A row without a token gets none.
+    # −0.05·0.1; −0.05·−0.5 + 2; −0.05·0.2; −0.05·0.4 − 0.25. The empty row gets none.
     expected = [[0, -0.005, 2.025, 0], [-0.01, -0.27, 0, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(rewards, expected, atol=1e-6)
     assert rewards.dtype == jnp.float32

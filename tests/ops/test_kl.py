@@ -30,7 +30,7 @@ def test_a_policy_has_no_distance_from_itself(kind):
 
 
 def test_k1_and_k3_are_unbiased_and_k2_is_not():
-    """The expectation over the whole vocabulary, Σ_v π(v)·k(v), against KL(π ‖ π_ref)."""
+    """The expectation over the vocabulary, Σ_v π(v)·k(v), against KL(π ‖ π_ref)."""
     rng = np.random.default_rng(0)
     logprobs = jax.nn.log_softmax(rng.normal(size=9).astype(np.float32))
     ref_logprobs = jax.nn.log_softmax(rng.normal(size=9).astype(np.float32))

@@ -46,7 +46,7 @@ def test_two_tokens_by_hand():
 @pytest.mark.parametrize('temperature', [1.0, 0.7, 3.0])
 @pytest.mark.parametrize('max_logits', [2**26, 1, 4 * B * V, 3 * B * V, 3 * B * V - 1])
 def test_equals_the_slow_reference(inputs, temperature, max_logits):
-    """For one block, one token at a time, chunks that divide the seven tokens and some not."""
+    """In one block, one token at a time, in chunks that divide the tokens or not."""
     logprobs, entropy = token_logprobs(
         *inputs, temperature=temperature, max_logits=max_logits
     )

@@ -44,7 +44,8 @@ def test_whiten_by_hand():
 def test_whiten_eight_numbers_by_hand():
     x = jnp.array([[-0.1, 0.2, 0, 1], [0.05, -0.3, 0.7, 0]])
     # Σx = 1.55, μ = 0.19375; Σx² = 0.01 + 0.04 + 1 + 0.0025 + 0.09 + 0.49 = 1.6325,
-    # σ² = 1.6325/8 − 0.19375² = 0.1665234375; (−0.1 − μ)/σ = −0.29375/0.4080729 = −0.719847.
+    # σ² = 1.6325/8 − 0.19375² = 0.1665234375, σ = 0.4080729;
+    # (−0.1 − μ)/σ = −0.29375/0.4080729 = −0.719847.
     expected = [
         [-0.7198469661, 0.0153158929, -0.4747926797, 1.9757501834],
         [-0.3522655366, -1.2099555387, 1.2405873245, -0.4747926797],
@@ -87,7 +88,7 @@ def test_garbage_under_the_mask_changes_neither_value_nor_gradient(garbage):
 
 
 def test_statistics_are_global_over_a_mapped_axis():
-    """Four devices with unequal token counts give the numbers of one: no mean of means."""
+    """Four devices with unequal token counts give the numbers of one device."""
     rng = np.random.default_rng(1)
     x = rng.normal(2, 3, size=(4, 2, 5)).astype(np.float32)
     mask = np.arange(5) < rng.integers(1, 6, size=(4, 2))[..., None]

@@ -82,7 +82,7 @@ def test_seven_tokens_by_hand():
     advantages = jnp.array([[1, -0.5, 2, -1.5], [0.3, -1, 0.8, 0]])
     mask = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
     loss, _, clipped = clipped_policy_loss(logprobs, old, advantages, clip_eps=0.2)
-    # ρ = e^.2, e^−.05, e^−.3, 1 | e^.2, e^−.2, e^.05. Clipped: the two e^.2 = 1.2214 > 1.2.
+    # ρ = e^.2, e^−.05, e^−.3, 1 | e^.2, e^−.2, e^.05. Clipped: both e^.2 = 1.2214.
     expected = [[-1.2, 0.475615, -1.481636, 1.5], [-0.36, 0.818731, -0.841017, 0]]
     np.testing.assert_allclose(loss, expected, atol=1e-5)
     total, weight = aggregate(loss, mask, 'token_mean')
@@ -117,7 +117,7 @@ def test_aggregations_by_hand():
         [[1.0, 2.0, 3.0, np.nan], [5.0, np.nan, np.nan, np.nan], [np.nan] * 4]
     )
     mask = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-    # Four tokens summing to 11; two rows with means 2 and 5, sums 6 and 5; the third is empty.
+    # Four tokens summing to 11; rows with means 2 and 5, sums 6 and 5; one is empty.
     for how, total, weight in [
         ('token_mean', 11, 4),
         ('sequence_mean', 7, 2),

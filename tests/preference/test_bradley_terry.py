@@ -10,7 +10,7 @@ from rlhf_jax.preference.bradley_terry import bradley_terry_loss
 
 def test_by_hand():
     chosen, rejected = jnp.array([1.5, -0.2, 0.3]), jnp.array([0.5, 0.4, 0.3])
-    # −log σ(1) = 0.313262, −log σ(−0.6) = 1.037488, −log σ(0) = 0.693147: mean 0.6812989.
+    # −log σ(1) = 0.313262, −log σ(−0.6) = 1.037488, −log σ(0) = 0.693147.
     loss = bradley_terry_loss(chosen, rejected)
     np.testing.assert_allclose(loss, [0.313262, 1.037488, 0.693147], atol=1e-6)
     assert float(loss.mean()) == pytest.approx(0.6812989395, abs=1e-6)

@@ -1,0 +1,246 @@
+"""The command: finished directories, other configs, and what it says of mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from rlhf_jax.main import launch
+from tests.small_config import ROOT, get_config
+
+
+def command(*arguments, module='rlhf_jax.main'):
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    result = subprocess.run(
+        [sys.executable, '-m', module, *arguments],
+        env={**env, 'PYTHONPATH': str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture
+def never_compiled(monkeypatch):
+    """A mistake must be found before anything is compiled or initialised."""
+
+    def refuse(*_, **__):
+        raise AssertionError('compiled before the mistake was found')
+
+    monkeypatch.setattr('rlhf_jax.stages.run.compile_step', refuse)
+    monkeypatch.setattr('rlhf_jax.stages.run.init_sharded', refuse)
+
+
+def fails(config, workdir, *parts):
+    with pytest.raises(ValueError) as caught:
+        launch(config, workdir)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+# ---------------------------------------------------------------- the work directory
+
+
+def test_a_finished_directory_returns_at_once(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+    began = time.monotonic()
+    report = launch(get_config(), finished)
+    assert time.monotonic() - began < 1
+    assert report == json.loads((finished / 'report.json').read_text())
+    after = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+    del before[finished], after[finished]  # the probe for the right to write
+    assert after == before
+
+
+def test_another_config_names_the_keys_that_differ(finished):
+    config = get_config()
+    config.ppo.clip_eps = 0.1
+    config.rm.optim.learning_rate = 0.5
+    fails(
+        config,
+        finished,
+        str(finished),
+        'ppo.clip_eps: 0.2 there, 0.1 now',
+        'rm.optim.learning_rate: 0.0005 there, 0.5 now',
+    )
+
+
+def test_a_mistake_does_not_claim_the_directory(tmp_path):
+    config = get_config('1')
+    config.stages = ('pretrain',)
+    config.pretrain.train = f'text:{tmp_path}/missing.txt'
+    fails(config, tmp_path / 'run', 'missing.txt')
+    assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    file = tmp_path / 'file'
+    file.write_text('')
+    for workdir in (file, file / 'below'):
+        fails(get_config(), workdir, str(workdir), 'cannot be written')
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('pathlib.Path.write_bytes', full)
+    fails(get_config(), tmp_path, 'No space left on device', 'make room')
+
+
+# ------------------------------------------------------------------ mistakes in configs
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'parts'),
+    [
+        ('pppo', {}, ['config.pppo is unknown', "'ppo'"]),
+        ('stages', ('sft', 'rn'), ["'rn' is no stage", "'rm'"]),
+        ('stages', ('rm', 'sft'), ['in order']),
+        ('stages', (), ['need some of']),
+        ('stages', ('sft',), ["sft.init='pretrain'", 'neither among', 'nor finished']),
+        ('sft.init', 'sft', ["config.sft.init='sft'", 'does not come before']),
+        ('sft.init', 'rm', ["config.sft.init='rm'", 'does not come before']),
+        ('sft.init', 'pretrian', ['pretrian']),
+        ('ppo.reward', 'sft', ["config.ppo.reward='sft'", 'no trained score']),
+        ('ppo.clip_epz', 0.1, ['config.ppo.clip_epz is unknown', "'clip_eps'"]),
+        ('sft.batch_sise', 8, ['config.sft.batch_sise', "'batch_size'"]),
+        ('rm.optim.learnin_rate', 1, ['config.rm.optim.learnin_rate', 'learning_rate']),
+        ('sft.batch_size', 30, ['config.sft.batch_size=30', '8 devices', '24 or 32']),
+        ('ppo.batch_size', 20, ['config.ppo.batch_size=20', '8 devices', '16 or 32']),
+        ('ppo.eval_batch_size', 20, ['config.ppo.eval_batch_size=20', 'use 24']),
+        ('sft.num_epochs', 1.0, ['config.sft', 'either num_steps or num_epochs']),
+        ('sft.train', 'jsonl:/nowhere/a.jsonl', ['/nowhere/a.jsonl']),
+        ('sft.train', 'jsnl:a.jsonl', ['jsnl', 'jsonl']),
+        ('model.preset', 'nanno', ["'nanno' is unknown", "'nano'"]),
+        ('sft.buckets', (4096,), ['config.sft.buckets', '4096', '1024 positions']),
+        ('ppo.max_new_tokens', 2000, ['config.ppo', '2000', '1024 positions']),
+        ('ppo.gold', 'no.such:thing', ['config.ppo.gold', 'no.such:thing']),
+        ('ppo.ptx_coef', 0.5, ['config.ppo.ptx_coef=0.5', 'config.ppo.ptx']),
+        ('ppo.temperature', 0.0, ['temperature=0.0']),
+        ('ppo.optim.schedule', 'cosin', ['cosin', 'cosine']),
+        ('parallel.data', 3, ['(3, 1, 1)', '8 devices']),
+        ('parallel.backend', 'pmapp', ['pmapp', 'pmap']),
+        ('metrics', ('jsnol',), ['jsnol', 'jsonl']),
+        ('tokenizer', '/nowhere', ['/nowhere', 'cannot be loaded']),
+        ('pretrain.on_bad', 'skp', ['on_bad', 'skp', 'skip']),
+    ],
+)
+def test_mistakes_are_named_before_compilation(
+    tmp_path, never_compiled, key, value, parts
+):
+    config = get_config()
+    *path, last = key.split('.')
+    section = config
+    for name in path:
+        section = section[name]
+    with config.unlocked(), config.ignore_type():
+        section[last] = value
+    fails(config, tmp_path, *parts)
+
+
+@pytest.mark.parametrize(
+    ('line', 'parts'),
+    [
+        ('{"prompt": "a", "completion": ', ['bad.jsonl:2']),
+        ('{"prompt": "", "completion": " b"}', ['bad.jsonl:2', 'prompt']),
+        ('{"prompt": "a", "completion": ""}', ['bad.jsonl:2', 'completion']),
+        ('{"promt": "a", "completion": " b"}', ['bad.jsonl:2', 'promt']),
+    ],
+)
+def test_a_malformed_record_is_named(tmp_path, never_compiled, line, parts):
+    path = tmp_path / 'bad.jsonl'
+    path.write_text('{"prompt": "a", "completion": " b"}\n' + line + '\n')
+    config = get_config()
+    config.sft.train = f'jsonl:{path}'
+    fails(config, tmp_path / 'run', *parts)
+
+
+def test_a_prompt_longer_than_the_bucket_is_counted(tmp_path, never_compiled):
+    path = tmp_path / 'long.jsonl'
+    path.write_text(json.dumps({'prompt': 'the mayor ' * 200}) + '\n')
+    config = get_config()
+    config.ppo.prompts = f'jsonl:{path}'
+    fails(config, tmp_path / 'run', str(path), '72')
+
+
+def test_a_model_with_too_few_embeddings(finished, tmp_path, never_compiled):
+    stage = tmp_path / 'other'
+    stage.mkdir()
+    table = json.loads((finished / 'sft' / 'model.json').read_text())
+    table['policy']['vocab_size'] = 50
+    (stage / 'model.json').write_text(json.dumps(table))
+    config = get_config()
+    config.rm.init = str(stage)
+    fails(config, tmp_path / 'run', 'has id', 'the model has 50 embeddings')
+
+
+def test_a_checkpoint_of_another_model(finished, tmp_path):
+    table = json.loads((finished / 'sft' / 'model.json').read_text())
+    table['policy']['mlp_width'] *= 2
+    stage = tmp_path / 'other'
+    stage.mkdir()
+    (stage / 'model.json').write_text(json.dumps(table))
+    os.symlink(finished / 'sft' / 'params', stage / 'params')
+    config = get_config()
+    config.stages = ('rm',)
+    config.rm.init = str(stage)
+    fails(config, tmp_path / 'run', str(stage), 'another model')
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path):
+    from rlhf_jax import checkpoint
+
+    config = get_config('8')
+    config.stages = ('pretrain',)
+    config.pretrain.optim.learning_rate = 1e30
+    config.pretrain.loop.save_every_steps = 1
+    fails(config, tmp_path, 'pretrain: ', 'train/loss', 'not finite at step', 'Lower')
+    stage = tmp_path / 'pretrain'
+    assert not (stage / 'done.json').exists()
+    with checkpoint.open_checkpoints(stage, 2) as manager:
+        step = manager.latest_step()
+        assert manager.restore(step)['step'] == step
+    for line in (stage / 'metrics.jsonl').read_text().splitlines():
+        assert json.loads(line)['train/loss'] is not None
+
+
+# --------------------------------------------------------------------- the command line
+
+
+def test_help_and_a_missing_workdir():
+    code, text = command('--help')
+    assert '--config' in text and '--workdir' in text and 'resumes' in text
+    code, text = command()
+    assert code != 0 and '--workdir is needed' in text
+
+
+def test_a_mistyped_flag_names_the_right_key(tmp_path):
+    code, text = command('--workdir', str(tmp_path), '--config.ppo.clip_epz=0.1')
+    assert code != 0
+    assert 'clip_epz' in text and 'clip_eps' in text
+
+
+def test_an_error_is_one_line_without_a_traceback(tmp_path):
+    code, text = command(
+        '--workdir',
+        str(tmp_path),
+        '--config',
+        'configs/quickstart.py:smoke',
+        '--config.sft.batch_size=8',
+        '--config.sft.train=jsonl:/nowhere/a.jsonl',
+        "--config.stages=('pretrain','sft')",
+    )
+    assert code == 1
+    assert 'error: ' in text and '/nowhere/a.jsonl' in text
+    assert 'Traceback' not in text and 'RLHF_JAX_TRACEBACK' in text
+
+
+def test_devices_of_the_tests():
+    assert len(jax.devices()) == 8  # the messages above name them
