@@ -178,8 +178,8 @@ def build(
         One instance per class, in order.
 
     Raises:
-        ValueError: an unknown key (with the nearest right one), a value of the wrong type,
-            or a required one that is empty.
+        ValueError: an unknown key (with the nearest right one), a value of the wrong
+            type, or a required one that is empty.
     """
     table = _fields(*classes)
     arguments: dict[type, dict[str, Any]] = {cls: {} for cls in classes}

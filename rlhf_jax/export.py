@@ -14,20 +14,6 @@ from pathlib import Path
 
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Work directory of the run.', required=True
-)
-_STAGE = flags.DEFINE_string(
-    'stage', None, 'Finished stage, e.g. sft, rm, ppo.', required=True
-)
-_PART = flags.DEFINE_string(
-    'part', None, 'policy, reward or critic; by default the first.'
-)
-_OUT = flags.DEFINE_string(
-    'out', None, 'Directory to write; must not exist.', required=True
-)
-_SHARD = flags.DEFINE_integer('max_shard_mb', 5000, 'Largest safetensors file, in MB.')
-
 
 def export(
     workdir: Path,
@@ -69,19 +55,34 @@ def export(
 
 def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
+    values = flags.FLAGS
     try:
         export(
-            Path(_WORKDIR.value),
-            _STAGE.value,
-            Path(_OUT.value),
-            _PART.value,
-            _SHARD.value,
+            Path(values.workdir),
+            values.stage,
+            Path(values.out),
+            values.part,
+            values.max_shard_mb,
         )
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
-    print(f'wrote {_OUT.value}')
+    print(f'wrote {values.out}')
+
+
+def run() -> None:
+    """Entry point; defines the flags, so that an import of this file defines none."""
+    flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
+    flags.DEFINE_string(
+        'stage', None, 'Finished stage, e.g. sft, rm, ppo.', required=True
+    )
+    flags.DEFINE_string('part', None, 'policy, reward or critic; by default the first.')
+    flags.DEFINE_string(
+        'out', None, 'Directory to write; must not exist.', required=True
+    )
+    flags.DEFINE_integer('max_shard_mb', 5000, 'Largest safetensors file, in MB.')
+    app.run(main)
 
 
 if __name__ == '__main__':
-    app.run(main)
+    run()

@@ -23,8 +23,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 _DEFAULT = Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
-_CONFIG = config_flags.DEFINE_config_file('config', str(_DEFAULT), 'The recipe to run.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
 
 STAGES = ('pretrain', 'sft', 'rm', 'ppo')
 # Settings that may differ when a work directory is used again: which stages to run, and where
@@ -36,11 +34,11 @@ def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
     if len(argv) > 1:
         raise app.UsageError(f'unknown arguments {argv[1:]}; flags start with --')
-    if _WORKDIR.value is None:
+    if flags.FLAGS.workdir is None:
         raise app.UsageError('--workdir is needed, e.g. --workdir runs/quickstart')
     logging.set_verbosity(logging.WARNING)  # Orbax reports every rename at INFO
     try:
-        launch(_CONFIG.value, Path(_WORKDIR.value))
+        launch(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except ValueError as error:
         if os.environ.get('RLHF_JAX_TRACEBACK'):
             raise
@@ -236,7 +234,9 @@ def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
 
 
 def run() -> None:
-    """Entry point."""
+    """Entry point; defines the flags, so that an import of this file defines none."""
+    config_flags.DEFINE_config_file('config', str(_DEFAULT), 'The recipe to run.')
+    flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
     app.run(main)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 from transformers import AutoTokenizer
 
 from rlhf_jax import checkpoint
@@ -28,17 +29,6 @@ from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.types import Params
-
-_WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Work directory of the run.', required=True
-)
-_STAGE = flags.DEFINE_string('stage', 'ppo', 'Finished stage with a policy.')
-_PROMPT = flags.DEFINE_string('prompt', None, 'Text to continue.')
-_NUM = flags.DEFINE_integer('num', 2, 'Samples per prompt.')
-_TOKENS = flags.DEFINE_integer('max_new_tokens', 48, 'Longest response, in tokens.')
-_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
-_TOP_P = flags.DEFINE_float('top_p', None, 'Nucleus; off by default.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
 
 
 def load_part(
@@ -96,8 +86,8 @@ def sample(
     Raises:
         ValueError: an unfinished stage, an empty prompt, or one that is too long.
     """
-    tokenizer = AutoTokenizer.from_pretrained(workdir / 'tokenizer')
     model, params = load_part(workdir, stage, 'policy')
+    tokenizer = AutoTokenizer.from_pretrained(workdir / 'tokenizer')
     tokens = opened(encode(tokenizer, [prompt])[0], bos_ids(tokenizer))
     if not tokens:
         raise ValueError('the prompt is empty')
@@ -132,24 +122,24 @@ def sample(
 
 def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
-    workdir, console = Path(_WORKDIR.value), Console()
+    values = flags.FLAGS
+    workdir, console = Path(values.workdir), Console()
     try:
-        prompts = (
-            [_PROMPT.value.replace('\\n', '\n')] if _PROMPT.value else _known(workdir)
-        )
+        if values.prompt is None:
+            prompts = _known(workdir)
+        else:
+            prompts = [values.prompt.replace('\\n', '\n')]
         for prompt in prompts:
-            console.print(
-                Panel(prompt, title='prompt', title_align='left'), markup=False
-            )
+            console.print(Panel(Text(prompt), title='prompt', title_align='left'))
             for text, ended, score in sample(
                 workdir,
-                _STAGE.value,
+                values.stage,
                 prompt,
-                num=_NUM.value,
-                max_new_tokens=_TOKENS.value,
-                temperature=_TEMPERATURE.value,
-                top_p=_TOP_P.value,
-                seed=_SEED.value,
+                num=values.num,
+                max_new_tokens=values.max_new_tokens,
+                temperature=values.temperature,
+                top_p=values.top_p,
+                seed=values.seed,
             ):
                 mark = '' if ended else '  (did not end)'
                 label = 'no reward model' if score is None else f'score {score:+.3f}'
@@ -167,5 +157,18 @@ def _known(workdir: Path) -> list[str]:
     return [json.loads(line)['prompt'] for line in lines]
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Entry point; defines the flags, so that an import of this file defines none."""
+    flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
+    flags.DEFINE_string('stage', 'ppo', 'Finished stage with a policy.')
+    flags.DEFINE_string('prompt', None, 'Text to continue.')
+    flags.DEFINE_integer('num', 2, 'Samples per prompt.')
+    flags.DEFINE_integer('max_new_tokens', 48, 'Longest response, in tokens.')
+    flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
+    flags.DEFINE_float('top_p', None, 'Nucleus; off by default.')
+    flags.DEFINE_integer('seed', 0, 'Of the samples.')
     app.run(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -1,4 +1,4 @@
-"""Config strings, sections and strict building: what is accepted, what the errors say."""
+"""Config strings, sections and strict building, and what their errors say."""
 
 import dataclasses
 from typing import Literal

@@ -54,7 +54,6 @@ def test_a_finished_directory_returns_at_once(finished):
     assert time.monotonic() - began < 1
     assert report == json.loads((finished / 'report.json').read_text())
     after = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
-    del before[finished], after[finished]  # the probe for the right to write
     assert after == before
 
 
@@ -101,7 +100,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     ('key', 'value', 'parts'),
     [
         ('pppo', {}, ['config.pppo is unknown', "'ppo'"]),
-        ('stages', ('sft', 'rn'), ["'rn' is no stage", "'rm'"]),
+        ('stages', ('sft', 'rn'), ["'rn' is no stage", 'pretrain, rm']),
         ('stages', ('rm', 'sft'), ['in order']),
         ('stages', (), ['need some of']),
         ('stages', ('sft',), ["sft.init='pretrain'", 'neither among', 'nor finished']),
@@ -127,7 +126,6 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('ppo.optim.schedule', 'cosin', ['cosin', 'cosine']),
         ('parallel.data', 3, ['(3, 1, 1)', '8 devices']),
         ('parallel.backend', 'pmapp', ['pmapp', 'pmap']),
-        ('metrics', ('jsnol',), ['jsnol', 'jsonl']),
         ('tokenizer', '/nowhere', ['/nowhere', 'cannot be loaded']),
         ('pretrain.on_bad', 'skp', ['on_bad', 'skp', 'skip']),
     ],

@@ -1,4 +1,4 @@
-"""The whole ladder, pretrain → sft → rm → ppo, through its files: what it leaves and hands on."""
+"""The whole ladder, pretrain → sft → rm → ppo: what it leaves behind and hands on."""
 
 import json
 
@@ -103,15 +103,21 @@ def test_the_references_score_zero_on_average_and_padding_does_not_matter(finish
 
 
 def test_parameters_are_handed_on(finished, tmp_path):
-    """With learning rate 0 a stage leaves what it was given."""
+    """With learning rate 0 a stage leaves what it was given; stages are added one by one."""
     config = get_config('1')
-    config.stages = ('sft', 'rm', 'ppo')
+    config.stages = ('sft',)
     config.parallel.backend = 'pmap'
     config.sft.init = str(finished / 'pretrain')
     for name in ('sft', 'rm', 'ppo'):
         config[name].optim.learning_rate = 0.0
     config.ppo.critic_optim.learning_rate = 0.0
-    launch(config, tmp_path / 'run')
+    report = launch(config, tmp_path / 'run')
+    assert [s for s, r in report['stages'].items() if r['finished']] == ['sft']
+    untouched = (tmp_path / 'run' / 'sft' / 'done.json').stat().st_mtime_ns
+    config.stages = ('sft', 'rm', 'ppo')
+    report = launch(config, tmp_path / 'run')
+    assert all(report['stages'][s]['finished'] for s in config.stages)
+    assert (tmp_path / 'run' / 'sft' / 'done.json').stat().st_mtime_ns == untouched
     _, pretrained = load_part(finished, 'pretrain', 'policy')
     parts = {
         name: load_part(tmp_path / 'run', *name.split('/'))[1]
@@ -135,17 +141,3 @@ def test_training_moves_every_part(finished):
     assert not np.array_equal(tokens(sft), tokens(policy))
     assert not np.array_equal(tokens(reward), tokens(critic))
     assert not np.array_equal(tokens(sft), tokens(reward))
-
-
-def test_stages_can_be_added_to_a_finished_directory(tmp_path):
-    config = get_config('1')
-    config.stages = ('pretrain',)
-    launch(config, tmp_path)
-    untouched = (tmp_path / 'pretrain' / 'done.json').stat().st_mtime_ns
-    config.stages = ('pretrain', 'sft')
-    report = launch(config, tmp_path)
-    assert {n for n, s in report['stages'].items() if s['finished']} == {
-        'pretrain',
-        'sft',
-    }
-    assert (tmp_path / 'pretrain' / 'done.json').stat().st_mtime_ns == untouched

@@ -1,0 +1,161 @@
+"""Killed at any moment, a run that goes on ends as if nothing had happened, bit for bit.
+
+The runs are processes of their own, on one device. Compiled programs are kept between them, so
+that a test of six launches compiles once.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.small_config import ROOT
+
+STAGES = ('sft', 'rm', 'ppo')
+STEPS = {'sft': 40, 'rm': 40, 'ppo': 24}
+
+
+class Launcher:
+    """Starts the command with a config of many short steps; waits, or kills it midway."""
+
+    def __init__(self, cache):
+        self.env = {
+            **os.environ,
+            'PYTHONPATH': str(ROOT),
+            'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': '--xla_backend_optimization_level=1',
+            'JAX_COMPILATION_CACHE_DIR': str(cache),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+            'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+        }
+
+    def start(self, workdir):
+        command = [sys.executable, '-m', 'rlhf_jax.main', '--workdir', str(workdir)]
+        command += ['--config', 'tests/small_config.py:40']
+        command += [f'--config.stages={STAGES}', '--config.sft.init=scratch']
+        command += [f'--config.ppo.num_rollouts={STEPS["ppo"]}']
+        command += ['--config.ppo.batch_size=8', '--config.ppo.kl_target=0.5']
+        command += [f'--config.{stage}.loop.save_every_steps=3' for stage in STAGES]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, workdir):
+        process = self.start(workdir)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        return output
+
+    def interrupt(self, workdir, stage, num_rows, how):
+        """Sends a signal once ``stage`` has written ``num_rows`` metrics rows."""
+        path = workdir / stage / 'metrics.jsonl'
+        process = self.start(workdir)
+        while not path.exists() or path.read_bytes().count(b'\n') < num_rows:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=120)
+        assert not (workdir / stage / 'done.json').exists(), 'the signal came too late'
+        return process.returncode, output
+
+
+def steps_saved(workdir, stage):
+    names = (path.name for path in (workdir / stage / 'checkpoints').iterdir())
+    return [int(name) for name in names if name.isdigit()]
+
+
+def rows(workdir, stage):
+    lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
+    table = [json.loads(line) for line in lines]
+    times = ('seconds', 'train/tokens_per_second')
+    return [{k: v for k, v in row.items() if k not in times} for row in table]
+
+
+def results(workdir, stage):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir / stage / 'params')
+
+
+@pytest.fixture(scope='module')
+def launcher(tmp_path_factory):
+    return Launcher(tmp_path_factory.mktemp('compiled'))
+
+
+@pytest.fixture(scope='module')
+def undisturbed(launcher, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+    launcher.finish(workdir)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def disturbed(launcher, undisturbed, tmp_path_factory):
+    """Killed in each stage; in ppo asked to stop, too. (Work directory, notes.)"""
+    workdir, notes = tmp_path_factory.mktemp('runs') / 'disturbed', {}
+    for stage in STAGES:
+        code, _ = launcher.interrupt(workdir, stage, 8, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        notes[stage] = steps_saved(workdir, stage)
+    code, output = launcher.interrupt(workdir, 'ppo', 14, signal.SIGTERM)
+    notes['exit'] = code
+    notes['output'] = output
+    notes['saved'] = max(steps_saved(workdir, 'ppo'))
+    notes['logged'] = rows(workdir, 'ppo')[-1]['step']
+    launcher.finish(workdir)
+    return workdir, notes
+
+
+def test_the_kills_came_midway(disturbed):
+    _, notes = disturbed
+    for stage in STAGES:
+        assert 0 < max(notes[stage]) < STEPS[stage]
+        assert len(notes[stage]) <= 3  # two are kept, a third may be on its way
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_parameters_are_bit_identical(undisturbed, disturbed, stage):
+    workdir, _ = disturbed
+    expected = results(undisturbed, stage)
+    assert jax.tree.leaves(expected)
+    jax.tree.map(np.testing.assert_array_equal, results(workdir, stage), expected)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_metrics_are_the_same_rows(undisturbed, disturbed, stage):
+    workdir, _ = disturbed
+    table = rows(workdir, stage)
+    assert [row['step'] for row in table] == list(range(1, STEPS[stage] + 1))
+    assert table == rows(undisturbed, stage)
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_evaluations_are_the_same(undisturbed, disturbed, stage):
+    for name in ('eval.json', 'model.json'):
+        ours = (disturbed[0] / stage / name).read_text()
+        assert ours == (undisturbed / stage / name).read_text()
+
+
+def test_sigterm_saves_the_step_it_came_in_and_leaves(disturbed):
+    _, notes = disturbed
+    assert notes['exit'] == 128 + signal.SIGTERM
+    assert notes['saved'] == notes['logged'] >= 14
+    assert 'Traceback' not in notes['output']
+
+
+def test_the_same_command_on_a_finished_run_returns_at_once(launcher, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob('*.json*')}
+    assert 'is finished' in launcher.finish(undisturbed)
+    after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob('*.json*')}
+    assert after == before

@@ -1,0 +1,67 @@
+"""The recipes: they build, say how they are launched, and the one on real data runs."""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.main import STAGES, launch
+from tests.small_config import ROOT, config_file
+
+NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+DATA = Path(__file__).resolve().parents[2] / 'shared' / 'data'
+MODEL = DATA / 'stories260k'
+TRANSCRIPTS = DATA / 'hh_rlhf_harmless' / 'test.jsonl.gz'
+
+
+def test_the_named_recipes_are_there():
+    assert {'quickstart', 'hh'} <= set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('arg', [None, 'smoke', 'seed=3', 'smoke,seed=3'])
+def test_a_recipe_builds(name, arg):
+    config = config_file(name).get_config(arg)
+    assert config.seed == (3 if arg and 'seed' in arg else 0)
+    assert set(config.stages) <= set(STAGES)
+    json.loads(config.to_json_best_effort())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_unknown_argument_names_the_right_one(name):
+    with pytest.raises(ValueError, match="'smoek' is unknown; did you mean 'smoke'"):
+        config_file(name).get_config('smoek')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recipe_is_short_and_says_how_it_is_launched(name):
+    source = (ROOT / 'configs' / f'{name}.py').read_text(encoding='utf-8')
+    assert 40 <= len(source.splitlines()) <= 110
+    text = ast.get_docstring(ast.parse(source))
+    assert 'python -m rlhf_jax.main' in text and '--workdir' in text
+    assert f'configs/{name}.py' in text and 'smoke' in text
+
+
+def test_real_transcripts_go_through_all_stages(tmp_path):
+    if not (MODEL.exists() and TRANSCRIPTS.exists()):
+        pytest.skip(f'{MODEL} and {TRANSCRIPTS} are not both here')
+    arg = f'model={MODEL},data={TRANSCRIPTS},smoke'
+    config = config_file('hh').get_config(arg)
+    for stage in ('sft', 'rm'):
+        config[stage].num_steps = 3
+    config.ppo.num_rollouts = 2
+    report = launch(config, tmp_path)
+    assert [s for s in STAGES if report['stages'].get(s, {}).get('finished')] == [
+        'sft',
+        'rm',
+        'ppo',
+    ]
+    rm, ppo = report['stages']['rm'], report['stages']['ppo']
+    assert rm['pairs'] > 100 and 0 <= rm['length_baseline'] <= 1
+    assert np.isfinite([ppo['kl'], ppo['proxy_reward_before']]).all()
+    assert 'win_rate' not in ppo and 'accuracy_ceiling' not in rm  # there is no gold
+    for stage in ('sft', 'rm'):
+        counted = json.loads((tmp_path / stage / 'done.json').read_text())['data']
+        assert 'read from hh:' in counted['train']

@@ -1,0 +1,116 @@
+"""What a finished stage gives away: Hugging Face directories and samples."""
+
+import jax
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from rlhf_jax import hf
+from rlhf_jax.export import export
+from rlhf_jax.sample import load_part, sample
+from tests.test_main import command
+
+PARTS = [
+    ('pretrain', 'policy', 'LlamaForCausalLM'),
+    ('sft', 'policy', 'LlamaForCausalLM'),
+    ('rm', 'reward', 'LlamaForSequenceClassification'),
+    ('ppo', 'policy', 'LlamaForCausalLM'),
+    ('ppo', 'critic', 'LlamaForSequenceClassification'),
+]
+
+
+@pytest.mark.parametrize(('stage', 'part', 'architecture'), PARTS)
+def test_export_and_import_again(finished, tmp_path, stage, part, architecture):
+    out = tmp_path / 'out'
+    export(finished, stage, out, part)
+    assert architecture in (out / 'config.json').read_text()
+    model, params = load_part(finished, stage, part)
+    config = hf.load_config(out)
+    assert config.vocab_size == model.config.vocab_size
+    head = 'lm' if part == 'policy' else 'scalar'
+    again = hf.load_params(out, config, head=head)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    ours = AutoTokenizer.from_pretrained(finished / 'tokenizer')
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert theirs.encode('the mayor') == ours.encode('the mayor')
+    assert theirs.eos_token_id == ours.eos_token_id
+
+
+def test_the_part_that_is_there_is_the_default(finished, tmp_path):
+    export(finished, 'rm', tmp_path / 'rm')
+    assert 'SequenceClassification' in (tmp_path / 'rm' / 'config.json').read_text()
+
+
+def test_an_exported_score_is_not_shifted_away(finished, tmp_path):
+    """The bias that centres the reward has no place in the format: it travels beside it."""
+    export(finished, 'rm', tmp_path / 'rm')
+    again = hf.load_params(
+        tmp_path / 'rm', hf.load_config(tmp_path / 'rm'), head='scalar'
+    )
+    assert float(again['head']['bias']) != 0
+
+
+def test_mistakes(finished, tmp_path):
+    with pytest.raises(ValueError, match='no finished stage'):
+        export(finished, 'dpo', tmp_path / 'out')
+    with pytest.raises(ValueError, match="no 'critic'; it holds reward"):
+        export(finished, 'rm', tmp_path / 'out', 'critic')
+    assert not (tmp_path / 'out').exists()
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'mine.txt').write_text('keep me')
+    with pytest.raises(ValueError, match='exists already'):
+        export(finished, 'rm', tmp_path / 'out')
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['mine.txt']
+
+
+def test_the_commands(finished, tmp_path):
+    place = ['--workdir', str(finished), '--stage', 'ppo']
+    out = tmp_path / 'critic'
+    code, text = command(
+        *place, '--part=critic', '--out', str(out), module='rlhf_jax.export'
+    )
+    assert code == 0 and str(out) in text, text
+    assert (out / 'model.safetensors').exists() and (out / 'tokenizer.json').exists()
+    code, text = command(
+        *place,
+        '--num=2',
+        '--max_new_tokens=4',
+        '--prompt=a [bold] mayor',
+        module='rlhf_jax.sample',
+    )
+    assert code == 0 and 'a [bold] mayor' in text, text
+    assert text.count('score') == 2
+
+
+def test_sample(finished):
+    prompt = 'the mayor opened a bridge\n\nTL;DR:'
+    rows = sample(finished, 'sft', prompt, num=3, max_new_tokens=6, seed=1)
+    assert len(rows) == 3
+    for text, ended, score in rows:
+        assert isinstance(text, str) and isinstance(ended, bool)
+        assert np.isfinite(score)
+    assert rows == sample(finished, 'sft', prompt, num=3, max_new_tokens=6, seed=1)
+    assert rows != sample(finished, 'sft', prompt, num=3, max_new_tokens=6, seed=2)
+    greedy = sample(finished, 'sft', prompt, num=2, max_new_tokens=6, temperature=0)
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize(
+    ('stage', 'prompt', 'message'),
+    [
+        ('ppo', 'the ' * 1020, r'prompt tokens and 48 new ones exceed the 1024'),
+        ('ppo', '', 'the prompt is empty'),
+        ('rm', 'the', "no 'policy'; it holds reward"),
+        ('dpo', 'the', 'no finished stage'),
+    ],
+)
+def test_what_cannot_be_sampled(finished, stage, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        sample(finished, stage, prompt)
+
+
+def test_without_a_reward_model_there_is_no_score(finished, tmp_path):
+    for name in ('sft', 'tokenizer'):
+        (tmp_path / name).symlink_to(finished / name)
+    [(_, _, score)] = sample(tmp_path, 'sft', 'the mayor', num=1, max_new_tokens=2)
+    assert score is None

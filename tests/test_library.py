@@ -1,0 +1,50 @@
+"""The package as a library: its public names, and the script of ``docs/library.md``."""
+
+import math
+import re
+import sys
+
+import jax
+import numpy as np
+
+import rlhf_jax
+from rlhf_jax import CausalLM, TransformerConfig, hf
+from tests.small_config import ROOT
+
+
+def test_every_public_name_is_there():
+    assert len(set(rlhf_jax.__all__)) == len(rlhf_jax.__all__)
+    for name in rlhf_jax.__all__:
+        assert getattr(rlhf_jax, name).__doc__, name
+
+
+def test_the_script_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    config = TransformerConfig(
+        vocab_size=64,
+        num_layers=1,
+        width=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_width=32,
+        max_positions=64,
+    )
+    tokens = np.zeros((1, 2), np.int32)
+    params = CausalLM(config).init(jax.random.PRNGKey(0), tokens, tokens == 0)['params']
+    hf.save(tmp_path / 'llama', params, config, head='lm', eos_token_id=2)
+    page = (ROOT / 'docs' / 'library.md').read_text(encoding='utf-8')
+    [script] = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    out = tmp_path / 'out'
+    monkeypatch.setattr(sys, 'argv', ['script', str(tmp_path / 'llama'), str(out)])
+    exec(compile(script, 'docs/library.md', 'exec'), {'__name__': '__main__'})
+    printed = capsys.readouterr().out
+    losses = [float(x) for x in re.findall(r'sft loss (\S+)', printed)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert len(re.findall('rm loss', printed)) == 5
+    assert len(re.findall('ppo reward', printed)) == 3
+    numbers = re.findall(r'(?:loss|accuracy|reward|kl) (\S+)', printed)
+    assert len(numbers) == 5 + 10 + 6
+    assert all(math.isfinite(float(number)) for number in numbers)
+    trained = hf.load_params(out, hf.load_config(out), head='lm')
+    moved = jax.tree.map(lambda a, b: np.array_equal(a, b), trained, params)
+    assert not all(jax.tree.leaves(moved))
