@@ -1,12 +1,15 @@
-"""SFT → RM → PPO on Anthropic's HH-RLHF transcripts, from a pretrained Hugging Face model.
+"""SFT → RM → PPO on Anthropic's HH-RLHF transcripts, from a pretrained Hugging Face
+model.
 
     python -m rlhf_jax.main --config configs/hh.py:model=DIR,data=FILE --workdir runs/hh
-    python -m rlhf_jax.main --config configs/hh.py:model=DIR,data=FILE,smoke --workdir runs/hh-smoke
+    python -m rlhf_jax.main --config configs/hh.py:model=DIR,data=FILE,smoke --workdir
+    runs/hh-smoke
 
-Arguments: ``model`` a directory or hub name of the Llama family; ``data`` a transcript file
-(``.jsonl`` or ``.jsonl.gz``), of which the last tenth is held out; ``length`` the longest dialogue
-in tokens, cut from the left; ``smoke`` (about a minute), ``seed=N``. There is no gold reward here:
-the report says what the learned reward did and that this alone proves nothing.
+Arguments: ``model`` a directory or hub name of the Llama family; ``data`` a transcript
+file (``.jsonl`` or ``.jsonl.gz``), of which the last tenth is held out; ``length`` the
+longest dialogue in tokens, cut from the left; ``smoke`` (about a minute), ``seed=N``.
+There is no gold reward here: the report says what the learned reward did and that this
+alone proves nothing.
 
 Source of the data: Bai et al. 2022, arXiv 2204.05862.
 """

@@ -3,10 +3,10 @@
     python -m rlhf_jax.main --workdir runs/quickstart
     python -m rlhf_jax.main --config configs/quickstart.py:smoke --workdir runs/smoke
 
-A small decoder learns the text of the tiny summarisation world (pretrain), imitates its labellers
-(sft), a reward model learns their comparisons (rm), and PPO raises that learned reward; the gold
-reward, which no stage sees, judges. Arguments: ``smoke`` (about a minute, proves nothing but that
-everything runs), ``seed=N``.
+A small decoder learns the text of the tiny summarisation world (pretrain), imitates its
+labellers (sft), a reward model learns their comparisons (rm), and PPO raises that
+learned reward; the gold reward, which no stage sees, judges. Arguments: ``smoke``
+(about a minute, proves nothing but that everything runs), ``seed=N``.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,14 @@
 """PPO with and without its KL anchor: proxy up, gold down.
 
     python -m rlhf_jax.main --workdir runs/quickstart
-    python -m experiments.overoptimisation --base runs/quickstart --workdir runs/overoptimisation
+    python -m experiments.overoptimisation --base runs/quickstart --workdir
+    runs/overoptimisation
 
-Starts PPO from the SFT and reward models of a finished quickstart, once per KL coefficient, and
-plots the learned (proxy) and the true (gold) reward of every rollout against √KL, after Gao et al.
-2022, arXiv 2210.10760, figure 1. Writes ``overoptimisation.png`` and ``.json`` into the work
-directory. Each run resumes like any other.
+Starts PPO from the SFT and reward models of a finished quickstart, once per KL
+coefficient, and plots the learned (proxy) and the true (gold) reward of every rollout
+against √KL, after Gao et al. 2022, arXiv 2210.10760, figure 1. Writes
+``overoptimisation.png`` and ``.json`` into the work directory. Each run resumes like
+any other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """RLHF in JAX/Flax as pure functions: SFT → reward model → PPO.
 
-The public names, explicit. Everything here is a pure function or a plain dataclass; nothing reads
-a config or touches a disk. ``docs/library.md`` shows how they go together; read ``types.py`` next.
+The public names, explicit. Everything here is a pure function or a plain dataclass;
+nothing reads a config or touches a disk. ``docs/library.md`` shows how they go
+together; read ``types.py`` next.
 """
 
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare

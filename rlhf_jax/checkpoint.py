@@ -1,9 +1,9 @@
 """Orbax: saving and resuming a stage, and handing its parameters to another.
 
 A stage folder holds ``checkpoints/`` (the whole state, the last k of them, written
-asynchronously and committed by an atomic rename) and, once the stage is finished, ``params/``:
-the parameters alone, which is what the next stage, the sampler and the exporter read.
-Read ``stages/loop.py`` next.
+asynchronously and committed by an atomic rename) and, once the stage is finished,
+``params/``: the parameters alone, which is what the next stage, the sampler and the
+exporter read. Read ``stages/loop.py`` next.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from rlhf_jax.types import Params
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of one."""
+    """Writes JSON so that a reader sees the old file or the new one, never half of
+    one.
+    """
     partial = path.with_name(f'{path.name}.partial')
     with partial.open('w', encoding='utf-8') as file:
         json.dump(value, file, indent=1, sort_keys=True, default=str)
@@ -35,7 +37,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
-    """The checkpoint manager of a stage: asynchronous, atomic, the last ``keep`` kept."""
+    """The checkpoint manager of a stage: asynchronous, atomic, the last ``keep``
+    kept.
+    """
     return ocp.CheckpointManager(
         epath.Path(stage_dir.absolute() / 'checkpoints'),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
@@ -98,7 +102,8 @@ def load_model_configs(stage_dir: Path) -> dict[str, TransformerConfig]:
 
 
 def load_params(stage_dir: Path, part: str, like: Params) -> Params:
-    """The parameters of one part of a finished stage, straight into the sharding of ``like``.
+    """The parameters of one part of a finished stage, straight into the sharding of
+    ``like``.
 
     Args:
         stage_dir: folder of a finished stage.

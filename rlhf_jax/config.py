@@ -1,9 +1,11 @@
-"""Config plumbing: the argument string of a config file, strict building of hyperparameters.
+"""Config plumbing: the argument string of a config file, strict building of
+hyperparameters.
 
-Defaults live in dataclasses only. A config file calls :func:`section` to lay those defaults out in
-a ``ConfigDict``, so that every value can be set on the command line
-(``--config.ppo.clip_eps=0.1``); a stage calls :func:`build` to turn the dict back into the
-dataclasses. Both reject a key that no dataclass has. Read ``configs/quickstart.py`` next.
+Defaults live in dataclasses only. A config file calls :func:`section` to lay those
+defaults out in a ``ConfigDict``, so that every value can be set on the command line
+(``--config.ppo.clip_eps=0.1``); a stage calls :func:`build` to turn the dict back into
+the dataclasses. Both reject a key that no dataclass has. Read ``configs/quickstart.py``
+next.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """Parses the part of ``--config=file.py:arg`` behind the colon.
 
     ``'size=1b,smoke'`` with defaults ``size='tiny', smoke=False`` gives
-    ``size='1b', smoke=True``. A bare name sets a boolean; values take the type of the default.
+    ``size='1b', smoke=True``. A bare name sets a boolean; values take the type of the
+    default.
 
     Args:
         arg: comma-separated ``name=value`` or bare ``name``; None or '' for none.
@@ -84,7 +87,8 @@ def _fields(*classes: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
         for field in dataclasses.fields(cls):
             if field.name in table:
                 raise TypeError(
-                    f'{field.name!r} is a field of {table[field.name][0].__name__} and of {cls.__name__}'
+                    f'{field.name!r} is a field of {table[field.name][0].__name__} and '
+                    f'of {cls.__name__}'
                 )
             table[field.name] = (cls, field, hints[field.name])
     return table
@@ -134,11 +138,12 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
 
 
 def section(*classes: type, **values: Any) -> ConfigDict:
-    """Lays out the defaults of dataclasses as one flat ``ConfigDict``, with some values set.
+    """Lays out the defaults of dataclasses as one flat ``ConfigDict``, with some values
+    set.
 
     Args:
-        *classes: dataclasses whose field names are disjoint; a nested dataclass becomes a
-            nested dict.
+        *classes: dataclasses whose field names are disjoint; a nested dataclass becomes
+            a nested dict.
         **values: what differs from the defaults; a dict for a nested dataclass.
 
     Raises:
@@ -210,7 +215,8 @@ def load_dotted(name: str, where: str) -> Callable[..., Any]:
         result = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f'{where}={name!r} cannot be imported ({error}); write package.module:function'
+            f'{where}={name!r} cannot be imported ({error}); write '
+            'package.module:function'
         ) from error
     if not callable(result):
         raise ValueError(

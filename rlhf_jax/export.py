@@ -1,10 +1,11 @@
 """Writes a finished stage as a Hugging Face directory.
 
-    python -m rlhf_jax.export --workdir runs/quickstart --stage ppo --out exported/policy
-    python -m rlhf_jax.export --workdir runs/quickstart --stage ppo --part critic --out exported/critic
+    python -m rlhf_jax.export --workdir runs/quickstart --stage ppo --out
+    exported/policy python -m rlhf_jax.export --workdir runs/quickstart --stage ppo
+    --part critic --out exported/critic
 
-A policy becomes ``…ForCausalLM``; a reward model or critic ``…ForSequenceClassification`` with one
-label. The tokenizer goes along.
+A policy becomes ``…ForCausalLM``; a reward model or critic
+``…ForSequenceClassification`` with one label. The tokenizer goes along.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def export(
         workdir: of the run.
         stage: whose ``params/`` to read.
         out: directory to write.
-        part: 'policy', 'reward' or 'critic'; None takes policy or reward, whichever is there.
+        part: 'policy', 'reward' or 'critic'; None takes policy or reward, whichever is
+            there.
         max_shard_mb: larger models are cut into several files.
 
     Raises:

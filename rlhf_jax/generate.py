@@ -1,8 +1,9 @@
 """Sampling: prefill, then one compiled ``while_loop`` over a KV cache.
 
-Temperature, top-k, top-p, the EOS ids and the stop sequences are *traced* values: changing them
-compiles nothing. Every row has a key of its own, so a sample depends neither on the neighbours in
-its batch nor on the size of the batch. Read ``rewards.py`` next.
+Temperature, top-k, top-p, the EOS ids and the stop sequences are *traced* values:
+changing them compiles nothing. Every row has a key of its own, so a sample depends
+neither on the neighbours in its batch nor on the size of the batch. Read ``rewards.py``
+next.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def sampling(
         eos_ids: ids that end a response; it keeps the one that ended it.
         temperature: ≥ 0; logits are divided by it; 0 takes the most likely token.
         top_k: keep the k most likely tokens; None for all.
-        top_p: keep the smallest set of tokens that reaches this probability; None for all.
+        top_p: keep the smallest set of tokens that reaches this probability; None for
+            all.
         stop_sequences: token sequences that end a response as EOS does (the reference
             code of Ziegler et al. truncates at "."); the response keeps them.
         stop_after: a stop sequence counts only once the response has this many tokens.
@@ -87,7 +89,8 @@ def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
     """Sets the logits outside top-k, then outside top-p of what is left, to −∞.
 
     Source: top-k: Fan et al. 2018, arXiv 1805.04833; top-p: Holtzman et al. 2020, arXiv
-    1904.09751. The token that crosses ``top_p`` is kept; ties with the last kept token are too.
+    1904.09751. The token that crosses ``top_p`` is kept; ties with the last kept token
+    are too.
 
     Args:
         logits: [B, V] float32.
@@ -119,9 +122,10 @@ def sample_tokens(
         params: sampling parameters.
 
     Returns:
-        (tokens [B] int32, logprobs [B] float32). The log-probability is that of the tempered
-        distribution *before* top-k and top-p: it is what training passes compute, so that
-        the ratio of PPO starts at 1. Greedy decoding reports it at temperature 1.
+        (tokens [B] int32, logprobs [B] float32). The log-probability is that of the
+        tempered distribution *before* top-k and top-p: it is what training passes
+        compute, so that the ratio of PPO starts at 1. Greedy decoding reports it at
+        temperature 1.
     """
     greedy = params.temperature <= 0
     scaled = logits / jnp.where(greedy, 1.0, params.temperature)

@@ -2,10 +2,11 @@
 
     python -m rlhf_jax.main --workdir runs/quickstart
     python -m rlhf_jax.main --config configs/quickstart.py:smoke --workdir runs/smoke
-    python -m rlhf_jax.main --config configs/quickstart.py --config.ppo.kl_coef=0.1 --workdir runs/b
+    python -m rlhf_jax.main --config configs/quickstart.py --config.ppo.kl_coef=0.1
+    --workdir runs/b
 
-The same command again resumes: finished stages are skipped, an unfinished one goes on. Read
-``stages/run.py`` next.
+The same command again resumes: finished stages are skipped, an unfinished one goes on.
+Read ``stages/run.py`` next.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ml_collections import config_flags
 _DEFAULT = Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
 
 STAGES = ('pretrain', 'sft', 'rm', 'ppo')
-# Settings that may differ when a work directory is used again: which stages to run, and where
-# numbers are written to. Neither changes what a stage computes.
+# Settings that may differ when a work directory is used again: which stages to run, and
+# where numbers are written to. Neither changes what a stage computes.
 FREE = ('stages', 'metrics')
 
 
@@ -58,8 +59,8 @@ def launch(config: Any, workdir: Path) -> dict[str, Any]:
         The contents of ``report.json``.
 
     Raises:
-        ValueError: whatever is wrong with the config, the data, or the directory; raised
-            before anything is compiled wherever it can be known.
+        ValueError: whatever is wrong with the config, the data, or the directory;
+            raised before anything is compiled wherever it can be known.
     """
     _check_top_level(config)
     _check_sources(config, workdir)
@@ -102,8 +103,8 @@ def _run_stages(
     }
     # Everything is read and checked before the first stage compiles anything.
     jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
-    # Only now does the directory belong to this config: after a corrected mistake in the
-    # data or the batch size it can be used again.
+    # Only now does the directory belong to this config: after a corrected mistake in
+    # the data or the batch size it can be used again.
     checkpoint.write_json(workdir / 'config.json', _description(resolved))
     run.tokenizer.save_pretrained(workdir / 'tokenizer')
     for train, job in jobs:
@@ -143,14 +144,16 @@ def _check_sources(config: Any, workdir: Path) -> None:
                 continue
             if STAGES.index(source) >= STAGES.index(stage):
                 raise ValueError(
-                    f'config.{stage}.{name}={source!r} does not come before {stage}; the order '
+                    f'config.{stage}.{name}={source!r} does not come before {stage}; '
+                    'the order '
                     f'is {", ".join(STAGES)}'
                 )
             if source in config.stages or (workdir / source / 'done.json').exists():
                 continue
             raise ValueError(
                 f'config.{stage}.{name}={source!r} is neither among config.stages='
-                f'{tuple(config.stages)} nor finished in {workdir}; add it to the stages, or '
+                f'{tuple(config.stages)} nor finished in {workdir}; add it to the '
+                'stages, or '
                 "name another run's stage folder"
             )
 
@@ -165,7 +168,8 @@ def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f'--workdir {workdir} cannot be written ({error.strerror}); make room, change its '
+            f'--workdir {workdir} cannot be written ({error.strerror}); make room, '
+            'change its '
             'rights, or use another directory'
         ) from error
     if not path.exists():
@@ -178,7 +182,8 @@ def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(
-            f'{workdir} holds a run of another config; use another --workdir, or go back to its '
+            f'{workdir} holds a run of another config; use another --workdir, or go '
+            'back to its '
             f'values:\n  ' + '\n  '.join(differing)
         )
 
@@ -228,7 +233,8 @@ def _description(resolved: Any) -> dict[str, Any]:
 def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
     for stage, result in report['stages'].items():
         print(
-            f'[{stage}] {result["verdict"]}: {result["figure"]} (expected: {result["expected"]})'
+            f'[{stage}] {result["verdict"]}: {result["figure"]} (expected: '
+            f'{result["expected"]})'
         )
     print(f'report: {workdir / "report.html"}')
 

@@ -63,7 +63,8 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
         decay = optax.cosine_decay_schedule(peak, rest, config.final_percent / 100)
     else:
         raise ValueError(
-            f"optim.schedule={config.schedule!r} is unknown; use 'constant', 'linear' or 'cosine'"
+            f"optim.schedule={config.schedule!r} is unknown; use 'constant', 'linear' "
+            "or 'cosine'"
         )
     if not warmup:
         return decay
@@ -107,7 +108,12 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         def label(path: tuple[Any, ...], _: Any) -> str:
             return 'train' if re.search(config.trainable, path_of(path)) else 'freeze'
 
-        return jax.tree_util.tree_map_with_path(label, params)
+        tree = jax.tree_util.tree_map_with_path(label, params)
+        if 'train' not in jax.tree.leaves(tree):
+            raise ValueError(
+                f'optim.trainable={config.trainable!r} matches no parameter'
+            )
+        return tree
 
     return optax.partition({'train': chain, 'freeze': optax.set_to_zero()}, labels)
 
@@ -152,7 +158,9 @@ def _muon(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
 def actor_critic_optimizer(
     policy: OptimConfig, critic: OptimConfig, num_steps: int
 ) -> optax.GradientTransformation:
-    """One transformation over ``{'policy': …, 'critic': …}``, clipped and scheduled apart."""
+    """One transformation over ``{'policy': …, 'critic': …}``, clipped and scheduled
+    apart.
+    """
     return optax.partition(
         {
             'policy': make_optimizer(policy, num_steps),

@@ -39,14 +39,16 @@ def shape_scores(
 ) -> Array:
     """Clips scores, then marks down the responses that never ended.
 
-    Source: a fixed score without EOS: openai/lm-human-preferences and Huang et al. 2024, arXiv
+    Source: a fixed score without EOS: openai/lm-human-preferences and Huang et al.
+        2024, arXiv
     2403.17031; a penalty instead: TRL. The clip bounds the learned score alone.
 
     Args:
         scores: [B] reward units.
         ended: [B] bool, the response ended by EOS or a stop sequence.
         missing_eos_score: replaces the score of an unended response; None for off.
-        missing_eos_penalty: subtracted from the score of an unended response; None for off.
+        missing_eos_penalty: subtracted from the score of an unended response; None for
+            off.
         clip: bound on |score|; None for off.
 
     Returns:

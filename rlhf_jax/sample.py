@@ -3,8 +3,8 @@
     python -m rlhf_jax.sample --workdir runs/quickstart --stage ppo --prompt "…"
     python -m rlhf_jax.sample --workdir runs/quickstart --stage sft --num 3
 
-Without ``--prompt`` the first prompts of the run's ``samples.jsonl`` are continued. A ``\\n`` in
-the prompt is a line break.
+Without ``--prompt`` the first prompts of the run's ``samples.jsonl`` are continued. A
+``\\n`` in the prompt is a line break.
 """
 
 from __future__ import annotations

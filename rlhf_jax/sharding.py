@@ -1,8 +1,8 @@
 """The mesh, where every parameter lies on it, and the only place that compiles a step.
 
 Two backends run the same step functions and give the same numbers: ``jit`` over a
-``(data, fsdp, tensor)`` mesh with ``NamedSharding``s, and ``pmap`` for pure data parallelism.
-Read ``checkpoint.py`` next.
+``(data, fsdp, tensor)`` mesh with ``NamedSharding``s, and ``pmap`` for pure data
+parallelism. Read ``checkpoint.py`` next.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.ops.layout import BATCH_AXES
 from rlhf_jax.optim import path_of
 
 PMAP_AXIS = 'devices'
 
-# First match wins; a path is searched, so optimizer moments follow their parameters. Stacked
-# layers have a leading layer axis. `fsdp` cuts the width, `tensor` heads and MLP units.
+# First match wins; a path is searched, so optimizer moments follow their parameters.
+# Stacked layers have a leading layer axis. `fsdp` cuts the width, `tensor` heads and
+# MLP units.
 RULES: tuple[tuple[str, P], ...] = (
     (r'embed/tokens', P('tensor', 'fsdp')),
     (r'embed/positions', P(None, 'fsdp')),
@@ -59,8 +61,8 @@ def make_mesh(config: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh ``(data, fsdp, tensor)`` over all devices.
 
     Raises:
-        ValueError: axes that do not multiply to the number of devices, an unknown backend, or
-            ``pmap`` with sharded parameters.
+        ValueError: axes that do not multiply to the number of devices, an unknown
+            backend, or ``pmap`` with sharded parameters.
     """
     devices = jax.devices() if devices is None else devices
     if config.backend not in ('jit', 'pmap'):
@@ -69,7 +71,8 @@ def make_mesh(config: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
         )
     if config.backend == 'pmap' and (config.fsdp, config.tensor) != (1, 1):
         raise ValueError(
-            f'pmap is pure data parallelism; fsdp={config.fsdp}, tensor={config.tensor} need '
+            f'pmap is pure data parallelism; fsdp={config.fsdp}, '
+            f'tensor={config.tensor} need '
             "parallel.backend='jit'"
         )
     sizes = [config.data, config.fsdp, config.tensor]
@@ -80,7 +83,8 @@ def make_mesh(config: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
         )
     if len(devices) % known:
         raise ValueError(
-            f'mesh (data, fsdp, tensor) = {tuple(sizes)} does not divide {len(devices)} devices'
+            f'mesh (data, fsdp, tensor) = {tuple(sizes)} does not divide '
+            f'{len(devices)} devices'
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != len(devices):
@@ -101,12 +105,15 @@ def check_batch_size(batch_size: int, mesh: Mesh, what: str, parts: int = 1) -> 
         use = f'{below} or {above}' if below else f'{above}'
         of = f' × {parts} minibatches and microbatches' if parts > 1 else ''
         raise ValueError(
-            f'{what}.batch_size={batch_size} is not divisible by {devices} devices{of}; use {use}'
+            f'{what}.batch_size={batch_size} is not divisible by {devices} '
+            f'devices{of}; use {use}'
         )
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Spec of one array by RULES; an axis that a dimension does not divide is left whole."""
+    """Spec of one array by RULES; an axis that a dimension does not divide is left
+    whole.
+    """
     if not shape:
         return P()
     spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
@@ -152,11 +159,12 @@ def compile_step(
     outputs: tuple[Kind, ...] = ('params', 'replicated'),
     donate: tuple[int, ...] = (0,),
 ) -> Callable[..., Any]:
-    """Compiles a step for the mesh; its static arguments are bound by ``partial`` before.
+    """Compiles a step for the mesh; its static arguments are bound by ``partial``
+    before.
 
     Args:
-        step: a pure function of ``len(inputs)`` positional pytrees; under ``pmap`` it is
-            given ``axis_name`` if it takes one.
+        step: a pure function of ``len(inputs)`` positional pytrees; under ``pmap`` it
+            is given ``axis_name`` if it takes one.
         mesh: from :func:`make_mesh`.
         backend: 'jit' or 'pmap'.
         inputs: the kind of each argument. Arguments may lie on the host.
@@ -193,7 +201,8 @@ def _compile_jit(
     compiled = jax.jit(placed, donate_argnums=donate)
 
     def run(*args: Any) -> Any:
-        # Batches come fresh from the host; parameters and states already lie on the mesh.
+        # Batches come fresh from the host; parameters and states already lie on the
+        # mesh.
         args = tuple(
             place(x, mesh, kind) if kind == 'batch' else x
             for x, kind in zip(args, inputs)

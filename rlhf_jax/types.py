@@ -1,14 +1,15 @@
 """Every pytree that crosses a file boundary: batches, rollouts, states, metrics.
 
-This file stands at the bottom of the package: it imports nothing from it, and everything else
-imports it. Letters: ``B`` sequences, ``T`` tokens, ``P`` pairs, ``V`` vocabulary. Read
-``algos/sft.py`` next, the smallest complete use of what stands here.
+This file stands at the bottom of the package: it imports nothing from it, and
+everything else imports it. Letters: ``B`` sequences, ``T`` tokens, ``P`` pairs, ``V``
+vocabulary. Read ``algos/sft.py`` next, the smallest complete use of what stands here.
 
 Conventions that hold everywhere:
 
-* ``mask`` is bool and True where a token is real. Padding is told by the mask alone, never by
-  comparing ids with a pad id (pad may equal EOS, or not exist).
-* ``logprobs[:, t]`` scores ``tokens[:, t]``; position 0 has no predecessor and is masked.
+* ``mask`` is bool and True where a token is real. Padding is told by the mask alone,
+  never by comparing ids with a pad id (pad may equal EOS, or not exist).
+* ``logprobs[:, t]`` scores ``tokens[:, t]``; position 0 has no predecessor and is
+masked.
 * Log-probabilities and KL are in nats, scores and rewards in reward units.
 """
 
@@ -31,7 +32,9 @@ Params = Mapping[str, Any]  # a plain nested dict of float arrays
 
 @struct.dataclass(kw_only=True)
 class TokenBatch:
-    """Sequences for a language-model loss. Rows without a True in ``loss_mask`` count nothing."""
+    """Sequences for a language-model loss. Rows without a True in ``loss_mask`` count
+    nothing.
+    """
 
     tokens: Array  # [B, T] int32, right-padded
     mask: Array  # [B, T] bool, real tokens
@@ -40,7 +43,9 @@ class TokenBatch:
 
 @struct.dataclass(kw_only=True)
 class PairBatch:
-    """Comparisons: on the second axis, index 0 is the chosen and index 1 the rejected text."""
+    """Comparisons: on the second axis, index 0 is the chosen and index 1 the rejected
+    text.
+    """
 
     tokens: Array  # [P, 2, T] int32, right-padded
     mask: Array  # [P, 2, T] bool
@@ -54,12 +59,15 @@ class PromptBatch:
 
     tokens: Array  # [B, T] int32, left-padded
     mask: Array  # [B, T] bool
-    index: Array  # [B] int32, position of the prompt in its data set (−1: a row that fills up)
+    # [B] int32, position of the prompt in its data set (−1: a row that fills up)
+    index: Array
 
 
 @struct.dataclass(kw_only=True)
 class Generation:
-    """Prompts with the responses a policy wrote: ``T`` = prompt bucket + response length."""
+    """Prompts with the responses a policy wrote: ``T`` = prompt bucket + response
+    length.
+    """
 
     tokens: Array  # [B, T] int32: left-padded prompt, right-padded response
     mask: Array  # [B, T] bool, real tokens of prompt and response
@@ -74,7 +82,9 @@ class Generation:
 
 @struct.dataclass(kw_only=True)
 class Rollout:
-    """One batch of experience: everything ``ppo_step`` needs, computed once per rollout."""
+    """One batch of experience: everything ``ppo_step`` needs, computed once per
+    rollout.
+    """
 
     tokens: Array  # [B, T] int32
     mask: Array  # [B, T] bool
@@ -92,10 +102,12 @@ class Rollout:
 
 @struct.dataclass(kw_only=True)
 class TrainState:
-    """What ``sft_step`` and ``rm_step`` carry: arrays only, so that a checkpoint is pure data.
+    """What ``sft_step`` and ``rm_step`` carry: arrays only, so that a checkpoint is
+    pure data.
 
     ``rng`` is the base key of the stage and is never advanced: a step draws from
-    ``fold_in(fold_in(rng, step), PURPOSE)``, so that resuming needs no other random state.
+    ``fold_in(fold_in(rng, step), PURPOSE)``, so that resuming needs no other random
+    state.
     """
 
     step: Array  # [] int32, updates done
@@ -120,7 +132,9 @@ class PPOState:
 
 @struct.dataclass
 class Mean:
-    """A mean that is still a sum and its weight, so that merging two of them is exact."""
+    """A mean that is still a sum and its weight, so that merging two of them is
+    exact.
+    """
 
     sum: Array
     weight: Array
@@ -195,7 +209,9 @@ Metrics = dict[str, Metric]  # name as plotted, e.g. 'policy/clipfrac' -> Mean
 
 
 def merge_metrics(a: Metrics, b: Metrics) -> Metrics:
-    """Merges two dicts of the same metrics; exact, because every metric knows its kind."""
+    """Merges two dicts of the same metrics; exact, because every metric knows its
+    kind.
+    """
     if a.keys() != b.keys():
         raise ValueError(
             f'metrics differ: {sorted(a.keys() ^ b.keys())} stand in one dict only'

@@ -66,7 +66,9 @@ def _init(model, seed):
 
 @pytest.fixture
 def token_batch() -> TokenBatch:
-    """Sixteen right-padded rows of 4 to 12 tokens; the first half of each is the prompt."""
+    """Sixteen right-padded rows of 4 to 12 tokens; the first half of each is the
+    prompt.
+    """
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 13, size=16)
     place = np.arange(12)
@@ -110,10 +112,11 @@ def generation() -> Generation:
 
 
 class _Bigram:
-    """A policy whose next-token logits are a row of a table: params ``{'table': [V, V]}``.
+    """A policy whose next-token logits are a row of a table: params ``{'table': [V,
+    V]}``.
 
-    It has the interface of ``CausalLM``, compiles in no time, and every number that comes out of
-    it can be worked out in NumPy.
+    It has the interface of ``CausalLM``, compiles in no time, and every number that
+    comes out of it can be worked out in NumPy.
     """
 
     def apply(self, variables, tokens, *rest, method='__call__'):

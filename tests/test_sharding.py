@@ -13,12 +13,9 @@ from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.optim import OptimConfig, actor_critic_optimizer, make_optimizer
 from rlhf_jax.sharding import (
     ParallelConfig,
-    check_batch_size,
     compile_step,
-    init_sharded,
     make_mesh,
     place,
-    shardings,
 )
 from rlhf_jax.types import PPOState, TrainState
 
@@ -109,7 +106,9 @@ def test_rm_step_agrees_with_one_device(
 def test_ppo_step_agrees_with_one_device(
     layout, policy, policy_params, reward_model, reward_params, generation, token_batch
 ):
-    """Three rollouts of two epochs of two minibatches, with everything optional switched on."""
+    """Three rollouts of two epochs of two minibatches, with everything optional
+    switched on.
+    """
     model = ActorCritic(policy, reward_model)
     tx = actor_critic_optimizer(OPTIM, OPTIM, UPDATES)
     scores = jnp.asarray(np.random.default_rng(3).normal(size=16), jnp.float32)

@@ -1,8 +1,8 @@
 """Exact gradients over microbatches and devices.
 
-A loss is a *sum* with a *weight*. Sums, weights and gradients of sums are added over microbatches
-and devices, and divided once, by the global weight; a mean of means would weigh a token by the
-company it keeps. Read ``algos/sft.py`` next.
+A loss is a *sum* with a *weight*. Sums, weights and gradients of sums are added over
+microbatches and devices, and divided once, by the global weight; a mean of means would
+weigh a token by the company it keeps. Read ``algos/sft.py`` next.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ LossFn = Callable[[Params, Any], tuple[Array, Array, Metrics]]
 
 
 def microbatches(batch: Any, count: int) -> Any:
-    """Splits the rows of a batch into ``count`` microbatches: [B, …] → [count, B/count, …].
+    """Splits the rows of a batch into ``count`` microbatches: [B, …] → [count, B/count,
+    …].
 
-    Microbatch i holds the rows i, i + count, …, so that rows stay on the device they are on.
+    Microbatch i holds the rows i, i + count, …, so that rows stay on the device they
+    are on.
 
     Raises:
         ValueError: the rows do not divide.
@@ -39,7 +41,8 @@ def microbatches(batch: Any, count: int) -> Any:
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % count:
         raise ValueError(
-            f'{rows} rows per device group do not divide into num_microbatches={count}; '
+            f'{rows} rows per device group do not divide into '
+            f'num_microbatches={count}; '
             f'use a divisor of {rows}'
         )
 

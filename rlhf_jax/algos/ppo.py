@@ -1,11 +1,12 @@
 """Proximal policy optimisation against a frozen reward, anchored to a reference policy.
 
-One iteration is four pure functions: ``generate`` → a score per response → :func:`prepare`
-(reference log-probabilities, values, rewards, advantages: once per rollout) → :func:`ppo_step`
-(all epochs and minibatches of the rollout in one compiled call).
+One iteration is four pure functions: ``generate`` → a score per response →
+:func:`prepare` (reference log-probabilities, values, rewards, advantages: once per
+rollout) → :func:`ppo_step` (all epochs and minibatches of the rollout in one compiled
+call).
 
-Source: Ziegler et al. 2019, arXiv 1909.08593; Stiennon et al. 2020, arXiv 2009.01325; Ouyang et
-al. 2022, arXiv 2203.02155; details: Huang et al. 2024, arXiv 2403.17031.
+Source: Ziegler et al. 2019, arXiv 1909.08593; Stiennon et al. 2020, arXiv 2009.01325;
+Ouyang et al. 2022, arXiv 2203.02155; details: Huang et al. 2024, arXiv 2403.17031.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ class PPOHParams:
 def policy_logprobs(
     params: Params, tokens: Array, mask: Array, *, model: CausalLM, temperature: float
 ) -> tuple[Array, Array]:
-    """Log-probabilities and entropies of a policy on whole sequences, each [B, T] nats."""
+    """Log-probabilities and entropies of a policy on whole sequences, each [B, T]
+    nats.
+    """
     hidden = model.apply({'params': params}, tokens, mask)
     return token_logprobs(
         hidden, model.unembedding(params), tokens, temperature=temperature
@@ -118,13 +121,17 @@ def policy_logprobs(
 def critic_values(
     params: Params, tokens: Array, mask: Array, *, model: ScalarModel
 ) -> Array:
-    """Values *before* each token: ``values[:, t]`` is read at token t − 1. [B, T] float32."""
+    """Values *before* each token: ``values[:, t]`` is read at token t − 1. [B, T]
+    float32.
+    """
     values = model.apply({'params': params}, tokens, mask)
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
 def _after_last(mask: Array) -> Array:
-    """The mask with one more place behind the last True of each row, where there is room."""
+    """The mask with one more place behind the last True of each row, where there is
+    room.
+    """
     return mask | jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
 
 
@@ -142,7 +149,8 @@ def prepare(
 
     Args:
         state: critic parameters and the KL coefficient are read.
-        ref_params: of the frozen reference policy (the architecture of ``model.policy``).
+        ref_params: of the frozen reference policy (the architecture of
+            ``model.policy``).
         generation: responses with the log-probabilities they were sampled with.
         scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
         model: policy and critic, static.
@@ -244,13 +252,16 @@ def _rollout_metrics(
     return reduce_metrics(metrics, axis_name)
 
 
-# -------------------------------------------------------------------------------- update
+# --------------------------------------------------------------------------------
+# update
 
 
 def policy_loss(
     params: Params, batch: Rollout, *, model: CausalLM, hp: PPOHParams
 ) -> tuple[Array, Array, Metrics]:
-    """Sum of the clipped surrogate (minus the entropy bonus) with its weight and metrics."""
+    """Sum of the clipped surrogate (minus the entropy bonus) with its weight and
+    metrics.
+    """
     logprobs, entropy = policy_logprobs(
         params, batch.tokens, batch.mask, model=model, temperature=hp.temperature
     )
@@ -356,8 +367,8 @@ def _minibatches(
 ) -> Any:
     """All minibatches of all epochs, [epochs·minibatches, rows, …], freshly shuffled.
 
-    Under ``pmap`` the permutation is that of the *global* batch too, of which each device then
-    takes its share, so that both backends train on the same minibatches.
+    Under ``pmap`` the permutation is that of the *global* batch too, of which each
+    device then takes its share, so that both backends train on the same minibatches.
     """
     if axis_name is not None:
         batch = jax.tree.map(
@@ -367,7 +378,8 @@ def _minibatches(
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     if rows % (hp.num_minibatches * devices):
         raise ValueError(
-            f'{rows} rollout rows do not divide into num_minibatches={hp.num_minibatches} '
+            f'{rows} rollout rows do not divide into '
+            f'num_minibatches={hp.num_minibatches} '
             f'on {devices} devices; use a multiple of {hp.num_minibatches * devices}'
         )
     key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), SHUFFLE)
@@ -396,9 +408,9 @@ def ppo_step(
 ) -> tuple[PPOState, Metrics]:
     """All epochs and minibatches over one rollout, then the KL coefficient.
 
-    The first minibatch sees ratio 1 and approxkl 0, because the log-probabilities of the
-    rollout are fixed before the first update. With ``hp.target_approxkl`` the updates after
-    the first minibatch that exceeds it are skipped, that one included.
+    The first minibatch sees ratio 1 and approxkl 0, because the log-probabilities of
+    the rollout are fixed before the first update. With ``hp.target_approxkl`` the
+    updates after the first minibatch that exceeds it are skipped, that one included.
 
     Args:
         state: parameters of policy and critic, their optimizer, β.
@@ -410,7 +422,8 @@ def ppo_step(
         axis_name: mapped device axis under ``pmap``.
 
     Returns:
-        (new state, metrics: means over the updates done; ``policy/updates`` counts them).
+        (new state, metrics: means over the updates done; ``policy/updates`` counts
+        them).
 
     Raises:
         ValueError: rows that do not divide into the minibatches.

@@ -43,7 +43,8 @@ def rm_loss(
 
     L = Σ_p w_p·(−log σ(r_w − r_l − m) + c·(r_w + r_l)²)
 
-    Source: Stiennon et al. 2020, arXiv 2009.01325, §3.4; centering: Eisenstein et al. 2023,
+    Source: Stiennon et al. 2020, arXiv 2009.01325, §3.4; centering: Eisenstein et al.
+        2023,
     arXiv 2312.09244, eq. 2. Accuracy is strict: a tie is an error.
 
     Returns:
@@ -93,7 +94,8 @@ def rm_step(
         axis_name: mapped device axis under ``pmap``.
 
     Returns:
-        (new state, metrics: ``loss`` nats per pair, ``accuracy``, scores, ``grad_norm``).
+        (new state, metrics: ``loss`` nats per pair, ``accuracy``, scores,
+        ``grad_norm``).
     """
     gradient, metrics = mean_gradient(
         lambda params, part: rm_loss(params, part, model=model, hp=hp),

@@ -1,4 +1,6 @@
-"""Supervised fine-tuning, and with every token in the loss also pretraining: ``sft_step``."""
+"""Supervised fine-tuning, and with every token in the loss also pretraining:
+``sft_step``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from rlhf_jax.types import Array, Last, Mean, Metrics, Params, TokenBatch, Train
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTHParams:
-    """Hyperparameters of ``sft_step``. What enters the loss is the batch's ``loss_mask``."""
+    """Hyperparameters of ``sft_step``. What enters the loss is the batch's
+    ``loss_mask``.
+    """
 
     num_microbatches: int = 1  # gradient accumulation
 
@@ -28,7 +32,8 @@ def sft_loss(
 
     L = −Σ_bt m_bt·log π(y_bt | y_b<t)
 
-    Source: Radford et al. 2018; on demonstrations: Ouyang et al. 2022, arXiv 2203.02155.
+    Source: Radford et al. 2018; on demonstrations: Ouyang et al. 2022, arXiv
+        2203.02155.
 
     Args:
         params: of ``model``.

@@ -5,8 +5,8 @@ and a gold reward that knows the truth. Nothing is downloaded: the first use wri
 data set in seconds from fixed seeds, in ArrayRecord files and without TensorFlow. Four
 configs, each with the splits ``train`` and ``test``, no article in two of them:
 
-* ``articles``: ``text``, an article with questions and retellings about anybody in it, or
-  retellings at once behind every event;
+* ``articles``: ``text``, an article with questions and retellings about anybody in it,
+  or retellings at once behind every event;
 * ``demonstrations``: ``prompt``, ``completion``, by decent but imperfect labellers;
 * ``comparisons``: ``prompt``, ``chosen``, ``rejected``, with the annotator, both gold
   rewards and the kind of pair;

@@ -1,1 +1,3 @@
-"""What a stage achieved, one file per question; each returns the numbers of ``eval.json``."""
+"""What a stage achieved, one file per question; each returns the numbers of
+``eval.json``.
+"""

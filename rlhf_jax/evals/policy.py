@@ -1,4 +1,5 @@
-"""What a policy writes: samples, proxy and gold reward, win rate, KL, length, diversity.
+"""What a policy writes: samples, proxy and gold reward, win rate, KL, length,
+diversity.
 
 Read ``stages/online.py`` next.
 """
@@ -46,7 +47,9 @@ def row_statistics(
     reward: ScalarModel,
     temperature: float,
 ) -> dict[str, Array]:
-    """Score, KL to the reference, length and end of every row; a pure function to compile."""
+    """Score, KL to the reference, length and end of every row; a pure function to
+    compile.
+    """
     ref_logprobs, _ = policy_logprobs(
         ref_params,
         generation.tokens,
@@ -77,7 +80,9 @@ def sample_policy(
     tokenizer: Any,
     batches: Iterable[PromptBatch],
 ) -> Sampled:
-    """Writes and judges one response per prompt; rows that fill a batch are left out."""
+    """Writes and judges one response per prompt; rows that fill a batch are left
+    out.
+    """
     texts: list[str] = []
     columns: dict[str, list[np.ndarray]] = {}
     for batch in batches:
@@ -93,7 +98,9 @@ def sample_policy(
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:
-    """Distinct word bigrams over all word bigrams (distinct-2: Li et al. 2016, 1510.03055)."""
+    """Distinct word bigrams over all word bigrams (distinct-2: Li et al. 2016,
+    1510.03055).
+    """
     bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
     return len(set(bigrams)) / max(len(bigrams), 1)
 

@@ -1,4 +1,5 @@
-"""How good a reward model is: accuracy, by margin and by length, calibration, baselines.
+"""How good a reward model is: accuracy, by margin and by length, calibration,
+baselines.
 
 Read ``evals/policy.py`` next.
 """
@@ -43,9 +44,9 @@ def preference_report(
 ) -> dict[str, Any]:
     """The numbers of a reward model on held-out comparisons.
 
-    Accuracy is strict, a tie is an error. The length baseline prefers the longer text and
-    tosses a coin on equal lengths. The ceiling is the accuracy of the true order on the
-    same (noisy) labels, ties again counted as half.
+    Accuracy is strict, a tie is an error. The length baseline prefers the longer text
+    and tosses a coin on equal lengths. The ceiling is the accuracy of the true order on
+    the same (noisy) labels, ties again counted as half.
 
     Args:
         scores: [N, 2] of chosen and rejected.
@@ -95,7 +96,8 @@ def _binned(
 
 
 def _calibration(gap: np.ndarray, bins: int = 8) -> list[dict[str, Any]]:
-    """Predicted against observed, for the preferred text of each pair, in equal-sized bins.
+    """Predicted against observed, for the preferred text of each pair, in equal-sized
+    bins.
 
     The model's claim is σ(|Δ|) for the text it prefers; it is right where Δ > 0.
     """

@@ -1,9 +1,9 @@
 """What stands on a Transformer: a language-model head, or a scalar head.
 
 ``CausalLM`` returns *hidden states*; whoever needs log-probabilities multiplies by
-``unembedding(params)`` in ``ops.logprobs``, which never holds more logits than it must. The policy,
-the reward model and the critic share parameter paths below ``backbone``, so one starts from
-another by copying that subtree. Read ``generate.py`` next.
+``unembedding(params)`` in ``ops.logprobs``, which never holds more logits than it must.
+The policy, the reward model and the critic share parameter paths below ``backbone``, so
+one starts from another by copying that subtree. Read ``generate.py`` next.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class CausalLM(nn.Module):
         return transformer.decode(self.backbone, tokens, real, cache)
 
     def unembedding(self, params: Params) -> Array:
-        """The matrix [D, V] from hidden states to logits; a plain function of the parameters."""
+        """The matrix [D, V] from hidden states to logits; a plain function of the
+        parameters.
+        """
         if self.config.tied_embeddings:
             return params['backbone']['embed']['tokens'].T
         return params['lm_head']
@@ -58,16 +60,19 @@ class CausalLM(nn.Module):
 class ScalarModel(nn.Module):
     """A decoder with a scalar head: the reward model and the critic.
 
-    Parameters: ``backbone/…`` and ``head/kernel`` [D], ``head/bias`` []. The kernel starts from
-    N(0, 1/√(D+1)) and the bias from 0. Source: openai/lm-human-preferences; Huang et al. 2024,
-    arXiv 2403.17031.
+    Parameters: ``backbone/…`` and ``head/kernel`` [D], ``head/bias`` []. The kernel
+        starts from
+    N(0, 1/√(D+1)) and the bias from 0. Source: openai/lm-human-preferences; Huang et
+    al. 2024, arXiv 2403.17031.
     """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array) -> Array:
-        """A number at every token, [B, T] → [B, T] float32; the caller picks where to read."""
+        """A number at every token, [B, T] → [B, T] float32; the caller picks where to
+        read.
+        """
         cfg = self.config
         hidden = transformer.forward(Transformer(cfg, name='backbone'), tokens, mask)
         return ScalarHead(cfg.width, name='head')(hidden)
@@ -87,7 +92,8 @@ class ScalarHead(nn.Module):
 
 
 def start_from(params: Params, source: Params) -> Params:
-    """``params`` with the backbone of ``source``: how a reward model starts from a policy.
+    """``params`` with the backbone of ``source``: how a reward model starts from a
+    policy.
 
     Raises:
         ValueError: backbones of different shapes, naming the first difference.

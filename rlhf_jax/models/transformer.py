@@ -1,12 +1,13 @@
 """The one Transformer: a decoder whose family is a configuration, not a copy.
 
-A module holds no state: ``model.apply({'params': p}, …)`` is a pure function, and the KV cache is
-a value that goes in and comes out. Layers run under ``nn.scan``, so that compile time does not
-grow with depth and every layer's weights are stacked on a leading axis.
+A module holds no state: ``model.apply({'params': p}, …)`` is a pure function, and the
+KV cache is a value that goes in and comes out. Layers run under ``nn.scan``, so that
+compile time does not grow with depth and every layer's weights are stacked on a leading
+axis.
 
-Letters: ``b`` sequences, ``t`` query tokens, ``s`` key tokens, ``d`` width, ``k`` key-value heads,
-``g`` query heads per key-value head, ``h`` head size, ``f`` MLP width, ``v`` vocabulary.
-Read ``models/heads.py`` next.
+Letters: ``b`` sequences, ``t`` query tokens, ``s`` key tokens, ``d`` width, ``k``
+key-value heads, ``g`` query heads per key-value head, ``h`` head size, ``f`` MLP width,
+``v`` vocabulary. Read ``models/heads.py`` next.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ NEGATIVE = -1e30  # finite, so that a row without any key stays finite
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """What a Transformer is made of. ``hf.py`` fills this from a Hugging Face config."""
+    """What a Transformer is made of. ``hf.py`` fills this from a Hugging Face
+    config.
+    """
 
     vocab_size: int
     num_layers: int
@@ -65,7 +68,9 @@ class TransformerConfig:
 
 @struct.dataclass(kw_only=True)
 class KVCache:
-    """Keys and values of the tokens so far. All rows write the same slot at the same time."""
+    """Keys and values of the tokens so far. All rows write the same slot at the same
+    time.
+    """
 
     keys: Array  # [L, B, S, K, H] compute dtype
     values: Array  # [L, B, S, K, H]
@@ -77,7 +82,8 @@ class KVCache:
 def rope(x: Array, positions: Array, theta: float) -> Array:
     """Rotates pairs (i, i + H/2) of the last axis by position·θ^(−2i/H).
 
-    Source: Su et al. 2021, arXiv 2104.09864, in the half-split layout of Llama's Hugging Face
+    Source: Su et al. 2021, arXiv 2104.09864, in the half-split layout of Llama's
+        Hugging Face
     weights.
 
     Args:
@@ -124,7 +130,8 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, cache: tuple[Array, Array] | None, bias: Array, positions: Array
     ) -> tuple[Array, tuple[Array, Array]]:
-        """Args: x [B, T, D]; cache ([B, S, K, H] keys, values) or None; bias [B, 1, 1, T, S + T].
+        """Args: x [B, T, D]; cache ([B, S, K, H] keys, values) or None; bias [B, 1, 1,
+        T, S + T].
 
         Returns: (output [B, T, D], (keys, values) of these tokens [B, T, K, H]).
         """
@@ -153,8 +160,8 @@ class Attention(nn.Module):
             k = rope(k.astype(jnp.float32), positions, cfg.rope_theta).astype(x.dtype)
         q = q.reshape(*q.shape[:2], cfg.num_kv_heads, groups, cfg.head_dim)
 
-        # With a cache the scores over old and new keys are joined, not the keys: the cache is
-        # then only read here, and written once for all layers by the caller.
+        # With a cache the scores over old and new keys are joined, not the keys: the
+        # cache is then only read here, and written once for all layers by the caller.
         parts = [(k, v)] if cache is None else [cache, (k, v)]
         scores = jnp.concatenate(
             [
@@ -245,7 +252,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embeddings, layers and the final norm: tokens to hidden states.
 
-    Parameters: ``embed/tokens`` [V, D] (and ``embed/positions``), ``layers/…`` stacked [L, …],
+    Parameters: ``embed/tokens`` [V, D] (and ``embed/positions``), ``layers/…`` stacked
+        [L, …],
     ``final_norm/scale`` [D].
     """
 
@@ -260,9 +268,11 @@ class Transformer(nn.Module):
         cache: tuple[Array, Array] | None = None,
         keep_kv: bool = False,
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Args: tokens and positions [B, T]; bias [B, 1, 1, T, S + T]; cache [L, B, S, K, H] × 2.
+        """Args: tokens and positions [B, T]; bias [B, 1, 1, T, S + T]; cache [L, B, S,
+        K, H] × 2.
 
-        Returns: (hidden [B, T, D] compute dtype, (keys, values) [L, B, T, K, H] or None).
+        Returns: (hidden [B, T, D] compute dtype, (keys, values) [L, B, T, K, H] or
+            None).
         """
         cfg = self.config
         x = Embed(cfg, name='embed')(tokens, positions)
@@ -305,7 +315,8 @@ class Embed(nn.Module):
 def positions_of(mask: Array) -> Array:
     """Position of every token: the number of real tokens before it, [B, T] int32.
 
-    Source: the exclusive cumulative sum of the mask in openai/lm-human-preferences. It makes a
+    Source: the exclusive cumulative sum of the mask in openai/lm-human-preferences. It
+        makes a
     score independent of the side a sequence is padded on.
     """
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
@@ -320,7 +331,9 @@ def causal_bias(mask: Array) -> Array:
 
 
 def embed_safe(tokens: Array, mask: Array) -> Array:
-    """Replaces ids under the mask by 0, so that a padding id need not be in the vocabulary."""
+    """Replaces ids under the mask by 0, so that a padding id need not be in the
+    vocabulary.
+    """
     return jnp.where(mask, tokens, 0)
 
 

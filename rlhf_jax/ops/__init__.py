@@ -1,1 +1,3 @@
-"""Pure array maths: masked reductions, log-probabilities, KL, advantages, policy losses."""
+"""Pure array maths: masked reductions, log-probabilities, KL, advantages, policy
+losses.
+"""

@@ -29,7 +29,8 @@ def token_rewards(
         kl_coef: β, reward units per nat.
 
     Returns:
-        [B, T] float32, 0 outside the response. A row without a response token gets no score.
+        [B, T] float32, 0 outside the response. A row without a response token gets no
+        score.
     """
     rewards = jnp.where(mask, -kl_coef * kl, 0.0)
     final = jax.nn.one_hot(last_index(mask), mask.shape[-1], dtype=bool) & mask
@@ -41,15 +42,16 @@ def gae(
 ) -> tuple[Array, Array]:
     """Generalised advantage estimation over the response tokens.
 
-    δ_t = r_t + γ·V_{t+1} − V_t;   A_t = δ_t + γλ·A_{t+1};   R_t = A_t + V_t;   V_{T} = 0.
+    δ_t = r_t + γ·V_{t+1} − V_t;   A_t = δ_t + γλ·A_{t+1};   R_t = A_t + V_t;   V_{T} =
+    0.
 
     Source: Schulman et al. 2016, arXiv 1506.02438, eq. 16.
 
     Args:
         rewards: [B, T].
         values: [B, T], the critic before each token.
-        mask: [B, T] bool; the True entries of a row must be contiguous. The value after the
-            last of them is 0: the episode is over, whether or not EOS was written.
+        mask: [B, T] bool; the True entries of a row must be contiguous. The value after
+            the last of them is 0: the episode is over, whether or not EOS was written.
         gamma: discount γ.
         lam: λ; 1 gives return minus value.
 
@@ -68,6 +70,7 @@ def gae(
     _, advantages = jax.lax.scan(
         backward, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True
     )
-    # A token before the response would inherit the sum behind it; the mask takes it away.
+    # A token before the response would inherit the sum behind it; the mask takes it
+    # away.
     advantages = jnp.where(mask, advantages.T, 0)
     return advantages, advantages + values

@@ -17,11 +17,13 @@ KLEstimator = Literal['k1', 'k2', 'k3']
 def kl_estimate(
     logprobs: Array, ref_logprobs: Array, kind: KLEstimator = 'k1'
 ) -> Array:
-    """Per-token estimate of the KL from tokens that π sampled, with d = log π − log π_ref.
+    """Per-token estimate of the KL from tokens that π sampled, with d = log π − log
+    π_ref.
 
     k1 = d;   k2 = d²/2;   k3 = e^−d − 1 + d.
 
-    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html. k1 and k3 are unbiased, k2 is
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html. k1 and k3 are
+        unbiased, k2 is
     not; k3 is never negative.
 
     Args:

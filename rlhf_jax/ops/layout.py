@@ -1,8 +1,9 @@
 """A hint to the partitioner: this array is split over the batch.
 
-Steps do not know their mesh. Where a computation would lose the batch sharding (a gather by a
-permutation, say), they call :func:`over_batch`, which acts only inside a mesh that has the axes of
-``sharding.py``, and is the identity on one device and under ``pmap``.
+Steps do not know their mesh. Where a computation would lose the batch sharding (a
+gather by a permutation, say), they call :func:`over_batch`, which acts only inside a
+mesh that has the axes of ``sharding.py``, and is the identity on one device and under
+``pmap``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ BATCH_AXES = ('data', 'fsdp')  # mesh axes over which the rows of a batch are sp
 
 
 def over_batch(x: Array, axis: int = 0) -> Array:
-    """Constrains axis ``axis`` of ``x`` to be split over the batch axes of the mesh, if any."""
+    """Constrains axis ``axis`` of ``x`` to be split over the batch axes of the mesh, if
+    any.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
         return x

@@ -1,7 +1,8 @@
-"""Log-probabilities of tokens: the one place where predictions are shifted against tokens.
+"""Log-probabilities of tokens: the one place where predictions are shifted against
+tokens.
 
-``logprobs[:, t]`` scores ``tokens[:, t]`` from the hidden state at ``t − 1``; position 0 is 0.
-Read ``ops/kl.py`` next.
+``logprobs[:, t]`` scores ``tokens[:, t]`` from the hidden state at ``t − 1``; position
+0 is 0. Read ``ops/kl.py`` next.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.types import Array
 
-# The largest float32 block of logits that is built at once: 2²⁶ entries are 256 MiB. Larger
-# products are cut along the tokens and recomputed in the backward pass.
+# The largest float32 block of logits that is built at once: 2²⁶ entries are 256 MiB.
+# Larger products are cut along the tokens and recomputed in the backward pass.
 MAX_LOGITS = 2**26
 
 
@@ -24,7 +25,8 @@ def token_logprobs(
     temperature: Array | float = 1.0,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Array, Array]:
-    """Log-probability of every token given those before it, and the entropy at its place.
+    """Log-probability of every token given those before it, and the entropy at its
+    place.
 
     logprobs[b, t] = log softmax(h[b, t−1]·W / τ)[tokens[b, t]];   position 0 holds 0.
 
@@ -34,8 +36,8 @@ def token_logprobs(
         tokens: [B, T] int32.
         temperature: τ > 0, the sampling temperature: the policy *is* the tempered
             distribution in rollout, reference and training passes alike.
-        max_logits: entries of the largest logits block; above it the head runs in chunks
-            of tokens, whose logits are recomputed in the backward pass.
+        max_logits: entries of the largest logits block; above it the head runs in
+            chunks of tokens, whose logits are recomputed in the backward pass.
 
     Returns:
         (logprobs [B, T], entropy [B, T]) float32, in nats.

@@ -1,8 +1,9 @@
 """Every masked reduction of the package, in one file.
 
-A mean over devices or microbatches is never a mean of means: sums and weights are reduced
-separately (``axis_name``) and divided once. Values under a False mask are replaced before any
-arithmetic, so that a NaN in padding cannot leak. Read ``ops/advantages.py`` next.
+A mean over devices or microbatches is never a mean of means: sums and weights are
+reduced separately (``axis_name``) and divided once. Values under a False mask are
+replaced before any arithmetic, so that a NaN in padding cannot leak. Read
+``ops/advantages.py`` next.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ def whiten(
     Args:
         x: [B, T] float.
         mask: [B, T] bool.
-        shift_mean: subtract the mean. Rewards keep theirs, because their sign has a meaning.
+        shift_mean: subtract the mean. Rewards keep theirs, because their sign has a
+            meaning.
         unbiased: variance with n − 1 in the denominator.
-        axis_name: mapped device axis; the statistics are always those of the whole batch.
+        axis_name: mapped device axis; the statistics are always those of the whole
+            batch.
 
     Returns:
         [B, T] float32.
@@ -75,7 +78,9 @@ def whiten(
 
 
 def last_index(mask: Array) -> Array:
-    """Index of the last True of each row, [B, T] → [B] int32; 0 for a row without one."""
+    """Index of the last True of each row, [B, T] → [B] int32; 0 for a row without
+    one.
+    """
     positions = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     return jnp.max(jnp.where(mask, positions, 0), axis=-1)
 

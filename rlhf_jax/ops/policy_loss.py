@@ -1,7 +1,7 @@
 """The clipped policy and value losses, per token, and how tokens are summed up.
 
-Everything here returns unreduced arrays or (sum, weight); the step divides once by the global
-weight. Read ``algos/ppo.py`` next.
+Everything here returns unreduced arrays or (sum, weight); the step divides once by the
+global weight. Read ``algos/ppo.py`` next.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def clipped_policy_loss(
         dual_clip: c > 1, or None for off.
 
     Returns:
-        (loss [B, T], ratio ρ [B, T], clipped [B, T] bool: where the clipped term was larger).
+        (loss [B, T], ratio ρ [B, T], clipped [B, T] bool: where the clipped term was
+        larger).
     """
     # ±20 keeps exp finite in float32; a ratio that large is clipped in the loss anyway.
     ratio = jnp.exp(jnp.clip(logprobs - old_logprobs, -20.0, 20.0))
@@ -85,7 +86,8 @@ def aggregate(loss: Array, mask: Array, how: Aggregation) -> tuple[Array, Array]
     """Sums a per-token loss up, with the weight to divide by.
 
     ``token_mean``: Σ_bt L / number of tokens. ``sequence_mean``: Σ_b mean_t L / B.
-    ``sequence_sum``: Σ_b Σ_t L / B. Rows without a token count in neither sum nor weight.
+    ``sequence_sum``: Σ_b Σ_t L / B. Rows without a token count in neither sum nor
+    weight.
 
     Args:
         loss: [B, T].
@@ -107,5 +109,6 @@ def aggregate(loss: Array, mask: Array, how: Aggregation) -> tuple[Array, Array]
     if how == 'sequence_sum':
         return masked_sum(loss, mask), rows
     raise ValueError(
-        f"aggregation {how!r} is unknown; use 'token_mean', 'sequence_mean' or 'sequence_sum'"
+        f"aggregation {how!r} is unknown; use 'token_mean', 'sequence_mean' or "
+        "'sequence_sum'"
     )

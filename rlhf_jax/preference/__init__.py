@@ -1,1 +1,3 @@
-"""Preference losses, one file each: functions of scores or log-probabilities of a pair."""
+"""Preference losses, one file each: functions of scores or log-probabilities of a
+pair.
+"""

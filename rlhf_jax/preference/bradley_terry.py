@@ -14,7 +14,8 @@ def bradley_terry_loss(
 
     L = −log σ(r_w − r_l − m)
 
-    Source: Bradley & Terry 1952; Stiennon et al. 2020, arXiv 2009.01325, §3.4; margin m: Touvron
+    Source: Bradley & Terry 1952; Stiennon et al. 2020, arXiv 2009.01325, §3.4; margin
+        m: Touvron
     et al. 2023, arXiv 2307.09288, eq. 2.
 
     Args:

@@ -1,7 +1,7 @@
 """The loop that every stage runs: resume, step, log a step late, save, stop cleanly.
 
-It knows nothing of what a step does. Resuming needs the saved state alone: the data order and the
-random keys are functions of the step. Read ``stages/offline.py`` next.
+It knows nothing of what a step does. Resuming needs the saved state alone: the data
+order and the random keys are functions of the step. Read ``stages/offline.py`` next.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from rlhf_jax import checkpoint
-from rlhf_jax.metrics import open_writers, progress
+from rlhf_jax.metrics import Writers, open_writers, progress
 from rlhf_jax.stages.settings import LoopSettings
 from rlhf_jax.types import Metrics
 
@@ -65,7 +65,8 @@ def run_loop(
         The final state; it is saved as a checkpoint too.
 
     Raises:
-        ValueError: a metric is not finite; nothing is saved after the last good checkpoint.
+        ValueError: a metric is not finite; nothing is saved after the last good
+            checkpoint.
         SystemExit: SIGTERM came; the state was saved.
     """
     with (
@@ -74,61 +75,29 @@ def run_loop(
     ):
         restored = checkpoint.restore_state(manager, state)
         state = state if restored is None else restored
-        start = int(state.step)
-        began, last_logged = time.monotonic(), (time.monotonic(), start)
-        pending: tuple[int, Metrics, dict[str, float]] | None = None
+        done = int(state.step)
         with (
-            open_writers(stage_dir, writers, start if start else None) as log,
-            progress(stage_dir.name, num_steps, start) as show,
+            open_writers(stage_dir, writers, done if done else None) as log,
+            progress(stage_dir.name, num_steps, done) as show,
         ):
-
-            def flush() -> None:
-                nonlocal pending, last_logged
-                if pending is None:
-                    return
-                step, metrics, known = pending
-                pending = None
-                values = fetch(metrics)
-                _check_finite(values, step, stage_dir)
-                if step % settings.log_every_steps == 0 or step in (1, num_steps):
-                    now = time.monotonic()
-                    pace = (step - last_logged[1]) / max(now - last_logged[0], 1e-9)
-                    last_logged = (now, step)
-                    values |= {k: v for k, v in known.items() if k != 'tokens'}
-                    if 'tokens' in known:
-                        values['train/tokens_per_second'] = known['tokens'] * pace
-                    log.write(step, {'seconds': now - began, **values})
-                    bar = {
-                        label: values[name]
-                        for name, label in shown.items()
-                        if name in values
-                    }
-                    show(step, **bar)
-
-            done = start
+            journal = _Journal(stage_dir, log, show, shown, done)
             while done < num_steps:
                 state, metrics, known = one_step(state, done)
-                flush()  # the step before: the device is already at work on this one
+                journal.flush()  # the step before: the device is at work on this one
                 done += 1
-                pending = (done, metrics, known)
+                logged = done % settings.log_every_steps == 0 or done in (1, num_steps)
+                journal.pending = _Pending(done, metrics, known, logged)
                 every = settings.eval_every_steps
-                if (
-                    evaluate is not None
-                    and every
-                    and done % every == 0
-                    and done < num_steps
-                ):
-                    flush()
-                    log.write(
-                        done, {'seconds': time.monotonic() - began, **evaluate(state)}
-                    )
+                if evaluate is not None and every and done % every == 0:
+                    journal.flush()
+                    journal.write(done, evaluate(state))
                 stop = terminated()  # asked once: it may come between two lines
                 if done % settings.save_every_steps == 0 or stop:
-                    flush()
+                    journal.flush()
                     checkpoint.save_state(manager, done, state)
                 if stop:
                     break
-            flush()
+            journal.flush()
             if manager.latest_step() != done:
                 checkpoint.save_state(manager, done, state)
             manager.wait_until_finished()
@@ -137,15 +106,61 @@ def run_loop(
     return state
 
 
+class _Pending(NamedTuple):
+    """The metrics of a step that the device may still be working on."""
+
+    step: int
+    metrics: Metrics
+    known: dict[str, float]
+    logged: bool
+
+
+class _Journal:
+    """Fetches, checks and writes down the metrics of a step once the next one runs."""
+
+    def __init__(
+        self,
+        stage_dir: Path,
+        log: Writers,
+        show: Callable[..., None],
+        shown: dict[str, str],
+        step: int,
+    ):
+        self.stage_dir, self.log, self.show, self.shown = stage_dir, log, show, shown
+        self.began = time.monotonic()
+        self.last = (self.began, step)  # time and step of the last row
+        self.pending: _Pending | None = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.log.write(step, {'seconds': time.monotonic() - self.began, **values})
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (step, metrics, known, logged), self.pending = self.pending, None
+        values = fetch(metrics)
+        _check_finite(values, step, self.stage_dir)
+        if not logged:
+            return
+        now = time.monotonic()
+        pace = (step - self.last[1]) / max(now - self.last[0], 1e-9)
+        self.last = (now, step)
+        values |= {name: value for name, value in known.items() if name != 'tokens'}
+        if 'tokens' in known:
+            values['train/tokens_per_second'] = known['tokens'] * pace
+        self.write(step, values)
+        bar = {self.shown[name]: values[name] for name in self.shown if name in values}
+        self.show(step, **bar)
+
+
 def _check_finite(values: dict[str, float], step: int, stage_dir: Path) -> None:
-    bad = sorted(
-        name for name, value in values.items()
-        if not math.isfinite(value) and not name.startswith(('eval/',))
-    )  # fmt: skip
+    bad = sorted(name for name, value in values.items() if not math.isfinite(value))
     if bad:
         raise ValueError(
-            f'{stage_dir.name}: {", ".join(bad)} not finite at step {step}; the last good '
-            f'checkpoint is in {stage_dir / "checkpoints"}. Lower the learning rate or look at '
+            f'{stage_dir.name}: {", ".join(bad)} not finite at step {step}; the last '
+            'good '
+            f'checkpoint is in {stage_dir / "checkpoints"}. Lower the learning rate or '
+            'look at '
             'the data around that step'
         )
 

@@ -1,7 +1,7 @@
 """Stages over a fixed data set: pretrain and sft by ``sft_step``, rm by ``rm_step``.
 
-``load_…`` reads and checks everything that can be wrong before anything compiles; ``train_…``
-trains, evaluates and writes the result. Read ``stages/online.py`` next.
+``load_…`` reads and checks everything that can be wrong before anything compiles;
+``train_…`` trains, evaluates and writes the result. Read ``stages/online.py`` next.
 """
 
 from __future__ import annotations
@@ -194,9 +194,11 @@ def train_reward_model(run: Run, job: Offline) -> None:
 def _center(
     run: Run, job: Offline, model: Any, params: Params
 ) -> tuple[Params, dict[str, Any]]:
-    """Shifts the bias so that the references score 0 on average; checks the padding side.
+    """Shifts the bias so that the references score 0 on average; checks the padding
+    side.
 
-    Source: Stiennon et al. 2020, arXiv 2009.01325, §3.4; the check: Huang et al. 2024, arXiv
+    Source: Stiennon et al. 2020, arXiv 2009.01325, §3.4; the check: Huang et al. 2024,
+        arXiv
     2403.17031, who flag a gap above 1e-2.
     """
     scores_of = run.compile(

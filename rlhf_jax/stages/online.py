@@ -1,7 +1,7 @@
 """The stage that learns from its own samples: ppo.
 
-One iteration: ``generate`` → score → ``prepare`` → ``ppo_step``; the first three run once per
-rollout, the last makes all updates over it. Read ``main.py`` next.
+One iteration: ``generate`` → score → ``prepare`` → ``ppo_step``; the first three run
+once per rollout, the last makes all updates over it. Read ``main.py`` next.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def load_online(run: Run, stage: str) -> Online:
     if settings.eval_batch_size % devices:
         raise ValueError(
             f'{where}.eval_batch_size={settings.eval_batch_size} is not divisible by '
-            f'{devices} devices; use {-(-settings.eval_batch_size // devices) * devices}'
+            f'{devices} devices; use '
+            f'{-(-settings.eval_batch_size // devices) * devices}'
         )
     check_trained_head(run, f'{where}.reward', settings.reward)
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens
@@ -92,7 +93,8 @@ def load_online(run: Run, stage: str) -> Online:
         if longest > config.max_positions:
             raise ValueError(
                 f'{where}: prompts of {settings.prompt_buckets[-1]} and responses of '
-                f'{settings.max_new_tokens} tokens exceed the {config.max_positions} positions '
+                f'{settings.max_new_tokens} tokens exceed the {config.max_positions} '
+                'positions '
                 f'of the {name} model; shorten prompt_buckets or max_new_tokens'
             )
     ptx = None
@@ -164,7 +166,9 @@ def score_and_prepare(
     hp: PPOHParams,
     axis_name: str | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Reward-model scores, shaped, and the rollout they make; a pure function to compile."""
+    """Reward-model scores, shaped, and the rollout they make; a pure function to
+    compile.
+    """
     scores = reward_model_scores(
         reward_params, generation.tokens, generation.mask, model=reward
     )
@@ -183,7 +187,7 @@ def score_and_prepare(
 def train_ppo(run: Run, job: Online) -> None:
     """Runs ppo: trains, compares with the policy it started from, writes the result."""
     clock = time.monotonic()
-    settings, hp, key = job.settings, job.hp, run.key(job.stage)
+    settings, key = job.settings, run.key(job.stage)
     policy, ref_params = load_policy(run, settings.init, key)
     critic, critic_params = load_scalar(
         run, settings.critic, jax.random.fold_in(key, CRITIC), 'critic'
@@ -243,13 +247,16 @@ def _initial_state(
             kl_coef=jnp.float32(job.hp.kl_coef),
         )
 
-    # Compiled without donation: the state owns copies, the reference keeps the originals.
+    # Compiled without donation: the state owns copies, the reference keeps the
+    # originals.
     params = {'policy': policy_params, 'critic': critic_params}
     return sharding.init_sharded(start, run.mesh, params), tx
 
 
 def _writer(run: Run, job: Online, policy: CausalLM) -> Any:
-    """(params, prompt batch, key, how) -> Generation, compiled once per prompt bucket."""
+    """(params, prompt batch, key, how) -> Generation, compiled once per prompt
+    bucket.
+    """
     compiled = run.compile(
         lambda params, batch, row_ids, key, how: generate(
             params,
@@ -359,7 +366,9 @@ def _gold(
 def _evaluate(
     run: Run, job: Online, frozen: Frozen, params: Params, write: Any
 ) -> dict[str, Any]:
-    """Samples both policies on the held-out prompts with the same keys; writes samples."""
+    """Samples both policies on the held-out prompts with the same keys; writes
+    samples.
+    """
     settings = job.settings
     judge = run.compile(
         functools.partial(

@@ -53,7 +53,9 @@ class Run:
 
 
 def source_dir(run: Run, init: str) -> Path | None:
-    """The stage folder behind an ``init``: of this run, or of another; None otherwise."""
+    """The stage folder behind an ``init``: of this run, or of another; None
+    otherwise.
+    """
     if init in run.config.stages or (run.workdir / init / 'model.json').exists():
         return run.workdir / init
     return Path(init) if (Path(init) / 'model.json').exists() else None
@@ -115,7 +117,8 @@ def check_trained_head(run: Run, where: str, init: str) -> None:
         bare = init in ('pretrain', 'sft')
     if bare:
         raise ValueError(
-            f'{where}={init!r} has no trained score: it is a language model; name a reward '
+            f'{where}={init!r} has no trained score: it is a language model; name a '
+            'reward '
             "model, e.g. 'rm'"
         )
 
@@ -123,7 +126,9 @@ def check_trained_head(run: Run, where: str, init: str) -> None:
 def load_scalar(
     run: Run, init: str, key: PRNGKey, part: Literal['reward', 'critic']
 ) -> tuple[ScalarModel, Params]:
-    """A reward model or critic: whole from one, or a policy's backbone with a fresh head."""
+    """A reward model or critic: whole from one, or a policy's backbone with a fresh
+    head.
+    """
     folder = source_dir(run, init)
     model = ScalarModel(model_config(run, init, part))
     start = functools.partial(_init, model)

@@ -1,7 +1,7 @@
 """What a run and its stages can be told, beside the hyperparameters of the steps.
 
-Defaults stand here and in the ``…HParams`` of ``algos``, and nowhere else; ``config.section`` lays
-them out for the command line. Read ``stages/run.py`` next.
+Defaults stand here and in the ``…HParams`` of ``algos``, and nowhere else;
+``config.section`` lays them out for the command line. Read ``stages/run.py`` next.
 """
 
 from __future__ import annotations
