@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name='rlhf_jax',
     version='0.1.0',
-    description='A JAX/Flax functional research codebase for RLHF: SFT, reward models, PPO.',
+    description='RLHF in JAX and Flax as pure functions: SFT, reward models, PPO.',
     long_description=open('README.md', encoding='utf-8').read(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

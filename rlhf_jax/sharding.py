@@ -210,7 +210,6 @@ def _compile_jit(
         with jax.set_mesh(mesh):
             return compiled(*args)
 
-    run.cache_size = compiled._cache_size
     return run
 
 

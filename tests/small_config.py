@@ -1,7 +1,7 @@
 """The quickstart config made as small as it goes: what the tests of the pipeline run.
 
-It is a config file like those in ``configs/``, so that a test can import it or name it on the
-command line: ``--config tests/small_config.py``.
+It is a config file like those in ``configs/``, so that a test can import it or name
+it on the command line: ``--config tests/small_config.py``.
 """
 
 import importlib.util

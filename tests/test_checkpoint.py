@@ -44,7 +44,7 @@ def test_the_last_few_are_kept_and_the_latest_is_restored(tmp_path):
 
 
 def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
-    """The state is donated to the next step while its checkpoint is still being written."""
+    """The state is donated while its checkpoint is still being written."""
     move = jax.jit(lambda x: jax.tree.map(lambda y: y + 1, x), donate_argnums=0)
     now = state(0, width=2_000_000)
     with checkpoint.open_checkpoints(tmp_path, 8) as manager:

@@ -42,7 +42,7 @@ def test_the_part_that_is_there_is_the_default(finished, tmp_path):
 
 
 def test_an_exported_score_is_not_shifted_away(finished, tmp_path):
-    """The bias that centres the reward has no place in the format: it travels beside it."""
+    """The bias that centres the reward travels beside the weights."""
     export(finished, 'rm', tmp_path / 'rm')
     again = hf.load_params(
         tmp_path / 'rm', hf.load_config(tmp_path / 'rm'), head='scalar'

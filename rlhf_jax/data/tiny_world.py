@@ -62,6 +62,7 @@ PHRASES = {
 }
 SEPARATOR = '\n\n'  # behind the article, whatever follows
 HEADLINES = ('News of {}.', 'Update on {}.', 'Report about {}.')
+LEADS = ('Meanwhile, ', 'Elsewhere, ')  # before every sentence about somebody else
 JOB_SENTENCES = ('{} worked as a {}', '{} served as a {}')
 PRONOUN = 'They'
 QUESTIONS = {
@@ -117,20 +118,24 @@ def capitalise(text: str) -> str:
 
 
 def _sentence(
-    name: str, event: Event, slots: Sequence[str], rng: np.random.Generator
+    name: str,
+    event: Event,
+    slots: Sequence[str],
+    rng: np.random.Generator,
+    lead: str = '',
 ) -> str:
     """A sentence on some slots of an event; ``name`` is the person or the pronoun."""
     said = [phrase(slot, event.facts[slot], rng) for slot in slots if slot in PHRASES]
     subject = name
     if 'job' in slots and 'what' not in slots:
         head = pick(rng, JOB_SENTENCES).format(subject, event.facts['job'])
-        return ' '.join([head, *said]) + '.'
+        return lead + ' '.join([head, *said]) + '.'
     if 'job' in slots:
         subject = f'{name}, a {event.facts["job"]},'
     act = f'{event.verb} {event.facts["what"]}' if 'what' in slots else 'did so'
     front = said and name != PRONOUN and rng.random() < 0.25
     opening = f'{said.pop(0)}, ' if front else ''
-    return capitalise(opening + ' '.join([subject, act, *said])) + '.'
+    return capitalise(lead + opening + ' '.join([subject, act, *said])) + '.'
 
 
 def _shuffled(items: Sequence[str], rng: np.random.Generator) -> list[str]:
@@ -175,7 +180,9 @@ def make_article(rng: np.random.Generator) -> Article:
 
     The headline names the main person. Every sentence opens with its person (perhaps
     after a fronted circumstance); 'They' continues the person of the sentence before
-    it, and other people stand anywhere between the main sentences.
+    it. Sentences about other people stand anywhere between the main ones and begin with
+    'Meanwhile' or 'Elsewhere': a model of a million parameters learns within minutes to
+    keep such a sentence apart, but not to match names across sentences.
     """
     main, *others = _draw_events(rng)
     told: list[tuple[Event, list[str]]] = [(main, g) for g in _main_groups(rng)]
@@ -188,7 +195,8 @@ def make_article(rng: np.random.Generator) -> Article:
         name = event.facts['who']
         if event is previous and ('job' not in slots or 'what' not in slots):
             name = PRONOUN if rng.random() < 0.5 else name
-        lines.append(_sentence(name, event, slots, rng))
+        lead = '' if event is main else pick(rng, LEADS)
+        lines.append(_sentence(name, event, slots, rng, lead))
         previous = event
     return Article(' '.join(lines), main, tuple(others))
 
@@ -206,11 +214,13 @@ def make_restatements(article: Article, count: int, rng: np.random.Generator) ->
     """Restatements about anybody in the article, for pretraining.
 
     They teach what a summary needs (whose fact is it, copy its word) without being one:
-    each speaks of one person and at most two facts, and everybody comes up equally
-    often.
+    each speaks of one person and at most two facts; two thirds are about the main one.
     """
-    events = [article.main, *article.others]
-    lines = [restate(events[int(rng.integers(len(events)))], rng) for _ in range(count)]
+    lines = []
+    for _ in range(count):
+        main = rng.random() < 2 / 3
+        other = article.others[int(rng.integers(len(article.others)))]
+        lines.append(restate(article.main if main else other, rng))
     return 'Facts: ' + ' '.join(lines)
 
 

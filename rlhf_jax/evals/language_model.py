@@ -39,9 +39,11 @@ def evaluate_loss(
     """
     total: Metrics | None = None
     for batch in batches:
-        metrics = compiled(params, batch)
+        # Fetched one by one: XLA's virtual CPU devices deadlock when many programs with
+        # collectives are queued.
+        metrics = jax.device_get(compiled(params, batch))
         total = metrics if total is None else merge_metrics(total, metrics)
-    loss = jax.device_get(total)['loss'] if total else None
+    loss = total['loss'] if total else None
     if loss is None or loss.weight == 0:
         raise ValueError('the evaluation data hold no token that counts in the loss')
     return {'loss': float(loss.sum / loss.weight), 'tokens': int(loss.weight)}

@@ -41,7 +41,7 @@ def test_the_ceiling_counts_ties_as_half_and_agreement_leaves_them_out():
     gold = np.array([[1.0, 0.0], [2.0, 2.0], [0.0, 1.0], [0.0, 1.0]])
     report = preference_report(SCORES, LENGTHS, gold)
     assert report['accuracy_ceiling'] == (1 + 0.5 + 0 + 0) / 4
-    # of the three that gold orders: agrees on the first and the third, not on the fourth
+    # of the three that gold orders it agrees on the first and the third
     assert report['gold_agreement'] == pytest.approx(2 / 3)
 
 

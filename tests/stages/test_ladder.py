@@ -103,7 +103,7 @@ def test_the_references_score_zero_on_average_and_padding_does_not_matter(finish
 
 
 def test_parameters_are_handed_on(finished, tmp_path):
-    """With learning rate 0 a stage leaves what it was given; stages are added one by one."""
+    """At learning rate 0 a stage leaves what it was given. Stages are added later."""
     config = get_config('1')
     config.stages = ('sft',)
     config.parallel.backend = 'pmap'

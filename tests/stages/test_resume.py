@@ -1,7 +1,7 @@
-"""Killed at any moment, a run that goes on ends as if nothing had happened, bit for bit.
+"""Killed at any moment, a resumed run ends as if nothing had happened, bit for bit.
 
-The runs are processes of their own, on one device. Compiled programs are kept between them, so
-that a test of six launches compiles once.
+The runs are processes of their own, on one device. Compiled programs are kept between
+them, so that six launches compile once.
 """
 
 import json
@@ -23,7 +23,7 @@ STEPS = {'sft': 40, 'rm': 40, 'ppo': 24}
 
 
 class Launcher:
-    """Starts the command with a config of many short steps; waits, or kills it midway."""
+    """Starts the command on many short steps; waits for it, or kills it midway."""
 
     def __init__(self, cache):
         self.env = {
