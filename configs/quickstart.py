@@ -37,9 +37,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         init='scratch',
         train=f'{DATA}/articles:train',
         eval=f'{DATA}/articles:test',
-        num_steps=20 if arg.smoke else 500,
-        batch_size=8 if arg.smoke else 32,
-        buckets=(112,),
+        num_steps=20 if arg.smoke else 1000,
+        batch_size=8 if arg.smoke else 16,
+        buckets=(104,),
         # Muon learns to copy words from the article in a third of AdamW's steps.
         optim=dict(
             name='muon',
@@ -57,10 +57,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         init='pretrain',
         train=f'{DATA}/demonstrations:train',
         eval=f'{DATA}/demonstrations:test',
-        num_steps=20 if arg.smoke else 150,
+        num_steps=20 if arg.smoke else 250,
         batch_size=8 if arg.smoke else 32,
-        buckets=(96,),
-        optim=dict(learning_rate=1e-3, warmup_percent=5),
+        buckets=(80,),
+        optim=dict(learning_rate=1.5e-3, warmup_percent=5),
     )
     config.rm = section(
         OfflineSettings,
@@ -69,10 +69,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         train=f'{DATA}/comparisons:train',
         eval=f'{DATA}/comparisons:test',
         references=f'{DATA}/demonstrations:test',
-        num_steps=20 if arg.smoke else 300,
+        num_steps=20 if arg.smoke else 375,
         batch_size=8 if arg.smoke else 32,
-        buckets=(96,),
-        optim=dict(learning_rate=5e-4, warmup_percent=5),
+        buckets=(88,),
+        optim=dict(learning_rate=1e-3, warmup_percent=5),
     )
     config.ppo = section(
         OnlineSettings,
@@ -87,8 +87,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         gold='rlhf_jax.data.tiny_tldr:gold',
         batch_size=8 if arg.smoke else 64,
         num_rollouts=4 if arg.smoke else 60,
-        prompt_buckets=(72,),
-        max_new_tokens=24,
+        prompt_buckets=(56,),
+        max_new_tokens=28,
         eval_batch_size=32 if arg.smoke else 128,
         expected_win_rate=0.65,
         num_epochs=2,

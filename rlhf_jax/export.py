@@ -10,6 +10,7 @@ A policy becomes ``…ForCausalLM``; a reward model or critic
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
+    # Otherwise transformers says at every start that PyTorch is missing.
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
     flags.DEFINE_string(
         'stage', None, 'Finished stage, e.g. sft, rm, ppo.', required=True

@@ -241,6 +241,8 @@ def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
 
 def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
+    # Otherwise transformers says at every start that PyTorch is missing.
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     config_flags.DEFINE_config_file('config', str(_DEFAULT), 'The recipe to run.')
     flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
     app.run(main)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from absl import app, flags
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from transformers import AutoTokenizer
 
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import bos_ids, encode, eos_ids, opened
@@ -87,6 +87,8 @@ def sample(
         ValueError: an unfinished stage, an empty prompt, or one that is too long.
     """
     model, params = load_part(workdir, stage, 'policy')
+    from transformers import AutoTokenizer  # slow: --help does without
+
     tokenizer = AutoTokenizer.from_pretrained(workdir / 'tokenizer')
     tokens = opened(encode(tokenizer, [prompt])[0], bos_ids(tokenizer))
     if not tokens:
@@ -159,6 +161,8 @@ def _known(workdir: Path) -> list[str]:
 
 def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
+    # Otherwise transformers says at every start that PyTorch is missing.
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
     flags.DEFINE_string('stage', 'ppo', 'Finished stage with a policy.')
     flags.DEFINE_string('prompt', None, 'Text to continue.')

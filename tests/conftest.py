@@ -147,7 +147,7 @@ def token_scores():
 
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory) -> Path:
-    """The work directory of a small run of all four stages on all devices; read-only."""
+    """The work directory of a small run of all four stages on all devices."""
     from rlhf_jax.main import launch
 
     workdir = tmp_path_factory.mktemp('runs') / 'small'

@@ -6,6 +6,7 @@
     text:PATH      documents between <|endoftext|>, or a directory of .txt files
     tfds:NAME[/CONFIG]:SPLIT
 
+A file that does not exist may be one of a hub data set: ``hh:OWNER/NAME/FILE``.
 A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. What
 the fields mean is told by ``formats.py``; read it next.
 """
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -97,9 +99,10 @@ def _place(end: str | None, default: int, size: int, spec: str) -> int:
 
 def _read_bytes(path: str) -> bytes:
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f'{path} is a directory (seen from {Path.cwd()}); name a file')
     if not file.is_file():
-        why = 'is a directory' if file.is_dir() else 'does not exist'
-        raise ValueError(f'{path} {why} (seen from {Path.cwd()}); name a file')
+        file = _download(path)
     data = file.read_bytes()
     if file.suffix == '.gz':
         try:
@@ -111,6 +114,29 @@ def _read_bytes(path: str) -> bytes:
     if not data.strip():
         raise ValueError(f'{path} is empty; it should hold at least one record')
     return data
+
+
+def _download(path: str) -> Path:
+    """The cached file of a data set on the Hugging Face hub, named owner/name/file."""
+    missing = f'{path} does not exist (seen from {Path.cwd()}); name a file'
+    owner, _, rest = path.partition('/')
+    name, _, inside = rest.partition('/')
+    if not (owner and name and inside) or path.startswith(('.', '/', '~')):
+        raise ValueError(missing)
+    import huggingface_hub  # slow, and seldom needed
+
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                f'{owner}/{name}', inside, repo_type='dataset'
+            )
+        )
+    except (OSError, ValueError) as error:  # every error of the hub and of the network
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f'{missing}. As a file of the hub data set {owner}/{name} it cannot be '
+            f'fetched either ({type(error).__name__}: {reason})'
+        ) from error
 
 
 def _decode(data: bytes, path: str, first_line: int) -> str:
@@ -227,6 +253,8 @@ def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
     if dataset.isidentifier() and importlib.util.find_spec(module):
         importlib.import_module(module)  # registers the builder
     try:
+        if not sys.stdout.isatty():
+            tfds.disable_progress_bar()
         builder = tfds.builder(name, file_format='array_record')
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         known = ''

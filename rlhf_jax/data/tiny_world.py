@@ -52,18 +52,25 @@ LEXICON: dict[str, tuple[str, ...]] = {
 }
 SLOTS = tuple(LEXICON)
 SLOT_OF = {word: slot for slot, words in LEXICON.items() for word in words}
-VERBS = tuple('found sold bought lost painted carried fixed hid'.split())  # no facts
+# Verbs are no facts. Other people have other verbs and other phrases than the main one,
+# so that the words beside a value tell whose it is.
+VERBS = ('found', 'sold', 'bought', 'painted')
+OTHER_VERBS = ('lost', 'carried', 'fixed', 'hid')
 
 # How a circumstance is said; articles, summaries and restatements share these.
 PHRASES = {
-    'where': ('in {}', 'around {}'),
-    'when': ('last {}', 'back in {}'),
-    'why': ('because of {}', 'due to {}'),
+    'where': ('in {}',),
+    'when': ('last {}',),
+    'why': ('because of {}',),
+}
+OTHER_PHRASES = {
+    'where': ('near {}',),
+    'when': ('this {}',),
+    'why': ('due to {}',),
 }
 SEPARATOR = '\n\n'  # behind the article, whatever follows
 HEADLINES = ('News of {}.', 'Update on {}.', 'Report about {}.')
-LEADS = ('Meanwhile, ', 'Elsewhere, ')  # before every sentence about somebody else
-JOB_SENTENCES = ('{} worked as a {}', '{} served as a {}')
+LEADS = ('Meanwhile, ', 'Elsewhere, ')  # before a sentence about somebody else
 PRONOUN = 'They'
 QUESTIONS = {
     'job': 'What was the job of {}? {}.',
@@ -88,6 +95,12 @@ class Event:
 
     facts: Facts
     verb: str
+    main: bool
+
+    def phrase(self, slot: str, rng: np.random.Generator) -> str:
+        """Says the event's place, time or reason: 'in Rome', or 'near Rome'."""
+        phrases = PHRASES if self.main else OTHER_PHRASES
+        return pick(rng, phrases[slot]).format(self.facts[slot])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +138,14 @@ def _sentence(
     lead: str = '',
 ) -> str:
     """A sentence on some slots of an event; ``name`` is the person or the pronoun."""
-    said = [phrase(slot, event.facts[slot], rng) for slot in slots if slot in PHRASES]
+    said = [event.phrase(slot, rng) for slot in slots if slot in PHRASES]
+    article = 'a' if event.main else 'some'
     subject = name
     if 'job' in slots and 'what' not in slots:
-        head = pick(rng, JOB_SENTENCES).format(subject, event.facts['job'])
+        head = f'{subject} worked as {article} {event.facts["job"]}'
         return lead + ' '.join([head, *said]) + '.'
     if 'job' in slots:
-        subject = f'{name}, a {event.facts["job"]},'
+        subject = f'{name}, {article} {event.facts["job"]},'
     act = f'{event.verb} {event.facts["what"]}' if 'what' in slots else 'did so'
     front = said and name != PRONOUN and rng.random() < 0.25
     opening = f'{said.pop(0)}, ' if front else ''
@@ -160,18 +174,18 @@ def _main_groups(rng: np.random.Generator) -> list[list[str]]:
 
 def _draw_events(rng: np.random.Generator) -> list[Event]:
     """The main event and one or two others; no two of them share a value."""
-    count = 1 + int(rng.choice((1, 2), p=(0.25, 0.75)))
+    count = 1 + int(rng.choice((1, 2), p=(0.5, 0.5)))
     values = {
         slot: [words[i] for i in rng.choice(len(words), count, replace=False)]
         for slot, words in LEXICON.items()
     }
-    events = [Event({s: values[s][0] for s in SLOTS}, pick(rng, VERBS))]
+    events = [Event({s: values[s][0] for s in SLOTS}, pick(rng, VERBS), main=True)]
     for i in range(1, count):
-        kept = _shuffled(SLOTS[1:], rng)[: int(rng.integers(2, 4))]
+        kept = _shuffled(SLOTS[1:], rng)[:2]
         if 'what' not in kept and 'job' not in kept:
             kept.append('what')  # a sentence needs something to say
         facts = {slot: values[slot][i] for slot in SLOTS if slot in ('who', *kept)}
-        events.append(Event(facts, pick(rng, VERBS)))
+        events.append(Event(facts, pick(rng, OTHER_VERBS), main=False))
     return events
 
 
@@ -180,9 +194,10 @@ def make_article(rng: np.random.Generator) -> Article:
 
     The headline names the main person. Every sentence opens with its person (perhaps
     after a fronted circumstance); 'They' continues the person of the sentence before
-    it. Sentences about other people stand anywhere between the main ones and begin with
-    'Meanwhile' or 'Elsewhere': a model of a million parameters learns within minutes to
-    keep such a sentence apart, but not to match names across sentences.
+    it. Sentences about other people stand anywhere between the main ones; they begin
+    with 'Meanwhile' or 'Elsewhere' and have phrases of their own. A model of a million
+    parameters learns within minutes to tell them apart by these, but not to match names
+    across sentences.
     """
     main, *others = _draw_events(rng)
     told: list[tuple[Event, list[str]]] = [(main, g) for g in _main_groups(rng)]
@@ -202,23 +217,23 @@ def make_article(rng: np.random.Generator) -> Article:
 
 
 def restate(event: Event, rng: np.random.Generator) -> str:
-    """A question with its answer, or one or two facts retold, about one person."""
+    """A question with its answer, or one to three facts retold, about one person."""
     slots = _shuffled([slot for slot in SLOTS[1:] if slot in event.facts], rng)
-    if rng.random() < 0.4:
+    if rng.random() < 0.2:
         question = QUESTIONS[slots[0]]
         return question.format(event.facts['who'], event.facts[slots[0]])
-    return retell(event, slots[: int(rng.integers(1, 3))], rng)
+    return retell(event, slots[: int(rng.integers(1, 4))], rng)
 
 
 def make_restatements(article: Article, count: int, rng: np.random.Generator) -> str:
     """Restatements about anybody in the article, for pretraining.
 
     They teach what a summary needs (whose fact is it, copy its word) without being one:
-    each speaks of one person and at most two facts; two thirds are about the main one.
+    each speaks of one person and at most three facts; most are about the main one.
     """
     lines = []
     for _ in range(count):
-        main = rng.random() < 2 / 3
+        main = rng.random() < 0.85
         other = article.others[int(rng.integers(len(article.others)))]
         lines.append(restate(article.main if main else other, rng))
     return 'Facts: ' + ' '.join(lines)
@@ -239,15 +254,15 @@ def make_chatter(article: Article, count: int, rng: np.random.Generator) -> str:
 
 
 def retell(event: Event, slots: Sequence[str], rng: np.random.Generator) -> str:
-    """One or two facts of an event as a sentence that opens with the person's name."""
+    """Some facts of an event as a sentence that opens with the person's name."""
     parts = [event.facts['who']]
     if 'job' in slots:
-        parts.append(f'the {event.facts["job"]}')
+        parts.append(f'{"the" if event.main else "some"} {event.facts["job"]}')
     if 'what' in slots:
         parts.append(f'{event.verb} {event.facts["what"]}')
     elif set(slots) != {'job'}:
         parts.append('did so')
-    parts += [phrase(slot, event.facts[slot], rng) for slot in slots if slot in PHRASES]
+    parts += [event.phrase(slot, rng) for slot in slots if slot in PHRASES]
     return ' '.join(parts) + '.'
 
 
