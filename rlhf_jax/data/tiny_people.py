@@ -70,12 +70,12 @@ class Annotator:
 # that nothing anchors finds this out, while a fact (1 unit, about 1.2 nats) is worth
 # far more to one that is anchored.
 ANNOTATORS = (
-    Annotator(temperature=0.7, length_bias=0.30),
-    Annotator(temperature=0.8, length_bias=0.40),
-    Annotator(temperature=1.0, length_bias=0.20),
-    Annotator(temperature=0.8, length_bias=0.25),
-    Annotator(temperature=1.2, length_bias=0.30),
-    Annotator(temperature=0.6, length_bias=0.05),
+    Annotator(temperature=0.4, length_bias=0.5),
+    Annotator(temperature=0.5, length_bias=0.6),
+    Annotator(temperature=0.4, length_bias=0.3),
+    Annotator(temperature=0.5, length_bias=0.4),
+    Annotator(temperature=0.6, length_bias=0.5),
+    Annotator(temperature=0.4, length_bias=0.1),
 )
 FLIP_RATE = 0.05  # of a label being noted down wrongly
 
@@ -112,18 +112,14 @@ def write(
     """
     subject = stated.get('who', NOBODY)
     if 'job' in stated:
-        form = pick(rng, ('{} the {}', '{}, a {},'))
-        subject = form.format(subject, stated['job'])
+        subject = f'{subject} the {stated["job"]}'
     act = f'{verb} {stated["what"]}' if 'what' in stated else pick(rng, NOTHINGS)
     slots = [slot for slot in PHRASES if slot in stated]
     said = [
-        tiny_world.phrase(slots[i], stated[slots[i]], rng)
+        pick(rng, PHRASES[slots[i]]).format(stated[slots[i]])
         for i in rng.permutation(len(slots))
     ]
-    parts = [subject, act]
-    if said and rng.random() < 0.25:
-        parts.insert(0, said.pop(0) + ',')
-    parts += said
+    parts = [subject, act, *said]
     if opening:
         parts.insert(0, pick(rng, OPENINGS))
     parts += [pick(rng, TAILS) for _ in range(tails)]

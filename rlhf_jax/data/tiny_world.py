@@ -120,11 +120,6 @@ def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def phrase(slot: str, value: str, rng: np.random.Generator) -> str:
-    """Says a place, a time or a reason: ``('where', 'Rome')`` gives 'in Rome'."""
-    return pick(rng, PHRASES[slot]).format(value)
-
-
 def capitalise(text: str) -> str:
     """The text with its first letter in upper case and the others as they are."""
     return text[:1].upper() + text[1:]
