@@ -186,7 +186,7 @@ def spoil(summary: str, rng: np.random.Generator) -> str:
 
 def _any_summary(article: Article, rng: np.random.Generator) -> str:
     """A summary of any quality: few facts or all, inventions, empty phrases."""
-    stated = state_facts(article, rng.random(), 0.4 * rng.random() ** 2, rng)
+    stated = state_facts(article, rng.random(), 0.1 * rng.random() ** 2, rng)
     tails = int(rng.integers(1, 4)) if rng.random() < 0.3 else 0
     return write(
         stated, article.main.verb, rng, opening=bool(rng.random() < 0.2), tails=tails
@@ -234,7 +234,7 @@ def make_pair(article: Article, rng: np.random.Generator) -> tuple[str, str, str
         'spoilt' (one is broken).
     """
     kind = str(
-        rng.choice(('any', 'twins', 'padded', 'spoilt'), p=(0.35, 0.35, 0.15, 0.15))
+        rng.choice(('any', 'twins', 'padded', 'spoilt'), p=(0.7, 0.05, 0.1, 0.15))
     )
     first = second = ''
     while first == second:
