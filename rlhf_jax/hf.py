@@ -81,6 +81,16 @@ def load_config(spec: str | Path) -> TransformerConfig:
         raise ValueError(f'{directory / "config.json"}: {error}') from error
 
 
+def load_head(spec: str | Path) -> Head:
+    """What stands on the model of a directory: 'lm', or 'scalar' for a classifier.
+
+    Raises:
+        ValueError: no config.json, or an architecture that is not supported.
+    """
+    directory = resolve(spec)
+    return _family(directory, _read_json(directory / 'config.json'))[1]
+
+
 def load_params(
     spec: str | Path,
     config: TransformerConfig,

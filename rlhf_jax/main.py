@@ -89,10 +89,12 @@ def _run_stages(
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
     from rlhf_jax.data.tokenizer import load_tokenizer
+    from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
     from rlhf_jax.stages import offline, online
     from rlhf_jax.stages.run import Run
 
+    check_writers(tuple(config.metrics))
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
     run = Run(workdir, config, make_mesh(parallel), load_tokenizer(config.tokenizer))
     loaders = {

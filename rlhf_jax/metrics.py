@@ -9,6 +9,7 @@ that next.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -85,12 +86,7 @@ def open_writers(
     Raises:
         ValueError: an unknown name, or a library that is not installed.
     """
-    known = ('jsonl', 'tensorboard', 'wandb')
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f'metrics writer {name!r} is unknown{nearest(name, known)}'
-            )
+    check_writers(names)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     writers: list[Writer] = []
@@ -101,6 +97,22 @@ def open_writers(
     # Opened last: a missing library must not have touched the rows of an earlier run.
     writers.append(JsonlWriter(directory / 'metrics.jsonl', resume_step))
     return Writers(tuple(writers))
+
+
+def check_writers(names: tuple[str, ...]) -> None:
+    """Raises ValueError for a writer that does not exist or is not installed."""
+    packages = {'jsonl': None, 'tensorboard': 'tensorboardX', 'wandb': 'wandb'}
+    for name in names:
+        if name not in packages:
+            raise ValueError(
+                f'metrics writer {name!r} is unknown{nearest(name, packages)}'
+            )
+        if (package := packages[name]) is None:
+            continue
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(_missing(name, package)) from error
 
 
 def _number(name: str, value: Any) -> int | float | None:
@@ -178,17 +190,11 @@ def _rows_up_to(path: Path, step: int) -> bytes:
 
 
 class TensorBoardWriter:
-    """TensorBoard event files in a folder, one scalar per metric.
-
-    Raises:
-        ValueError: tensorboardX is not installed.
-    """
+    """TensorBoard event files in a folder, one scalar per metric."""
 
     def __init__(self, logdir: str | os.PathLike[str], resume_step: int | None):
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise ValueError(_missing('tensorboard', 'tensorboardX')) from error
+        import tensorboardX
+
         # Events from purge_step on are hidden: TensorBoard drops what JSONL drops.
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer = tensorboardX.SummaryWriter(str(logdir), purge_step=purge_step)
@@ -212,16 +218,11 @@ class WandbWriter:
     W&B itself ignores rows at steps it already has, so a resumed run shows none twice.
     Account, project and mode come from W&B's own settings (``WANDB_PROJECT``,
     ``WANDB_MODE``).
-
-    Raises:
-        ValueError: wandb is not installed.
     """
 
     def __init__(self, directory: str | os.PathLike[str], resume_step: int | None):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(_missing('wandb', 'wandb')) from error
+        import wandb
+
         directory = Path(directory).resolve()
         id_file = directory / 'wandb_id.txt'
         if resume_step is None or not id_file.exists():

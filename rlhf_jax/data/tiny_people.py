@@ -64,10 +64,10 @@ class Annotator:
     length_bias: float  # nats per word
 
 
-# One word of padding beyond the budget costs WORD_COST / temperature = 0.12 to 0.25
+# One word of padding beyond the budget costs WORD_COST / temperature = 0.25 to 0.38
 # nats of gold, and most annotators give more than that back for its length. So the
 # preference that a reward model learns is, on the whole, slightly for padding: a policy
-# that nothing anchors finds this out, while a fact (1 unit, about 1.2 nats) is worth
+# that nothing anchors finds this out, while a fact (1 unit, about 2.2 nats) is worth
 # far more to one that is anchored.
 ANNOTATORS = (
     Annotator(temperature=0.4, length_bias=0.5),

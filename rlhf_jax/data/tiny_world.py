@@ -185,7 +185,7 @@ def _draw_events(rng: np.random.Generator) -> list[Event]:
 
 
 def make_article(rng: np.random.Generator) -> Article:
-    """Draws an article of four to seven sentences, 27 to 51 tokens.
+    """Draws an article of three to six sentences, about 40 words.
 
     The headline names the main person. Every sentence opens with its person (perhaps
     after a fronted circumstance); 'They' continues the person of the sentence before

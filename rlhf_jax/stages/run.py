@@ -110,7 +110,7 @@ def check_trained_head(run: Run, where: str, init: str) -> None:
     """
     folder = source_dir(run, init)
     if folder is None:
-        bare = init == 'scratch'
+        bare = init == 'scratch' or hf.load_head(init) == 'lm'
     elif (folder / 'model.json').exists():
         bare = set(checkpoint.load_model_configs(folder)) == {'policy'}
     else:
@@ -118,8 +118,7 @@ def check_trained_head(run: Run, where: str, init: str) -> None:
     if bare:
         raise ValueError(
             f'{where}={init!r} has no trained score: it is a language model; name a '
-            'reward '
-            "model, e.g. 'rm'"
+            "reward model, e.g. 'rm'"
         )
 
 

@@ -180,9 +180,8 @@ def test_labels_follow_gold_more_than_length(judgements):
     def accuracy(gap):
         return np.mean((gap > 0) + 0.5 * (gap == 0))
 
-    assert 0.74 < accuracy(gold_gap) < 0.80
-    assert 0.75 < np.mean(gold_gap[gold_gap != 0] > 0) < 0.82
-    assert 0.52 < accuracy(word_gap) < 0.63
+    assert 0.75 < accuracy(gold_gap) < 0.85
+    assert 0.52 < accuracy(word_gap) < accuracy(gold_gap) - 0.05
     padded = np.array([j.kind == 'padded' for j in judgements])
     assert accuracy(word_gap[padded]) > 0.55  # annotators like length
 
@@ -271,7 +270,7 @@ def test_examples_stay_as_they_are():
     ]
     vocabulary = tiny_tldr.tokenizer().get_vocab()
     found = (str(tiny_tldr.TinyTldr.VERSION), digest(examples), digest(vocabulary))
-    assert found == ('1.0.6', 'a373d810495a5be5', '7f774c6c8724f159')
+    assert found == ('1.1.0', 'ec6c4288f1d7dfcb', '7f774c6c8724f159')
 
 
 WRITER = """
