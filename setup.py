@@ -10,7 +10,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*', 'configs']),
+    packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
     package_data={'rlhf_jax': ['*.html']},
     install_requires=[
         'absl-py',
