@@ -50,6 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             weight_decay=0.01,
             b2=0.98,
         ),
+        loop=dict(eval_every_steps=200),
     )
     config.sft = section(
         OfflineSettings,
@@ -61,6 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=8 if arg.smoke else 32,
         buckets=(80,),
         optim=dict(learning_rate=1.5e-3, warmup_percent=5),
+        loop=dict(eval_every_steps=50),
     )
     config.rm = section(
         OfflineSettings,
@@ -73,6 +75,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         batch_size=8 if arg.smoke else 32,
         buckets=(88,),
         optim=dict(learning_rate=2e-3, warmup_percent=5),
+        loop=dict(eval_every_steps=100),
     )
     config.ppo = section(
         OnlineSettings,

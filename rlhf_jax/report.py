@@ -284,7 +284,8 @@ def warnings(stage: str, evaluation: Json | None) -> list[str]:
             f'Responses grew from {number(before)} to {number(after)} tokens, more '
             'than 1.5 times: the reward may be paid for length.'
         )
-    if _less(get('ended_after'), get('ended_before')):
+    ended = get('ended_before')
+    if ended is not None and _less(get('ended_after'), ended - 0.01):  # less is noise
         found.append(
             f'Fewer responses end by themselves: {number(e["ended_before"])} before, '
             f'{number(e["ended_after"])} after.'

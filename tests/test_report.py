@@ -304,7 +304,7 @@ def test_a_stage_without_evaluation_is_unknown():
     [
         ('ppo', {'gold_reward_after': 0.11}, 'Reward hacking suspected'),
         ('ppo', {'length_after': 32.0}, '1.5 times'),  # 1.5 × 21.3 = 31.95
-        ('ppo', {'ended_after': 0.9}, 'Fewer responses end'),
+        ('ppo', {'ended_after': 0.89}, 'Fewer responses end'),  # by more than 0.01
         ('ppo', {'kl': 50.1}, 'above 50'),
         ('rm', {'padding_gap': 0.02}, 'side of the padding'),
     ],
