@@ -60,13 +60,13 @@ def test_a_finished_directory_returns_at_once(finished):
 def test_another_config_names_the_keys_that_differ(finished):
     config = get_config()
     config.ppo.clip_eps = 0.1
-    config.rm.optim.learning_rate = 0.5
+    before, config.rm.optim.learning_rate = config.rm.optim.learning_rate, 0.5
     fails(
         config,
         finished,
         str(finished),
         'ppo.clip_eps: 0.2 there, 0.1 now',
-        'rm.optim.learning_rate: 0.0005 there, 0.5 now',
+        f'rm.optim.learning_rate: {before} there, 0.5 now',
     )
 
 
@@ -165,7 +165,8 @@ def test_a_prompt_longer_than_the_bucket_is_counted(tmp_path, never_compiled):
     path.write_text(json.dumps({'prompt': 'the mayor ' * 200}) + '\n')
     config = get_config()
     config.ppo.prompts = f'jsonl:{path}'
-    fails(config, tmp_path / 'run', str(path), '72')
+    limit = config.ppo.prompt_buckets[-1]
+    fails(config, tmp_path / 'run', str(path), f'longer than {limit} tokens')
 
 
 def test_a_model_with_too_few_embeddings(finished, tmp_path, never_compiled):
