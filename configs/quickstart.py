@@ -96,9 +96,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         expected_win_rate=0.65,
         num_epochs=2,
         num_minibatches=2,
-        kl_coef=0.05,
+        kl_coef=0.12,
         missing_eos_penalty=1.0,
-        optim=dict(learning_rate=3e-4, schedule='linear', eps=1e-5),
+        optim=dict(learning_rate=5e-4, schedule='linear', eps=1e-5),
         critic_optim=dict(learning_rate=5e-4, schedule='linear', eps=1e-5),
         loop=dict(log_every_steps=1, save_every_steps=20),
     )

@@ -26,8 +26,8 @@ from rlhf_jax.main import launch
 
 _BASE = flags.DEFINE_string('base', 'runs/quickstart', 'Finished quickstart run.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/overoptimisation', 'Where to write.')
-_COEFS = flags.DEFINE_list('kl_coefs', ['0.0', '0.05'], 'KL coefficients to compare.')
-_ROLLOUTS = flags.DEFINE_integer('rollouts', 200, 'Rollouts of every run.')
+_COEFS = flags.DEFINE_list('kl_coefs', ['0.0', '0.12'], 'KL coefficients to compare.')
+_ROLLOUTS = flags.DEFINE_integer('rollouts', 120, 'Rollouts of every run.')
 
 
 def run_one(
