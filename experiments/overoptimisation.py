@@ -26,7 +26,7 @@ from rlhf_jax.main import launch
 
 _BASE = flags.DEFINE_string('base', 'runs/quickstart', 'Finished quickstart run.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/overoptimisation', 'Where to write.')
-_COEFS = flags.DEFINE_list('kl_coefs', ['0.0', '0.12'], 'KL coefficients to compare.')
+_COEFS = flags.DEFINE_list('kl_coefs', ['0.0', '0.05'], 'KL coefficients to compare.')
 _ROLLOUTS = flags.DEFINE_integer('rollouts', 120, 'Rollouts of every run.')
 
 
@@ -45,6 +45,7 @@ def run_one(
     )
     # A constant rate: the question is where optimisation leads, not where it is slowed.
     config.ppo.optim.schedule = config.ppo.critic_optim.schedule = 'constant'
+    config.ppo.optim.learning_rate = 3e-4
     launch(config, workdir)
     lines = (workdir / 'ppo' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
     return [json.loads(line) for line in lines]

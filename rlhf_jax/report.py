@@ -194,7 +194,7 @@ def _judge_rm(e: Json) -> Verdict:
     ceiling = e.get('accuracy_ceiling')
     if ceiling is not None:
         accuracy = e['accuracy']
-        # Rounded: both are multiples of half a pair, and 0.768 is not below 0.818 − 0.05.
+        # Rounded, because in floating point 0.768 lies below 0.818 − 0.05.
         near = accuracy is not None and round(ceiling - accuracy, 9) <= 0.05
         good = good and near
         expected += f', accuracy ≥ {fraction(ceiling - 0.05)} (ceiling − 0.05)'
