@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 def export(
@@ -58,6 +58,7 @@ def export(
 
 def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every read at INFO
     values = flags.FLAGS
     try:
         export(

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -124,6 +124,7 @@ def sample(
 
 def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every read at INFO
     values = flags.FLAGS
     workdir, console = Path(values.workdir), Console()
     try:
