@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_steps=20 if arg.smoke else 1000,
         batch_size=8 if arg.smoke else 16,
         buckets=(104,),
-        # Muon learns to copy words from the article in a third of AdamW's steps.
+        # Muon seemed to learn copying in fewer steps than AdamW: docs/recipes.md.
         optim=dict(
             name='muon',
             learning_rate=2e-2,

@@ -55,8 +55,7 @@ def preset(name: str, vocab_size: int) -> TransformerConfig:
         raise ValueError(f'model size {name!r} is unknown; {hint}')
     shape = {'max_positions': 1024, **shapes[name]}
     head_dim = shape['width'] // shape['num_heads']
-    # 1/√width, not the 0.02 of wide models: narrow ones hardly learn from so small a
-    # start.
+    # 1/√width: the usual 0.02 is small for narrow models.
     return TransformerConfig(
         vocab_size=vocab_size,
         head_dim=head_dim,
