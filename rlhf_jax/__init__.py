@@ -9,8 +9,8 @@ from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.rm import RMHParams, rm_step
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.generate import Sampling, generate, sampling
+from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.rewards import reward_model_scores, shape_scores
 from rlhf_jax.types import (
     Generation,

@@ -18,6 +18,7 @@ from flax import struct
 
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.models.transformer import KVCache
+from rlhf_jax.ops.logprobs import logits_of
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
 
 
@@ -211,12 +212,7 @@ def generate(
         return (loop.i < max_new_tokens) & ~jnp.all(loop.ended)
 
     def one_token(loop: _Loop) -> _Loop:
-        logits = jnp.einsum(
-            'bd,dv->bv',
-            loop.hidden,
-            unembedding.astype(loop.hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = logits_of(loop.hidden, unembedding, model.config.logit_softcap)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, loop.i)
         drawn, logprobs = sample_tokens(logits, keys, how)
         alive = ~loop.ended

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and small models and batches to share."""
 
 import os
+import types
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models.heads import CausalLM, ScalarModel
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.types import Generation, PairBatch, TokenBatch
 from tests import small_config
 
@@ -118,6 +119,8 @@ class _Bigram:
     It has the interface of ``CausalLM``, compiles in no time, and every number that
     comes out of it can be worked out in NumPy.
     """
+
+    config = types.SimpleNamespace(logit_softcap=None)
 
     def apply(self, variables, tokens, *rest, method='__call__'):
         size = variables['params']['table'].shape[0]

@@ -113,9 +113,8 @@ def policy_logprobs(
     nats.
     """
     hidden = model.apply({'params': params}, tokens, mask)
-    return token_logprobs(
-        hidden, model.unembedding(params), tokens, temperature=temperature
-    )
+    how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
+    return token_logprobs(hidden, model.unembedding(params), tokens, **how)
 
 
 def critic_values(

@@ -44,7 +44,12 @@ def sft_loss(
         (sum [] nats, weight [] tokens, metrics with ``loss`` in nats per token).
     """
     hidden = model.apply({'params': params}, batch.tokens, batch.mask)
-    logprobs, _ = token_logprobs(hidden, model.unembedding(params), batch.tokens)
+    logprobs, _ = token_logprobs(
+        hidden,
+        model.unembedding(params),
+        batch.tokens,
+        softcap=model.config.logit_softcap,
+    )
     # A token is predicted only from a real one: behind left padding the first has none.
     predicted = jnp.pad(batch.mask[:, :-1], ((0, 0), (1, 0)))
     counted = batch.loss_mask & batch.mask & predicted

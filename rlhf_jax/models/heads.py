@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from rlhf_jax.models import transformer
-from rlhf_jax.models.transformer import KVCache, Transformer, TransformerConfig
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.transformer import KVCache, Transformer
 from rlhf_jax.types import Array, Params
 
 
@@ -32,9 +33,14 @@ class CausalLM(nn.Module):
             init = nn.initializers.normal(cfg.init_std)
             self.lm_head = self.param('lm_head', init, (cfg.width, cfg.vocab_size))
 
-    def __call__(self, tokens: Array, mask: Array) -> Array:
-        """Hidden states after the final norm, [B, T] → [B, T, D]."""
-        return transformer.forward(self.backbone, tokens, mask)
+    def __call__(
+        self, tokens: Array, mask: Array, segments: Array | None = None
+    ) -> Array:
+        """Hidden states after the final norm, [B, T] → [B, T, D].
+
+        ``segments`` [B, T] tells the documents of a packed row apart.
+        """
+        return transformer.forward(self.backbone, tokens, mask, segments)
 
     def prefill(
         self, tokens: Array, mask: Array, cache_length: int
@@ -58,12 +64,15 @@ class CausalLM(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A decoder with a scalar head: the reward model and the critic.
+    """A Transformer with a scalar head: the reward model and the critic.
 
     Parameters: ``backbone/…`` and ``head/kernel`` [D], ``head/bias`` []. The kernel
-        starts from
-    N(0, 1/√(D+1)) and the bias from 0. Source: openai/lm-human-preferences; Huang et
-    al. 2024, arXiv 2403.17031.
+    starts from N(0, 1/√(D+1)) and the bias from 0. Source: openai/lm-human-preferences;
+    Huang et al. 2024, arXiv 2403.17031.
+
+    An encoder (``attention='bidirectional'``) is read at its first token, through the
+    dense layer with tanh that BERT has there: ``head/dense_kernel`` [D, D] and
+    ``head/dense_bias`` [D]. Source: Devlin et al. 2019, arXiv 1810.04805.
     """
 
     config: TransformerConfig
@@ -75,20 +84,27 @@ class ScalarModel(nn.Module):
         """
         cfg = self.config
         hidden = transformer.forward(Transformer(cfg, name='backbone'), tokens, mask)
-        return ScalarHead(cfg.width, name='head')(hidden)
+        return ScalarHead(cfg, name='head')(hidden)
 
 
 class ScalarHead(nn.Module):
-    """A float32 linear map to one number."""
+    """A float32 map to one number, behind a dense layer with tanh for an encoder."""
 
-    width: int
+    config: TransformerConfig
 
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
-        init = nn.initializers.normal((self.width + 1) ** -0.5)
-        kernel = self.param('kernel', init, (self.width,))
+        width = self.config.width
+        hidden = hidden.astype(jnp.float32)
+        if self.config.attention == 'bidirectional':
+            init = nn.initializers.normal(self.config.init_std)
+            dense = self.param('dense_kernel', init, (width, width))
+            offset = self.param('dense_bias', nn.initializers.zeros, (width,))
+            hidden = jnp.tanh(hidden @ dense + offset)
+        init = nn.initializers.normal((width + 1) ** -0.5)
+        kernel = self.param('kernel', init, (width,))
         bias = self.param('bias', nn.initializers.zeros, ())
-        return jnp.einsum('btd,d->bt', hidden.astype(jnp.float32), kernel) + bias
+        return jnp.einsum('btd,d->bt', hidden, kernel) + bias
 
 
 def start_from(params: Params, source: Params) -> Params:

@@ -1,6 +1,6 @@
 """Named model sizes, for runs that start from nothing.
 
-Models that start from a Hugging Face directory take their size from there (``hf.py``).
+Models that start from a Hugging Face directory take their size from there (``hf/``).
 Read ``models/heads.py`` next.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.config import TransformerConfig
 
 SIZES = ('nano', 'micro', 'small', '1b')
 

@@ -23,6 +23,7 @@ def token_logprobs(
     tokens: Array,
     *,
     temperature: Array | float = 1.0,
+    softcap: float | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Array, Array]:
     """Log-probability of every token given those before it, and the entropy at its
@@ -36,6 +37,7 @@ def token_logprobs(
         tokens: [B, T] int32.
         temperature: τ > 0, the sampling temperature: the policy *is* the tempered
             distribution in rollout, reference and training passes alike.
+        softcap: c, for models whose logits are c·tanh(h·W / c); None for others.
         max_logits: entries of the largest logits block; above it the head runs in
             chunks of tokens, whose logits are recomputed in the backward pass.
 
@@ -48,7 +50,7 @@ def token_logprobs(
     largest = max(max_logits // (batch * unembedding.shape[-1]), 1)  # tokens in a block
     chunks = -(-steps // largest)
     if chunks <= 1:
-        logprobs, entropy = _score(states, targets, unembedding, temperature)
+        logprobs, entropy = _score(states, targets, unembedding, temperature, softcap)
     else:
         size = -(-steps // chunks)  # the blocks are about equal, so little is padded
         pad = -steps % size
@@ -57,7 +59,7 @@ def token_logprobs(
         states = jnp.moveaxis(states.reshape(batch, -1, size, states.shape[-1]), 1, 0)
         targets = jnp.moveaxis(targets.reshape(batch, -1, size), 1, 0)
         score = jax.checkpoint(
-            lambda chunk: _score(chunk[0], chunk[1], unembedding, temperature)
+            lambda chunk: _score(*chunk, unembedding, temperature, softcap)
         )
         logprobs, entropy = jax.tree.map(
             lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :steps],
@@ -67,16 +69,30 @@ def token_logprobs(
     return jnp.pad(logprobs, shift), jnp.pad(entropy, shift)
 
 
-def _score(
-    states: Array, targets: Array, unembedding: Array, temperature: Array | float
-) -> tuple[Array, Array]:
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """c·tanh(x / c); the identity for None. Source: Gemma 2, arXiv 2408.00118, §2."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def logits_of(states: Array, unembedding: Array, softcap: float | None) -> Array:
+    """Logits [..., V] float32 of hidden states [..., D]; see :func:`token_logprobs`."""
     logits = jnp.einsum(
-        'btd,dv->btv',
+        '...d,dv->...v',
         states,
         unembedding.astype(states.dtype),
         preferred_element_type=jnp.float32,
     )
-    logits = logits / temperature
+    return soft_cap(logits, softcap)
+
+
+def _score(
+    states: Array,
+    targets: Array,
+    unembedding: Array,
+    temperature: Array | float,
+    softcap: float | None,
+) -> tuple[Array, Array]:
+    logits = logits_of(states, unembedding, softcap) / temperature
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # H = log Z − Σ p·logit: needs no second array of log-probabilities.

@@ -268,7 +268,7 @@ prepare = jax.jit(ppo.prepare, static_argnames=('model', 'hp'))
 ppo_step = jax.jit(ppo.ppo_step, static_argnames=('model', 'tx', 'hp'))
 
 
-def _load(directory: Path, head: hf.Head) -> Params:
+def _load(directory: Path, head: str) -> Params:
     return hf.load_params(directory, hf.load_config(directory), head=head)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import hf
+from rlhf_jax.hf.reader import INDEX
+from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
-from rlhf_jax.models.transformer import TransformerConfig
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -122,7 +123,7 @@ def test_a_model_written_by_transformers_gives_its_logits(tmp_path, options, sha
             if name.endswith(('bias', 'norm.weight')):  # made as zeros and ones
                 parameter.add_(0.3 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
-    assert (tmp_path / hf.INDEX).exists() == (shard == '20KB')
+    assert (tmp_path / INDEX).exists() == (shard == '20KB')
     config = hf.load_config(tmp_path)
     params = hf.load_params(tmp_path, config, head='lm')
     for left in (False, True):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax import hf, hf_families
+from rlhf_jax import hf
+from rlhf_jax.hf import families, reader, schema, writer
+from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
-from rlhf_jax.models.transformer import TransformerConfig
 
-STORIES = pathlib.Path(__file__).resolve().parents[2] / 'shared/data/stories260k'
+STORIES = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/stories260k'
 INDEX = 'model.safetensors.index.json'
 
 
@@ -214,7 +215,7 @@ def test_a_killed_export_leaves_nothing_and_the_next_one_succeeds(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, '_write_json', die)
+        patch.setattr(writer, '_write_json', die)
         with pytest.raises(KeyboardInterrupt):
             hf.save(tmp_path / 'out', params, config, head='lm')
     assert not (tmp_path / 'out').exists()
@@ -256,11 +257,11 @@ def test_a_scalar_export_pads_with_eos_when_nothing_else_is_known(tmp_path):
         ({'hidden_act': 'swiglu'}, "hidden_act='swiglu' is not supported.*silu, swish"),
         (
             {'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0}},
-            "rope_type='llama3' is not supported",
+            "rope_type='llama3' lacks high_freq_factor, low_freq_factor, original_max_",
         ),
         (
-            {'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2}},
-            "rope_type='linear' is not supported",
+            {'rope_parameters': None, 'rope_scaling': {'type': 'yarn', 'factor': 2}},
+            "rope_type='yarn' is not supported; supported are default, linear, llama3",
         ),
         (
             {'rope_parameters': {'partial_rotary_factor': 0.5}},
@@ -345,7 +346,7 @@ def test_a_name_that_is_nowhere(monkeypatch, tmp_path):
         assert '*.safetensors' in allow_patterns and '*.bin' not in allow_patterns
         raise OSError('no network')
 
-    monkeypatch.setattr(hf.huggingface_hub, 'snapshot_download', offline)
+    monkeypatch.setattr(reader.huggingface_hub, 'snapshot_download', offline)
     with pytest.raises(ValueError, match="'who/what' is no directory.*no network"):
         hf.load_config('who/what')
     monkeypatch.undo()
@@ -356,7 +357,7 @@ def test_a_name_that_is_nowhere(monkeypatch, tmp_path):
 def test_a_hub_name_is_read_from_its_snapshot(exported, monkeypatch):
     directory, config, _ = exported
     monkeypatch.setattr(
-        hf.huggingface_hub, 'snapshot_download', lambda name, **_: str(directory)
+        reader.huggingface_hub, 'snapshot_download', lambda name, **_: str(directory)
     )
     assert hf.load_config('who/what') == config
 
@@ -373,19 +374,21 @@ def test_exports_that_cannot_be(exported, tmp_path):
     with pytest.raises(ValueError, match=r'tokens is \[48, 32\], not \[99, 32\]'):
         hf.save(out, params, replace(config, vocab_size=99), head='lm')
     with pytest.raises(
-        ValueError, match="llama has no norm='layer', activation='relu2'"
+        ValueError, match="llama, the nearest, has no norm='layer', activation='relu2'"
     ):
         hf.save(
             out, params, replace(config, norm='layer', activation='relu2'), head='lm'
         )
-    with pytest.raises(ValueError, match='llama has no attention_out_bias=True'):
+    with pytest.raises(
+        ValueError, match='llama, the nearest, has no attention_out_bias=True'
+    ):
         hf.save(out, params, replace(config, attention_out_bias=True), head='lm')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['lm']
 
 
 def test_every_name_of_a_family_stands_for_one_parameter():
-    for family in hf_families.FAMILIES:
-        paths = [weight.path for weight in family.weights]
+    for family in families.FAMILIES:
+        paths = [path for weight in family.weights for path in weight.paths]
         names = [weight.name for weight in family.weights]
         assert len(set(paths)) == len(paths) and len(set(names)) == len(names)
-        assert {weight.layout for weight in family.weights} <= set(hf_families.LAYOUTS)
+        assert {weight.layout for weight in family.weights} <= set(schema.LAYOUTS)

@@ -1,0 +1,208 @@
+"""Settings that several entries of a Hugging Face config.json describe together:
+rotary positions, windows, learned positions, head sizes.
+
+Used by the tables in ``families.py``; read that next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf_jax.hf.schema import Codec, Entries
+from rlhf_jax.models.config import RopeScaling, TransformerConfig
+
+
+def rope_codec(theta: float = 10_000.0, fraction: float | None = None) -> Codec:
+    """Rotary positions, in the spellings of transformers 4 and 5.
+
+    Args:
+        theta: the family's default base.
+        fraction: the family's default share of a head that is rotated; None for the
+            whole head, always.
+    """
+
+    def read(entries: Entries) -> dict[str, Any]:
+        rope = _rope_entries(entries)
+        base = rope.get('rope_theta', entries.get('rotary_emb_base', theta))
+        part = rope.get('partial_rotary_factor') or entries.get('rotary_pct', fraction)
+        if fraction is None and part not in (None, 1):
+            raise ValueError(
+                f'partial_rotary_factor={part} is not supported; only 1 is'
+            )
+        return {
+            'rope_theta': float(base),
+            'rope_fraction': float(part or 1),
+            'rope_scaling': _scaling(rope),
+        }
+
+    def write(config: TransformerConfig) -> dict[str, Any]:
+        return _write_rope(config, fraction)
+
+    return Codec(read, write)
+
+
+def _rope_entries(entries: Entries) -> dict[str, Any]:
+    flat = ('rope_theta', 'partial_rotary_factor')
+    return {
+        **{name: entries[name] for name in flat if entries.get(name) is not None},
+        **(entries.get('rope_scaling') or {}),  # transformers 4
+        **(entries.get('rope_parameters') or {}),  # transformers 5
+    }
+
+
+def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind == 'default':
+        return None
+    if kind == 'linear':
+        return RopeScaling(kind='linear', factor=float(rope['factor']))
+    if kind == 'llama3':
+        names = {
+            'factor': 'factor',
+            'low_freq_factor': 'low_freq_factor',
+            'high_freq_factor': 'high_freq_factor',
+            'original_max_position_embeddings': 'original_positions',
+        }
+        if missing := names.keys() - rope.keys():
+            raise ValueError(
+                f"rope_type='llama3' lacks {', '.join(sorted(missing))} in config.json"
+            )
+        return RopeScaling(
+            kind='llama3', **{ours: rope[theirs] for theirs, ours in names.items()}
+        )
+    raise ValueError(
+        f'rope_type={kind!r} is not supported; supported are default, linear, llama3'
+    )
+
+
+def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    """The entries of ``rope_parameters`` that describe a scaling."""
+    if scaling is None:
+        return {'rope_type': 'default'}
+    if scaling.kind == 'linear':
+        return {'rope_type': 'linear', 'factor': scaling.factor}
+    return {
+        'rope_type': 'llama3',
+        'factor': scaling.factor,
+        'low_freq_factor': scaling.low_freq_factor,
+        'high_freq_factor': scaling.high_freq_factor,
+        'original_max_position_embeddings': scaling.original_positions,
+    }
+
+
+def _write_rope(config: TransformerConfig, fraction: float | None) -> dict[str, Any]:
+    scaling = _write_scaling(config.rope_scaling)
+    rope = {'rope_theta': config.rope_theta, **scaling}
+    entries = {'rope_parameters': rope}  # transformers 5
+    if fraction is not None:
+        rope['partial_rotary_factor'] = config.rope_fraction
+    else:  # transformers 4; of a partial rotation each family had a spelling of its own
+        entries['rope_theta'] = config.rope_theta
+        if config.rope_scaling is not None:
+            entries['rope_scaling'] = scaling
+    return entries
+
+
+def layer_windows(
+    default: Callable[[Entries], list[bool]], switch: str | None = None
+) -> Codec:
+    """``sliding_window`` and ``layer_types``.
+
+    Args:
+        default: config.json → which layers are windowed where it has no layer_types.
+        switch: an entry that must be true for any window to count.
+    """
+
+    def read(entries: Entries) -> dict[str, Any]:
+        on = switch is None or entries.get(switch, False)
+        size = entries.get('sliding_window', 4096) if on else None
+        kinds = entries.get('layer_types')
+        windowed = [kind == 'sliding_attention' for kind in kinds or ()]
+        if kinds is None:
+            windowed = default(entries)
+        if size is None or not any(windowed):
+            size, windowed = None, ()
+        return {'sliding_window': size, 'windowed': tuple(windowed)}
+
+    def write(config: TransformerConfig) -> dict[str, Any]:
+        windowed = config.windowed or (False,) * config.num_layers
+        kinds = ('full_attention', 'sliding_attention')
+        entries = {
+            'sliding_window': config.sliding_window,
+            'layer_types': [kinds[there] for there in windowed],
+        }
+        if switch is not None and config.sliding_window is not None:
+            entries[switch] = True
+            entries['max_window_layers'] = windowed.index(True)
+        return entries
+
+    return Codec(read, write)
+
+
+def from_layer(entries: Entries) -> list[bool]:
+    """Windows from layer ``max_window_layers`` on: the default of Qwen."""
+    start = entries.get('max_window_layers', 28)
+    return [layer >= start for layer in range(entries['num_hidden_layers'])]
+
+
+def all_but_every(default: int) -> Callable[[Entries], list[bool]]:
+    """Windows but in every n-th layer: the default of Gemma."""
+
+    def windowed(entries: Entries) -> list[bool]:
+        period = entries.get('sliding_window_pattern', default)
+        return [bool((i + 1) % period) for i in range(entries['num_hidden_layers'])]
+
+    return windowed
+
+
+def one_window() -> Codec:
+    """A window in every layer, or none; no layer_types."""
+
+    def read(entries: Entries) -> dict[str, Any]:
+        size = entries.get('sliding_window', 4096)
+        layers = 0 if size is None else entries['num_hidden_layers']
+        return {'sliding_window': size, 'windowed': (True,) * layers}
+
+    return Codec(read, lambda config: {'sliding_window': config.sliding_window})
+
+
+def rope_per_kind() -> Codec:
+    """Windowed layers have a base of their own, and no stretching."""
+    usual = rope_codec(1_000_000.0)
+
+    def read(entries: Entries) -> dict[str, Any]:
+        both = entries.get('rope_parameters') or {}
+        full = {'rope_parameters': both['full_attention']} if both else entries
+        local = (both.get('sliding_attention') or {}).get('rope_theta')
+        local = local or entries.get('rope_local_base_freq', 10_000.0)
+        return {**usual.read(full), 'window_rope_theta': float(local)}
+
+    def write(config: TransformerConfig) -> dict[str, Any]:
+        full = {'rope_theta': config.rope_theta, **_write_scaling(config.rope_scaling)}
+        local = {'rope_theta': config.window_rope_theta, 'rope_type': 'default'}
+        both = {'full_attention': full, 'sliding_attention': local}
+        return {'rope_parameters': both}
+
+    return Codec(read, write)
+
+
+def derived_head_dim(width: str, heads: str) -> Codec:
+    """The head size, which these families do not write down."""
+    return Codec(lambda hf: {'head_dim': hf[width] // hf[heads]}, lambda config: {})
+
+
+def padded_positions() -> Codec:
+    """The table begins behind the row of the padding id."""
+
+    def read(entries: Entries) -> dict[str, Any]:
+        offset = entries.get('pad_token_id', 1) + 1
+        rows = entries.get('max_position_embeddings', 512)
+        return {'position_offset': offset, 'max_positions': rows - offset}
+
+    def write(config: TransformerConfig) -> dict[str, Any]:
+        rows = config.max_positions + config.position_offset
+        pad = config.position_offset - 1
+        return {'pad_token_id': pad, 'max_position_embeddings': rows}
+
+    return Codec(read, write)

@@ -1,0 +1,232 @@
+"""The parts of a Transformer layer: rotary positions, norms, attention, MLP.
+
+Letters: ``b`` sequences, ``t`` query tokens, ``s`` key tokens, ``d`` width, ``k``
+key-value heads, ``g`` query heads per key-value head, ``h`` head size, ``f`` MLP width.
+Read ``models/transformer.py`` next.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rlhf_jax.models.config import RopeScaling, TransformerConfig
+from rlhf_jax.ops.logprobs import soft_cap
+from rlhf_jax.types import Array
+
+KV = tuple[Array, Array]  # keys and values, [B, S, K, H] each
+
+
+@struct.dataclass(kw_only=True)
+class View:
+    """What a layer's attention may see, and where its tokens stand."""
+
+    bias: Array  # [B, 1, 1, T, S] float32, 0 or very negative
+    rotary: tuple[Array, Array] | None  # cos and sin, [B, T, 1, R/2] float32
+
+
+def rope_frequencies(
+    dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Array:
+    """θ^(−2i/R) for i < R/2, stretched as ``scaling`` says, [R/2] float32.
+
+    Source: Su et al. 2021, arXiv 2104.09864; see ``RopeScaling`` for the stretching.
+    """
+    frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == 'linear':
+        return frequencies / scaling.factor
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
+    """cos and sin of position·frequency, [B, T] → [B, T, 1, R/2] each."""
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: Array, tables: tuple[Array, Array]) -> Array:
+    """Rotates pairs (i, i + R/2) of the first R entries of the last axis.
+
+    Source: Su et al. 2021, arXiv 2104.09864, in the half-split layout that the weights
+    of Hugging Face have.
+
+    Args:
+        x: [B, T, N, H].
+        tables: of :func:`rotary_tables`.
+    """
+    cos, sin = tables
+    half = cos.shape[-1]
+    x32 = x.astype(jnp.float32)
+    first, second, rest = jnp.split(x32, (half, 2 * half), axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last ``axes`` axes, computed in float32."""
+
+    config: TransformerConfig
+    axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg = self.config
+        axes = tuple(range(-self.axes, 0))
+        shape = x.shape[-self.axes :]
+        initial = nn.initializers.constant(1.0 - cfg.norm_offset)
+        x32 = x.astype(jnp.float32)
+        if cfg.norm == 'layer':
+            x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+        square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(square + cfg.norm_eps)
+        x32 = x32 * (self.param('scale', initial, shape) + cfg.norm_offset)
+        if cfg.norm == 'layer':
+            x32 = x32 + self.param('bias', nn.initializers.zeros, shape)
+        return x32.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache (if any) and the tokens given."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array, cache: KV | None, view: View) -> tuple[Array, KV]:
+        """Args: x [B, T, D]; cache of S slots, or None; view over S + T keys.
+
+        Returns: (output [B, T, D], (keys, values) of these tokens [B, T, K, H]).
+        """
+        cfg = self.config
+        q = self._project('query', cfg.num_heads, x)
+        k = self._project('key', cfg.num_kv_heads, x)
+        v = self._project('value', cfg.num_kv_heads, x)
+        if cfg.qk_norm is not None:
+            axes = 1 if cfg.qk_norm == 'head' else 2
+            q = Norm(cfg, axes, name='query_norm')(q)
+            k = Norm(cfg, axes, name='key_norm')(k)
+        if view.rotary is not None:
+            q, k = rope(q, view.rotary), rope(k, view.rotary)
+        groups = cfg.num_heads // cfg.num_kv_heads
+        q = q.reshape(*q.shape[:2], cfg.num_kv_heads, groups, cfg.head_dim)
+        parts = [(k, v)] if cache is None else [cache, (k, v)]
+        out = self._attend(q, parts, view.bias)
+        out = out.reshape(*out.shape[:2], cfg.num_heads, cfg.head_dim)
+        # Residual outputs start smaller by √(2·layers), as in GPT-2.
+        init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
+        shape = (cfg.num_heads, cfg.head_dim, cfg.width)
+        kernel = self.param('out_kernel', init, shape)
+        out = jnp.einsum('btnh,nhd->btd', out, kernel.astype(x.dtype))
+        if cfg.attention_out_bias:
+            offset = self.param('out_bias', nn.initializers.zeros, (cfg.width,))
+            out = out + offset.astype(x.dtype)
+        return out, (k, v)
+
+    def _project(self, name: str, heads: int, x: Array) -> Array:
+        cfg = self.config
+        init = nn.initializers.normal(cfg.init_std)
+        kernel = self.param(f'{name}_kernel', init, (cfg.width, heads, cfg.head_dim))
+        y = jnp.einsum('btd,dnh->btnh', x, kernel.astype(x.dtype))
+        if cfg.attention_bias:
+            zeros = nn.initializers.zeros
+            offset = self.param(f'{name}_bias', zeros, (heads, cfg.head_dim))
+            y = y + offset.astype(x.dtype)
+        return y
+
+    def _attend(self, q: Array, parts: list[KV], bias: Array) -> Array:
+        # With a cache the scores over old and new keys are joined, not the keys: the
+        # cache is then only read here, and written once for all layers by the caller.
+        cfg = self.config
+        scores = [
+            jnp.einsum('btkgh,bskh->bkgts', q, keys, preferred_element_type=jnp.float32)
+            for keys, _ in parts
+        ]
+        scores = jnp.concatenate(scores, axis=-1) * (
+            (cfg.query_scalar or cfg.head_dim) ** -0.5
+        )
+        scores = soft_cap(scores, cfg.attention_softcap) + bias
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        out, start = 0, 0
+        for keys, values in parts:
+            stop = start + keys.shape[1]
+            part = weights[..., start:stop]
+            out = out + jnp.einsum('bkgts,bskh->btkgh', part, values)
+            start = stop
+        return out
+
+
+class MLP(nn.Module):
+    """Gated or plain feed-forward layer."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg = self.config
+        init = nn.initializers.normal(cfg.init_std)
+        down_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
+        activate = {
+            'silu': nn.silu,
+            'gelu': lambda y: nn.gelu(y, approximate=False),
+            'gelu_tanh': lambda y: nn.gelu(y, approximate=True),
+            'relu': nn.relu,
+        }[cfg.activation]
+
+        def linear(
+            name: str, y: Array, size: int, initializer: nn.initializers.Initializer
+        ) -> Array:
+            kernel = self.param(f'{name}_kernel', initializer, (y.shape[-1], size))
+            y = y @ kernel.astype(y.dtype)
+            if cfg.mlp_bias:
+                offset = self.param(f'{name}_bias', nn.initializers.zeros, (size,))
+                y = y + offset.astype(y.dtype)
+            return y
+
+        hidden = linear('up', x, cfg.mlp_width, init)
+        if cfg.gated_mlp:
+            hidden = activate(linear('gate', x, cfg.mlp_width, init)) * hidden
+        else:
+            hidden = activate(hidden)
+        return linear('down', hidden, cfg.width, down_init)
+
+
+class Block(nn.Module):
+    """One layer; the signature is that of a scan body over the layers."""
+
+    config: TransformerConfig
+    keep_kv: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Array, cache: KV | None, windowed: Array | None, views: list[View]
+    ) -> tuple[Array, KV | None]:
+        """Args: x [B, T, D]; cache of this layer; windowed [] bool, which of two views
+        this layer has; views, one or [everything, window].
+        """
+        cfg = self.config
+        view = views[0]
+        if len(views) > 1:
+            view = jax.tree.map(lambda a, b: jnp.where(windowed, b, a), *views)
+
+        def norm(name: str, y: Array, *places: str) -> Array:
+            return Norm(cfg, name=name)(y) if cfg.residual in places else y
+
+        y = norm('attention_norm', x, 'pre', 'parallel', 'both')
+        y, kv = Attention(cfg, name='attention')(y, cache, view)
+        y = norm('attention_out_norm', y, 'post', 'both')
+        if cfg.residual == 'parallel':
+            x = x + y + MLP(cfg, name='mlp')(Norm(cfg, name='mlp_norm')(x))
+            return x, kv if self.keep_kv else None
+        x = norm('attention_out_norm', x + y, 'outer')
+        y = norm('mlp_norm', x, 'pre', 'both')
+        y = norm('mlp_out_norm', MLP(cfg, name='mlp')(y), 'post', 'both')
+        x = norm('mlp_out_norm', x + y, 'outer')
+        return x, kv if self.keep_kv else None
