@@ -77,7 +77,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         OnlineSettings,
         PPOHParams,
         init='sft',
-        reward='rm',
+        rewards={'rm': dict(model='rm')},
         critic='rm',
         prompts=train,
         eval_prompts=held_out,

@@ -38,7 +38,7 @@ def run_one(
     config.stages = ('ppo',)
     config.ppo.update(
         init=str(base / 'sft'),
-        reward=str(base / 'rm'),
+        rewards={'rm': {'model': str(base / 'rm')}},
         critic=str(base / 'rm'),
         kl_coef=kl_coef,
         num_rollouts=rollouts,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.types import Params
 
 
@@ -36,6 +37,17 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def disk_error(error: OSError | ValueError) -> str | None:
+    """What the operating system said, where that is the cause of an error.
+
+    Orbax raises a ValueError of TensorStore's for a disk that is full or gone.
+    """
+    if isinstance(error, OSError):
+        return str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return code and os.strerror(int(code[1]))
+
+
 def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
     """The checkpoint manager of a stage: asynchronous, atomic, the last ``keep``
     kept.
@@ -46,9 +58,30 @@ def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
     )
 
 
-def save_state(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Starts saving a state pytree as ``step``; returns before the disk is done."""
-    manager.save(step, args=ocp.args.StandardSave(state), force=True)
+def save_state(
+    manager: ocp.CheckpointManager, step: int, state: Any, seconds: dict[str, float]
+) -> None:
+    """Starts saving a state pytree as ``step``; returns before the disk is done.
+
+    ``seconds`` is what the stage has taken so far, by phase.
+    """
+    args, metadata = ocp.args.StandardSave(state), {'seconds': dict(seconds)}
+    manager.save(step, args=args, custom_metadata=metadata, force=True)
+
+
+def saved_seconds(manager: ocp.CheckpointManager) -> dict[str, float]:
+    """What the stage had taken, by phase, when its latest state was saved."""
+    step = manager.latest_step()
+    saved = {} if step is None else manager.metadata(step).custom_metadata or {}
+    return dict(saved.get('seconds', {}))
+
+
+def drop_state(manager: ocp.CheckpointManager, step: int) -> int | None:
+    """Deletes a saved state, if it is there; the step of the latest that is left."""
+    manager.wait_until_finished()
+    if step in manager.all_steps():
+        manager.delete(step)
+    return manager.latest_step()
 
 
 def restore_state(manager: ocp.CheckpointManager, like: Any) -> Any | None:

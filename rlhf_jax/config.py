@@ -103,11 +103,39 @@ def _default(field: dataclasses.Field, hint: Any) -> Any:
         value = None  # required: a placeholder, which `build` refuses while it is empty
     if dataclasses.is_dataclass(value):
         return section(type(value), **dataclasses.asdict(value))
-    if value is None:
-        kinds = [a for a in typing.get_args(hint) if a is not types.NoneType] or [hint]
-        kind = typing.get_origin(kinds[0]) or kinds[0]
-        return config_dict.placeholder(kind if isinstance(kind, type) else object)
-    return value
+    return _off(hint) if value is None else value
+
+
+def _off(hint: Any) -> Any:
+    """What stands for None in a ConfigDict, until a value of the right type comes."""
+    if _nested(hint) is not None:
+        return (
+            None  # a ConfigDict takes a dict in its place, but not in a placeholder's
+        )
+    kinds = [a for a in typing.get_args(hint) if a is not types.NoneType] or [hint]
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    return config_dict.placeholder(kind if isinstance(kind, type) else object)
+
+
+def _nested(hint: Any) -> type | None:
+    """The dataclass in ``C``, ``C | None`` or ``dict[str, C]``."""
+    options = [hint, *typing.get_args(hint)]
+    return next((kind for kind in options if dataclasses.is_dataclass(kind)), None)
+
+
+def _convert(
+    value: Any, hint: Any, where: str, one: Callable[[Any, type, str], Any]
+) -> Any:
+    """``_fit``, but ``one(part, dataclass, place)`` for every nested dataclass."""
+    cls, is_mapping = _nested(hint), isinstance(value, (Mapping, ConfigDict))
+    if cls is None or not is_mapping:
+        return _fit(value, hint, where)
+    if typing.get_origin(hint) is not dict:
+        return one(value, cls, where)
+    return {
+        name: _convert(part, cls, f'{where}.{name}', one)
+        for name, part in value.items()
+    }
 
 
 def _is_required(field: dataclasses.Field, hint: Any) -> bool:
@@ -125,6 +153,8 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         kind = typing.get_origin(option) or option
         if kind is Any or (kind is typing.Literal and value in typing.get_args(option)):
             return value
+        if kind is dict and isinstance(value, ConfigDict):
+            return value.to_dict()
         if kind is tuple and isinstance(value, (list, tuple)):
             return tuple(_fit(v, typing.get_args(option)[0], where) for v in value)
         if isinstance(value, bool) != (kind is bool):
@@ -143,7 +173,7 @@ def section(*classes: type, **values: Any) -> ConfigDict:
 
     Args:
         *classes: dataclasses whose field names are disjoint; a nested dataclass becomes
-            a nested dict.
+            a nested dict, and so does each of a ``dict[str, dataclass]``.
         **values: what differs from the defaults; a dict for a nested dataclass.
 
     Raises:
@@ -157,15 +187,11 @@ def section(*classes: type, **values: Any) -> ConfigDict:
         if name not in table:
             raise ValueError(f'{name!r} is no setting here{nearest(name, table)}')
         hint = table[name][2]
-        if dataclasses.is_dataclass(hint) and isinstance(value, (Mapping, ConfigDict)):
-            value = section(hint, **value)
-        else:
-            value = _fit(value, hint, name)
-        if value is not None:
-            with result.ignore_type():
-                result[name] = value
-        else:
-            result[name] = config_dict.placeholder(result.get_type(name))
+        value = _convert(value, hint, name, lambda part, cls, _: section(cls, **part))
+        with result.ignore_type():
+            if isinstance(value, dict):
+                value = ConfigDict(value)
+            result[name] = _off(hint) if value is None else value
     return result
 
 
@@ -193,10 +219,13 @@ def build(
             raise ValueError(f'{where}.{name} is unknown{nearest(name, table)}')
         cls, field, hint = table[name]
         value = config[name]
-        if dataclasses.is_dataclass(hint) and isinstance(value, (Mapping, ConfigDict)):
-            (value,) = build(value, hint, where=f'{where}.{name}')
-        elif value is not None or not _is_required(field, hint):
-            value = _fit(value, hint, f'{where}.{name}')
+        if value is not None or not _is_required(field, hint):
+            value = _convert(
+                value,
+                hint,
+                f'{where}.{name}',
+                lambda part, kind, at: build(part, kind, where=at)[0],
+            )
         arguments[cls][name] = value
     for name, (cls, field, hint) in table.items():
         if _is_required(field, hint) and arguments[cls].get(name) is None:

@@ -37,21 +37,23 @@ def export(
     Raises:
         ValueError: an unfinished stage, an unknown part, or an ``out`` that is in use.
     """
-    from transformers import AutoTokenizer
-
     from rlhf_jax import checkpoint, hf
+    from rlhf_jax.data.tokenizer import eos_ids, stage_tokenizer
     from rlhf_jax.sample import load_part
 
     if part is None:
         configs = checkpoint.load_model_configs(workdir / stage)
         part = 'policy' if 'policy' in configs else 'reward'
     model, params = load_part(workdir, stage, part)
+    tokenizer = stage_tokenizer(workdir / stage)
     hf.save(
         out,
         params,
         model.config,
         head='lm' if part == 'policy' else 'scalar',
-        tokenizer=AutoTokenizer.from_pretrained(workdir / 'tokenizer'),
+        tokenizer=tokenizer,
+        # All that end a response; an encoder's tokenizer has none.
+        eos_token_id=None if tokenizer.eos_token_id is None else eos_ids(tokenizer),
         max_shard_bytes=max_shard_mb * 10**6,
     )
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 _DEFAULT = Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
 
@@ -37,15 +38,24 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f'unknown arguments {argv[1:]}; flags start with --')
     if flags.FLAGS.workdir is None:
         raise app.UsageError('--workdir is needed, e.g. --workdir runs/quickstart')
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every rename at INFO
+    if not os.environ.get('RLHF_JAX_TRACEBACK'):
+        # Orbax reports every rename, and pages of every error before it is raised.
+        logging.set_verbosity(logging.FATAL)
+    workdir = Path(flags.FLAGS.workdir)
     try:
-        launch(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+        launch(flags.FLAGS.config, workdir)
     except ValueError as error:
-        if os.environ.get('RLHF_JAX_TRACEBACK'):
-            raise
-        print(f'error: {error}', file=sys.stderr)
-        print('(RLHF_JAX_TRACEBACK=1 shows where it was raised)', file=sys.stderr)
-        sys.exit(1)
+        _stop(error, str(error))
+    except OSError as error:
+        _stop(error, f'{workdir} cannot be read or written: {error}')
+
+
+def _stop(error: Exception, message: str) -> NoReturn:
+    if os.environ.get('RLHF_JAX_TRACEBACK'):
+        raise error
+    print(f'error: {message}', file=sys.stderr)
+    print('(RLHF_JAX_TRACEBACK=1 shows where it was raised)', file=sys.stderr)
+    sys.exit(1)
 
 
 def launch(config: Any, workdir: Path) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def _run_stages(
 ) -> None:
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
-    from rlhf_jax.data.tokenizer import load_tokenizer
+    from rlhf_jax.data.tokenizer import check_saved, load_tokenizer, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
     from rlhf_jax.stages import offline, online
@@ -97,6 +107,8 @@ def _run_stages(
     check_writers(tuple(config.metrics))
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
     run = Run(workdir, config, make_mesh(parallel), load_tokenizer(config.tokenizer))
+    if (workdir / 'config.json').exists():
+        check_saved(run.tokenizer, workdir / 'tokenizer')
     loaders = {
         'pretrain': (offline.load_language_model, offline.train_language_model),
         'sft': (offline.load_language_model, offline.train_language_model),
@@ -107,11 +119,21 @@ def _run_stages(
     jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
     # Only now does the directory belong to this config: after a corrected mistake in
     # the data or the batch size it can be used again.
+    if not (workdir / 'config.json').exists():
+        save_tokenizer(run.tokenizer, workdir / 'tokenizer')
     checkpoint.write_json(workdir / 'config.json', _description(resolved))
-    run.tokenizer.save_pretrained(workdir / 'tokenizer')
     for train, job in jobs:
         print(f'[{job.stage}] {workdir / job.stage}', flush=True)
-        train(run, job)
+        try:
+            train(run, job)
+        except (OSError, ValueError) as error:
+            if (reason := checkpoint.disk_error(error)) is None:
+                raise
+            raise ValueError(
+                f'{workdir / job.stage} cannot be read or written ({reason}); make '
+                'room or mend it, and give the same command again: it goes on from the '
+                'last checkpoint'
+            ) from error
 
 
 def _check_top_level(config: Any) -> None:
@@ -140,8 +162,7 @@ def _check_top_level(config: Any) -> None:
 def _check_sources(config: Any, workdir: Path) -> None:
     """A stage that another starts from must come before it, or be finished."""
     for stage in config.stages:
-        for name in ('init', 'reward', 'critic'):
-            source = config[stage].get(name)
+        for name, source in _sources(config[stage]):
             if source not in STAGES:
                 continue
             if STAGES.index(source) >= STAGES.index(stage):
@@ -158,6 +179,15 @@ def _check_sources(config: Any, workdir: Path) -> None:
                 'stages, or '
                 "name another run's stage folder"
             )
+
+
+def _sources(settings: ConfigDict) -> Iterator[tuple[str, Any]]:
+    """Where a stage names the models that it needs, and what it names there."""
+    for name, value in settings.items():
+        if isinstance(value, ConfigDict):
+            yield from ((f'{name}.{place}', model) for place, model in _sources(value))
+        elif name in ('init', 'critic', 'model'):
+            yield name, value
 
 
 def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
@@ -241,13 +271,33 @@ def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
     print(f'report: {workdir / "report.html"}')
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with a mistake told in a line."""
+    try:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.keys()  # raises only now where the file could not be read
+        return rest
+    except (flags.Error, OSError) as error:  # its text may hold a whole traceback
+        _stop(error, str(error).strip().splitlines()[-1].strip())
+    except (AttributeError, KeyError) as error:  # ml_collections found no such key
+        text = str(error.args[0])
+        key = re.search(r'\w+', text.replace('\\', ''))[0]
+        flag = next(part for part in argv if f'.{key}' in part.split('=')[0])
+        close = re.findall(r'Did you mean "(.*?)"', text)
+        hint = f'; did you mean {close[0]!r}?' if close else ''
+        _stop(error, f'{flag}: there is no {key!r}{hint}')
+
+
 def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
     # Otherwise transformers says at every start that PyTorch is missing.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
-    config_flags.DEFINE_config_file('config', str(_DEFAULT), 'The recipe to run.')
+    if not any(re.match('--?config(=|$)', part) for part in sys.argv[1:]):
+        # Not as the flag's default, which would be parsed before its errors are caught.
+        sys.argv.insert(1, f'--config={_DEFAULT}')
+    config_flags.DEFINE_config_file('config', None, 'The recipe to run.')
     flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
 
 
 if __name__ == '__main__':

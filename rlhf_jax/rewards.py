@@ -5,6 +5,8 @@ Read ``algos/ppo.py`` next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 
 from rlhf_jax.models.heads import ScalarModel
@@ -15,7 +17,8 @@ from rlhf_jax.types import Array, Params
 def reward_model_scores(
     params: Params, tokens: Array, mask: Array, *, model: ScalarModel
 ) -> Array:
-    """Scores whole texts: the scalar head read at the last real token.
+    """Scores whole texts: a decoder is read at its last real token, an encoder at its
+    first.
 
     Args:
         params: of the reward model.
@@ -26,7 +29,26 @@ def reward_model_scores(
     Returns:
         [B] float32, reward units; the same whichever side is padded.
     """
-    return at_last(model.apply({'params': params}, tokens, mask), mask)
+    values = model.apply({'params': params}, tokens, mask)
+    if model.config.attention == 'bidirectional':
+        return jnp.take_along_axis(values, jnp.argmax(mask, -1)[:, None], -1)[:, 0]
+    return at_last(values, mask)
+
+
+def weighted_sum(scores: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
+    """The proxy reward: Σ weight · score.
+
+    Args:
+        scores: [B] by name, reward units; those without a weight are left out.
+        weights: by name, at least one.
+
+    Returns:
+        [B] float32.
+    """
+    return sum(
+        weight * jnp.asarray(scores[name], jnp.float32)
+        for name, weight in weights.items()
+    )
 
 
 def shape_scores(

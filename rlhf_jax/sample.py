@@ -24,10 +24,17 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rlhf_jax import checkpoint
-from rlhf_jax.data.tokenizer import bos_ids, encode, eos_ids, opened
+from rlhf_jax.data.tokenizer import (
+    bos_ids,
+    encode,
+    eos_ids,
+    opened,
+    stage_tokenizer,
+)
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.rewards import reward_model_scores
+from rlhf_jax.stages.scoring import text_batch
 from rlhf_jax.types import Params
 
 
@@ -87,9 +94,7 @@ def sample(
         ValueError: an unfinished stage, an empty prompt, or one that is too long.
     """
     model, params = load_part(workdir, stage, 'policy')
-    from transformers import AutoTokenizer  # slow: --help does without
-
-    tokenizer = AutoTokenizer.from_pretrained(workdir / 'tokenizer')
+    tokenizer = stage_tokenizer(workdir / stage)
     tokens = opened(encode(tokenizer, [prompt])[0], bos_ids(tokenizer))
     if not tokens:
         raise ValueError('the prompt is empty')
@@ -105,13 +110,6 @@ def sample(
     )
     key, rows = jax.random.PRNGKey(seed), jnp.arange(num)
     result = write(params, tokens, jnp.ones_like(tokens, bool), rows, key, how)
-    scores: list[float | None] = [None] * num
-    if (workdir / 'rm' / 'done.json').exists():
-        reward, reward_params = load_part(workdir, 'rm', 'reward')
-        values = reward_model_scores(
-            reward_params, result.tokens, result.mask, model=reward
-        )
-        scores = [float(value) for value in values]
     kept = [
         row[mask]
         for row, mask in zip(
@@ -119,7 +117,17 @@ def sample(
         )
     ]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return list(zip(texts, np.asarray(result.ended).tolist(), scores))
+    ended = np.asarray(result.ended).tolist()
+    scores: list[float | None] = [None] * num
+    if (workdir / 'rm' / 'done.json').exists():
+        reward, reward_params = load_part(workdir, 'rm', 'reward')
+        read, mask = result.tokens, result.mask
+        if (workdir / 'rm' / 'tokenizer').exists():  # not the policy's
+            own, limit = stage_tokenizer(workdir / 'rm'), reward.config.max_positions
+            read, mask, _ = text_batch(own, [prompt] * num, texts, ended, limit)
+        values = reward_model_scores(reward_params, read, mask, model=reward)
+        scores = [float(value) for value in values]
+    return list(zip(texts, ended, scores))
 
 
 def main(argv: list[str]) -> None:

@@ -54,6 +54,87 @@ class PairBatch:
 
 
 @struct.dataclass(kw_only=True)
+class PreferencePairs:
+    """Comparisons for ``preference_step``: on the second axis, index 0 is the chosen
+    and index 1 the rejected text. The reference fields are what ``reference_logps``
+    returned, or None for a loss without a reference.
+    """
+
+    tokens: Array  # [P, 2, T] int32
+    mask: Array  # [P, 2, T] bool
+    response_mask: Array  # [P, 2, T] bool, response tokens, EOS included
+    weight: Array  # [P] float32, 0 for rows that only fill up a batch
+    ref_logps: Array | None = None  # [P, 2] float32, Σ log π_ref of the response
+    ref_shared_logps: Array | None = None  # [P, 2] float32, see ``PairLogps``
+
+
+@struct.dataclass(kw_only=True)
+class PreferenceSingles:
+    """Responses with a verdict for ``preference_step``.
+
+    ``mismatched`` holds, for losses that want it (KTO), the prompt of every row with
+    the response of another one, which is what its ``loss_mask`` counts. The reference
+    fields are what ``reference_logps`` returned.
+    """
+
+    tokens: Array  # [P, T] int32
+    mask: Array  # [P, T] bool
+    response_mask: Array  # [P, T] bool, response tokens, EOS included
+    desirable: Array  # [P] bool, the verdict
+    weight: Array  # [P] float32, 0 for rows that only fill up a batch
+    mismatched: TokenBatch | None = None  # P rows
+    ref_logps: Array | None = None  # [P] float32
+    ref_mismatched_logps: Array | None = None  # [P] float32
+
+
+@struct.dataclass(kw_only=True)
+class PairLogps:
+    """What a pairwise preference loss sees of ``PreferencePairs``.
+
+    ``shared`` sums stop where the shorter response of the pair ends.
+    """
+
+    logps: Array  # [P, 2] float32, Σ log π of the chosen and the rejected response
+    shared_logps: Array  # [P, 2] float32
+    lengths: Array  # [P, 2] float32, tokens of the responses
+    weight: Array  # [P] float32
+    ref_logps: Array | None = None  # [P, 2] float32, the same of the reference
+    ref_shared_logps: Array | None = None  # [P, 2] float32
+    # [P] each: what the loss's own ``context`` said of the whole batch
+    context: dict[str, Array] = struct.field(default_factory=dict)
+
+    @property
+    def log_ratios(self) -> Array:
+        """[P, 2] log π − log π_ref."""
+        return self.logps - self.ref_logps
+
+    @property
+    def average_logps(self) -> Array:
+        """[P, 2] log π per token."""
+        return self.logps / self.lengths
+
+
+@struct.dataclass(kw_only=True)
+class SingleLogps:
+    """What a preference loss on single responses sees of ``PreferenceSingles``."""
+
+    logps: Array  # [P] float32, Σ log π of the response
+    lengths: Array  # [P] float32, tokens of the response
+    desirable: Array  # [P] bool
+    weight: Array  # [P] float32
+    mismatched_logps: Array | None = None  # [P] float32, of another row's response
+    ref_logps: Array | None = None  # [P] float32, the same of the reference
+    ref_mismatched_logps: Array | None = None  # [P] float32
+    # [P] each: what the loss's own ``context`` said of the whole batch
+    context: dict[str, Array] = struct.field(default_factory=dict)
+
+    @property
+    def log_ratios(self) -> Array:
+        """[P] log π − log π_ref."""
+        return self.logps - self.ref_logps
+
+
+@struct.dataclass(kw_only=True)
 class PromptBatch:
     """Prompts to continue."""
 

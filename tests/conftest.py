@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.types import Generation, PairBatch, TokenBatch
 from tests import small_config
 
@@ -133,6 +133,8 @@ class _Bigram:
 
 class _TokenScores:
     """A scalar model that looks a token's number up: params ``{'table': [V]}``."""
+
+    config = types.SimpleNamespace(attention='causal')
 
     def apply(self, variables, tokens, mask):
         return jnp.where(mask, variables['params']['table'][tokens], 0)

@@ -35,11 +35,17 @@ def test_json_is_replaced_whole(tmp_path):
 def test_the_last_few_are_kept_and_the_latest_is_restored(tmp_path):
     with checkpoint.open_checkpoints(tmp_path, 2) as manager:
         assert checkpoint.restore_state(manager, state(0)) is None
+        assert checkpoint.saved_seconds(manager) == {}
         for step in (1, 2, 3, 4):
-            checkpoint.save_state(manager, step, state(step))
+            checkpoint.save_state(manager, step, state(step), {'train': 0.5 * step})
     with checkpoint.open_checkpoints(tmp_path, 2) as manager:
         assert sorted(manager.all_steps()) == [3, 4]
         restored = checkpoint.restore_state(manager, state(0))
+        assert checkpoint.saved_seconds(manager) == {'train': 2.0}
+        assert checkpoint.drop_state(manager, 2) == 4  # gone already
+        assert checkpoint.drop_state(manager, 4) == 3
+        assert checkpoint.saved_seconds(manager) == {'train': 1.5}
+        assert checkpoint.drop_state(manager, 3) is None
     np.testing.assert_array_equal(restored['params']['kernel'], np.full(4096, 4.0))
 
 
@@ -49,7 +55,7 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
     now = state(0, width=2_000_000)
     with checkpoint.open_checkpoints(tmp_path, 8) as manager:
         for step in range(3):
-            checkpoint.save_state(manager, step, now)
+            checkpoint.save_state(manager, step, now, {})
             for _ in range(5):
                 now = move(now)
     with checkpoint.open_checkpoints(tmp_path, 8) as manager:
@@ -67,7 +73,7 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
 )
 def test_a_state_of_another_shape_is_refused(tmp_path, other):
     with checkpoint.open_checkpoints(tmp_path, 2) as manager:
-        checkpoint.save_state(manager, 7, state(7))
+        checkpoint.save_state(manager, 7, state(7), {})
     with checkpoint.open_checkpoints(tmp_path, 2) as manager:
         with pytest.raises(ValueError, match='another model or optimizer') as caught:
             checkpoint.restore_state(manager, other)

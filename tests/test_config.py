@@ -1,6 +1,7 @@
 """Config strings, sections and strict building, and what their errors say."""
 
 import dataclasses
+import json
 from typing import Literal
 
 import pytest
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.algos.ppo import PPOHParams
 from rlhf_jax.config import build, load_dotted, nearest, parse_arg, section
 from rlhf_jax.optim import OptimConfig
-from rlhf_jax.stages.settings import OnlineSettings
+from rlhf_jax.stages.settings import OnlineSettings, RewardSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,12 @@ class Outer:
     limit: int | None = None
     sizes: tuple[int, ...] = (8, 16)
     inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Many:
+    named: dict[str, Inner]
+    maybe: Inner | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,12 +106,59 @@ def test_round_trip():
 
 
 def test_the_real_hyperparameters_make_the_round_trip():
-    required = {'init': 'sft', 'reward': 'rm', 'critic': 'rm', 'prompts': 'p'}
-    config = section(OnlineSettings, PPOHParams, **required, eval_prompts='q', top_k=5)
+    required = {'init': 'sft', 'critic': 'rm', 'prompts': 'p', 'eval_prompts': 'q'}
+    rewards = {'rm': dict(model='rm', weight=2), 'fn': dict(fn='a:b', args={'k': [1]})}
+    config = section(OnlineSettings, PPOHParams, **required, rewards=rewards, top_k=5)
     settings, hp = build(config, OnlineSettings, PPOHParams)
     assert hp == PPOHParams()
-    assert settings == OnlineSettings(**required, eval_prompts='q', top_k=5)
-    assert settings.optim == OptimConfig()
+    sources = {
+        'rm': RewardSource(model='rm', weight=2.0),
+        'fn': RewardSource(fn='a:b', args={'k': [1]}),
+    }
+    assert settings == OnlineSettings(**required, rewards=sources, top_k=5)
+    assert settings.optim == OptimConfig() and settings.gold is None
+    # As a config.json gives it back.
+    plain = json.loads(config.to_json_best_effort())
+    assert build(plain, OnlineSettings, PPOHParams) == (settings, hp)
+
+
+def test_dataclasses_by_name_and_optional_ones():
+    config = section(Many, named={'a': {}, 'b': {'rate': 1}})
+    assert config.named.to_dict() == {
+        'a': {'rate': 0.1, 'target': None},
+        'b': {'rate': 1.0, 'target': None},
+    }
+    config.named.a.target = 2.0
+    config.maybe = {'rate': 0.5}
+    (many,) = build(config, Many)
+    named = {'a': Inner(target=2.0), 'b': Inner(rate=1.0)}
+    assert many == Many(named=named, maybe=Inner(rate=0.5))
+    config.maybe = None
+    assert build(config, Many)[0].maybe is None
+    assert section(Many, named={}, maybe={'rate': 2}).maybe.rate == 2.0
+
+
+@pytest.mark.parametrize(
+    'values, message',
+    [
+        ({'named': {'a': {'rat': 1.0}}}, "'rat' is unknown; did you mean 'rate'?"),
+        ({'named': {'a': {'rate': 'x'}}}, "rate='x' is not float"),
+        ({'named': {'a': 3}}, 'named.a=3 is not Inner'),
+        ({'named': 3}, 'named=3 is not dict[str, '),
+        ({'maybe': {'rat': 1.0}}, "'rat' is unknown; did you mean 'rate'?"),
+        ({'maybe': 3}, 'maybe=3 is not '),
+    ],
+)
+def test_mistakes_in_nested_dataclasses(values, message):
+    values = {'named': {}, **values}
+    with pytest.raises(ValueError) as error:
+        build(values, Many)
+    assert message.replace("'rat' is unknown", 'rat is unknown') in str(error.value)
+    with pytest.raises(ValueError) as error:
+        section(Many, **values)
+    assert message.replace('is unknown', 'is no setting here') in str(error.value)
+    with pytest.raises(ValueError, match='config.named is needed and not set'):
+        build(section(Many), Many)
 
 
 def test_values_of_a_section_can_be_set_as_on_the_command_line():

@@ -1,5 +1,8 @@
 """What a finished stage gives away: Hugging Face directories and samples."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -34,6 +37,18 @@ def test_export_and_import_again(finished, tmp_path, stage, part, architecture):
     theirs = AutoTokenizer.from_pretrained(out)
     assert theirs.encode('the mayor') == ours.encode('the mayor')
     assert theirs.eos_token_id == ours.eos_token_id
+
+
+def test_all_ids_that_end_a_response_are_exported(finished, tmp_path):
+    for part in ('sft', 'tokenizer'):
+        shutil.copytree(finished / part, tmp_path / 'run' / part)
+    shutil.copy(finished / 'config.json', tmp_path / 'run')
+    ours = AutoTokenizer.from_pretrained(finished / 'tokenizer').eos_token_id
+    listed = json.dumps({'eos_token_id': [ours, 7]})
+    (tmp_path / 'run/tokenizer/generation_config.json').write_text(listed)
+    export(tmp_path / 'run', 'sft', tmp_path / 'out')
+    written = json.loads((tmp_path / 'out/generation_config.json').read_text())
+    assert written['eos_token_id'] == [ours, 7]
 
 
 def test_the_part_that_is_there_is_the_default(finished, tmp_path):

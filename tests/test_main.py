@@ -107,7 +107,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('sft.init', 'sft', ["config.sft.init='sft'", 'does not come before']),
         ('sft.init', 'rm', ["config.sft.init='rm'", 'does not come before']),
         ('sft.init', 'pretrian', ['pretrian']),
-        ('ppo.reward', 'sft', ["config.ppo.reward='sft'", 'no trained score']),
+        ('ppo.rewards.rm.model', 'sft', ['config.ppo.rewards.rm', 'no trained score']),
         ('ppo.clip_epz', 0.1, ['config.ppo.clip_epz is unknown', "'clip_eps'"]),
         ('sft.batch_sise', 8, ['config.sft.batch_sise', "'batch_size'"]),
         ('rm.optim.learnin_rate', 1, ['config.rm.optim.learnin_rate', 'learning_rate']),
@@ -119,8 +119,8 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('sft.train', 'jsnl:a.jsonl', ['jsnl', 'jsonl']),
         ('model.preset', 'nanno', ["'nanno' is unknown", "'nano'"]),
         ('sft.buckets', (4096,), ['config.sft.buckets', '4096', '1024 positions']),
-        ('ppo.max_new_tokens', 2000, ['config.ppo', '2000', '1024 positions']),
-        ('ppo.gold', 'no.such:thing', ['config.ppo.gold', 'no.such:thing']),
+        ('ppo.max_new_tokens', 2000, ['config.ppo', '2056', '1024 positions']),
+        ('ppo.gold.fn', 'no.such:thing', ['config.ppo.gold.fn', 'no.such:thing']),
         ('ppo.ptx_coef', 0.5, ['config.ppo.ptx_coef=0.5', 'config.ppo.ptx']),
         ('ppo.temperature', 0.0, ['temperature=0.0']),
         ('ppo.optim.schedule', 'cosin', ['cosin', 'cosine']),
@@ -203,11 +203,48 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path):
     fails(config, tmp_path, 'pretrain: ', 'train/loss', 'not finite at step', 'Lower')
     stage = tmp_path / 'pretrain'
     assert not (stage / 'done.json').exists()
+    rows = [json.loads(r) for r in (stage / 'metrics.jsonl').read_text().splitlines()]
+    assert all(row['train/loss'] is not None for row in rows)
     with checkpoint.open_checkpoints(stage, 2) as manager:
-        step = manager.latest_step()
-        assert manager.restore(step)['step'] == step
-    for line in (stage / 'metrics.jsonl').read_text().splitlines():
-        assert json.loads(line)['train/loss'] is not None
+        last = manager.latest_step() or 0
+    # What is kept, if anything, is known to be good by the step that was made from it.
+    assert last + 1 == rows[-1]['step']
+
+
+def test_a_disk_that_fills_up_in_a_stage(tmp_path, monkeypatch):
+    config = get_config('1')
+    config.stages = ('pretrain',)
+    for error in (
+        OSError(28, 'No space left on device'),
+        ValueError("RESOURCE_EXHAUSTED: Failed [os_error_code='28'] [a page of this]"),
+    ):
+
+        def full(*_, error=error):
+            raise error
+
+        monkeypatch.setattr('rlhf_jax.stages.offline.train_language_model', full)
+        stage = str(tmp_path / 'pretrain')
+        fails(config, tmp_path, stage, 'No space left on device); make room')
+    monkeypatch.undo()
+    # Also here: what an earlier process took is in the durations.
+    earlier = {'setup': 100.0, 'train': 1000.0, 'eval': 0.0}
+    monkeypatch.setattr('rlhf_jax.checkpoint.saved_seconds', lambda _: dict(earlier))
+    launch(config, tmp_path)
+    seconds = json.loads((tmp_path / 'pretrain' / 'done.json').read_text())['seconds']
+    assert 100 < seconds['setup'] < 1000 < seconds['train'] and 0 < seconds['eval'] < 99
+
+
+def test_a_run_goes_on_with_its_own_tokenizer(tmp_path, never_compiled):
+    from rlhf_jax import checkpoint
+    from rlhf_jax.data.tokenizer import load_tokenizer, save_tokenizer
+
+    config = get_config()
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.chat_template = '{{ messages }}'
+    save_tokenizer(tokenizer, tmp_path / 'tokenizer')
+    resolved = json.loads(config.to_json_best_effort())
+    checkpoint.write_json(tmp_path / 'config.json', {'config': resolved})
+    fails(config, tmp_path, str(tmp_path / 'tokenizer'), 'differ in chat template')
 
 
 # --------------------------------------------------------------------- the command line
@@ -220,10 +257,21 @@ def test_help_and_a_missing_workdir():
     assert code != 0 and '--workdir is needed' in text
 
 
-def test_a_mistyped_flag_names_the_right_key(tmp_path):
-    code, text = command('--workdir', str(tmp_path), '--config.ppo.clip_epz=0.1')
-    assert code != 0
-    assert 'clip_epz' in text and 'clip_eps' in text
+@pytest.mark.parametrize(
+    ('flag', 'line'),
+    [
+        ('--config.ppo.clip_epz=0.1', "no 'clip_epz'; did you mean 'clip_eps'?"),
+        ('--config.pppo.clip_eps=0.1', "no 'pppo'; did you mean 'ppo'?"),
+        ('--config.ppo.clip_eps=abc', "could not convert string to float: 'abc'"),
+        ('--config=configs/quickstart.py:smke', "did you mean 'smoke'?"),
+        ('--config=configs/quickstat.py', "No such file or directory: 'configs/quicks"),
+    ],
+)
+def test_a_mistyped_flag_is_told_in_one_line(tmp_path, flag, line):
+    code, text = command('--workdir', str(tmp_path), flag)
+    first, second = text.splitlines()
+    assert code == 1 and first.startswith('error: ') and line in first
+    assert 'RLHF_JAX_TRACEBACK' in second
 
 
 def test_an_error_is_one_line_without_a_traceback(tmp_path):

@@ -5,10 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rewards import reward_model_scores, shape_scores
+from rlhf_jax.rewards import reward_model_scores, shape_scores, weighted_sum
 
 SCORES = jnp.array([0.25, 3.5, -7.0, 0.5])
 ENDED = jnp.array([True, False, True, False])
+
+
+def test_the_weighted_sum_by_hand():
+    scores = {'rm': SCORES, 'length': np.array([1, 2, 3, 4]), 'gold': np.full(4, 99)}
+    total = weighted_sum(scores, {'length': -0.5, 'rm': 2.0})
+    # 2 · 0.25 − ½, 2 · 3.5 − 1, −14 − 1.5, 1 − 2
+    assert total.tolist() == [0.0, 6.0, -15.5, -1.0]
+    assert total.dtype == jnp.float32
 
 
 def test_nothing_switched_on_changes_nothing():
@@ -27,7 +35,7 @@ def test_a_response_without_eos_is_marked_down():
     assert shaped.tolist() == [0.25, 2.5, -7.0, -0.5]
 
 
-def test_the_clip_bounds_the_learned_score_alone():
+def test_the_clip_bounds_the_score_alone():
     assert shape_scores(SCORES, ENDED, clip=3.0).tolist() == [0.25, 3.0, -3.0, 0.5]
     shaped = shape_scores(SCORES, ENDED, clip=3.0, missing_eos_score=-10.0)
     assert shaped.tolist() == [0.25, -10.0, -3.0, -10.0]

@@ -23,8 +23,7 @@ BESIDE = {
     'optim': {'types'},
     'sharding': {'optim', 'ops', 'types'},
     'checkpoint': {'models', 'types'},
-    'hf_families': {'models'},
-    'hf': {'hf_families', 'models', 'types'},
+    'hf': {'models', 'types'},
 }
 
 

@@ -1,6 +1,7 @@
 """Records of known meaning: demonstrations, comparisons, prompts, texts.
 
     demonstration   prompt + completion · messages · the chosen side of a comparison
+    conversation    a demonstration in messages, all of whose assistant turns count
     comparison      prompt + chosen + rejected · chosen + rejected as conversations
     prompt          any record with a prompt
     text            text
@@ -12,17 +13,19 @@ as absent. Read ``pipeline.py`` next, which turns these records into tokens.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.sources import SourceRecord
 
-PARTS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
+FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
 
 
 class BadRecord(ValueError):
@@ -33,8 +36,20 @@ class BadRecord(ValueError):
 class Demonstration:
     """A prompt and an answer to imitate."""
 
+    PARTS: ClassVar = ('prompt', 'completion')
+
     prompt: str
-    completion: str  # with its own leading space where the style has one; without EOS
+    completion: str  # with its own leading space where the style has one
+    where: str
+    templated: bool = False  # a chat template wrote it, with BOS where it wants one
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns of several parties, of which those of the assistant are to be imitated."""
+
+    text: str
+    spans: list[tuple[int, int]]  # what the assistant writes: first, behind the last
     where: str
 
 
@@ -42,22 +57,28 @@ class Demonstration:
 class Comparison:
     """Two answers to a prompt, of which a labeller chose one."""
 
+    PARTS: ClassVar = ('prompt', 'chosen', 'rejected')
+
     prompt: str
     chosen: str
     rejected: str
     margin: float  # demanded score difference, 0 where labellers gave none
     meta: dict[str, Any]  # other scalar fields, e.g. annotator, gold_chosen
     where: str
+    templated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A prompt to continue."""
 
+    PARTS: ClassVar = ('prompt',)
+
     prompt: str
     reference: str | None  # an answer by someone else
     meta: dict[str, Any]  # other scalar fields
     where: str
+    templated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +99,37 @@ def to_demonstration(
             does not end in an assistant turn.
         ValueError: messages, and the tokenizer has no chat template.
     """
-    fields = _present(record)
-    if 'messages' in fields and 'completion' not in fields:
-        pair = _render(record, tokenizer, _messages(record, 'messages'))
-    else:
-        name = 'chosen' if 'completion' not in fields and 'chosen' in fields else None
-        pair = _answered(record, tokenizer, name or 'completion')
-    prompt, completion = pair
-    _text(record, 'prompt', prompt)
-    _text(record, 'completion', completion)
-    return Demonstration(prompt, completion, record.where)
+    name = _answer_field(record)
+    prompt, completion, templated = _pair(record, tokenizer, name)
+    return Demonstration(prompt, completion, record.where, templated)
+
+
+def to_conversation(
+    record: SourceRecord, tokenizer: PreTrainedTokenizerBase
+) -> Conversation:
+    """Reads a demonstration in messages; it may end in a turn of any role.
+
+    Raises:
+        BadRecord: a field is missing, of the wrong type or empty, a prompt and an
+            answer are text, or the assistant writes nothing, or first.
+        ValueError: the tokenizer has no chat template, or none that can be learned.
+    """
+    turns = _turns(record, _answer_field(record))
+    if turns is None:
+        raise BadRecord(
+            f'{record.where}: prompt and answer are text, of which the answer alone '
+            "counts: give messages, or use loss_on='response'"
+        )
+    written = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
+    if not written:
+        raise BadRecord(f'{record.where}: no turn is of the assistant')
+    if written[0] == 0:
+        raise BadRecord(f'{record.where}: nothing stands before the answer')
+    for i in written:
+        _check_written(record, f'messages[{i}]', turns[i])
+    with _placed(record):
+        text, spans = chat.assistant_spans(turns, tokenizer)
+    return Conversation(_text(record, 'messages', text), spans, record.where)
 
 
 def to_comparison(
@@ -101,13 +143,10 @@ def to_comparison(
         ValueError: messages, and the tokenizer has no chat template.
     """
     fields = _present(record)
-    prompt, chosen = _answered(record, tokenizer, 'chosen')
-    other, rejected = _answered(record, tokenizer, 'rejected')
+    prompt, chosen, templated = _pair(record, tokenizer, 'chosen')
+    other, rejected, _ = _pair(record, tokenizer, 'rejected')
     if prompt != other:
         raise BadRecord(f'{record.where}: chosen and rejected answer different prompts')
-    _text(record, 'prompt', prompt)
-    _text(record, 'chosen', chosen)
-    _text(record, 'rejected', rejected)
     if chosen == rejected:
         raise BadRecord(f'{record.where}: chosen and rejected are equal')
     margin = fields.get('margin', 0.0)
@@ -117,7 +156,8 @@ def to_comparison(
             f'{record.where}: margin is {margin!r}; it must be a finite number'
         )
     meta = _meta(fields, 'margin')
-    return Comparison(prompt, chosen, rejected, float(margin), meta, record.where)
+    margin = float(margin)
+    return Comparison(prompt, chosen, rejected, margin, meta, record.where, templated)
 
 
 def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -130,22 +170,23 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
         ValueError: messages, and the tokenizer has no chat template.
     """
     fields = _present(record)
-    answer = next((name for name in ('completion', 'chosen') if name in fields), None)
-    reference = None
+    name = next((name for name in ('completion', 'chosen') if name in fields), None)
     if 'messages' in fields and 'prompt' not in fields:
-        messages = _messages(record, 'messages')
-        if messages[-1]['role'] == 'assistant':
-            prompt, reference = _render(record, tokenizer, messages)
-        else:
-            prompt = _render_open(record, tokenizer, messages)
-    elif answer is not None and isinstance(fields[answer], list):
-        prompt, reference = _answered(record, tokenizer, answer)
-    elif isinstance(fields.get('prompt'), list):
-        prompt = _render_open(record, tokenizer, _messages(record, 'prompt'))
-        reference = fields.get(answer)
+        name = 'messages'
+    reference = fields.get(name)
+    if name == 'messages' or isinstance(reference, list):
+        turns, reference = _turns(record, name), None
+        if turns[-1]['role'] == 'assistant':
+            *turns, last = turns
+            reference = last.get('content')
+        if not turns:
+            raise BadRecord(f'{record.where}: nothing stands before the answer')
     else:
         prompt = _field(record, 'prompt')
-        reference = fields.get(answer)
+        turns = _messages(record, 'prompt') if isinstance(prompt, list) else None
+    if turns is not None:
+        with _placed(record):
+            prompt = chat.open_prompt(turns, tokenizer)
     reference = fields.get('reference', reference)
     if reference is not None and not isinstance(reference, str):
         raise BadRecord(
@@ -154,7 +195,8 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
     _text(record, 'prompt', prompt)
     if reference is not None and not reference.strip():
         reference = None
-    return Prompt(prompt, reference, _meta(fields, 'reference'), record.where)
+    meta, templated = _meta(fields, 'reference'), turns is not None
+    return Prompt(prompt, reference, meta, record.where, templated)
 
 
 def to_text(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -174,7 +216,7 @@ def _meta(fields: dict[str, Any], *used: str) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if name not in (*PARTS, *used) and isinstance(value, str | int | float)
+        if name not in (*FIELDS, *used) and isinstance(value, str | int | float)
     }
 
 
@@ -208,67 +250,77 @@ def _text(record: SourceRecord, name: str, value: Any) -> str:
     return value
 
 
-def _messages(record: SourceRecord, name: str) -> list[dict[str, str]]:
+def _messages(record: SourceRecord, name: str) -> chat.Messages:
     value = _field(record, name)
     if not isinstance(value, list) or not value:
         raise BadRecord(
             f'{record.where}: {name!r} must be a list of messages with at least one'
         )
     for i, message in enumerate(value):
-        for part in ('role', 'content'):
-            if not isinstance(message, dict) or not isinstance(message.get(part), str):
-                raise BadRecord(
-                    f'{record.where}: {name}[{i}] must be '
-                    "{'role': text, 'content': text}, and its " + part + ' is no text'
-                )
+        parts = message if isinstance(message, dict) else {}
+        odd = [p for p in ('role', 'content') if not isinstance(parts.get(p), str)]
+        if odd and not (odd == ['content'] and parts.get('tool_calls')):
+            raise BadRecord(
+                f"{record.where}: {name}[{i}] must be {{'role': text, 'content': text}}"
+                f', and its {odd[0]} is no text'
+            )
     return value
 
 
-def _answered(
-    record: SourceRecord, tokenizer: PreTrainedTokenizerBase, name: str
-) -> tuple[str, str]:
-    """Prompt and answer, as texts, of a record with its answer in field ``name``."""
+def _answer_field(record: SourceRecord) -> str:
+    """The field with the answer of a demonstration; 'completion' if there is none."""
+    fields = _present(record)
+    names = ('completion', 'messages', 'chosen')
+    return next((name for name in names if name in fields), 'completion')
+
+
+def _turns(record: SourceRecord, name: str) -> chat.Messages | None:
+    """The conversation with its answer in field ``name``; None where all is text."""
     answer = _field(record, name)
-    if isinstance(answer, list):
+    if name == 'messages' or isinstance(answer, list):
         turns = _messages(record, name)
-        if turns[0]['role'] != 'assistant':  # a whole conversation, prompt included
-            return _render(record, tokenizer, turns)
+        if name == 'messages' or turns[0]['role'] != 'assistant':
+            return turns  # a whole conversation, prompt included
     else:
         turns = [{'role': 'assistant', 'content': _text(record, name, answer)}]
     prompt = _field(record, 'prompt')
     if isinstance(prompt, list):
-        return _render(record, tokenizer, _messages(record, 'prompt') + turns)
-    if isinstance(answer, list):
-        opening = {'role': 'user', 'content': _text(record, 'prompt', prompt)}
-        return _render(record, tokenizer, [opening] + turns)
-    return prompt, answer
+        return _messages(record, 'prompt') + turns
+    if not isinstance(answer, list):
+        return None
+    return [{'role': 'user', 'content': _text(record, 'prompt', prompt)}, *turns]
 
 
-def _render(
-    record: SourceRecord,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-) -> tuple[str, str]:
-    if messages[-1]['role'] != 'assistant':
-        raise BadRecord(
-            f'{record.where}: the conversation ends in a turn of '
-            f'{messages[-1]["role"]!r}; the last one must be of the assistant'
-        )
-    if len(messages) < 2:
-        raise BadRecord(f'{record.where}: nothing stands before the answer')
-    _text(record, "last turn's content", messages[-1]['content'])
+def _pair(
+    record: SourceRecord, tokenizer: PreTrainedTokenizerBase, name: str
+) -> tuple[str, str, bool]:
+    """Prompt, answer (of field ``name``), whether the chat template wrote them."""
+    turns = _turns(record, name)
+    if turns is None:
+        prompt, answer = _field(record, 'prompt'), _field(record, name)
+    else:
+        if turns[-1]['role'] != 'assistant':
+            raise BadRecord(
+                f'{record.where}: the conversation ends in a turn of '
+                f'{turns[-1]["role"]!r}; the last one must be of the assistant'
+            )
+        if len(turns) < 2:
+            raise BadRecord(f'{record.where}: nothing stands before the answer')
+        _check_written(record, 'the last turn', turns[-1])
+        with _placed(record):
+            prompt, answer = chat.split(turns, tokenizer)
+    _text(record, 'prompt', prompt)
+    return prompt, _text(record, name, answer), turns is not None
+
+
+def _check_written(record: SourceRecord, name: str, turn: dict[str, Any]) -> None:
+    if not turn.get('tool_calls'):
+        _text(record, name, turn['content'])
+
+
+@contextlib.contextmanager
+def _placed(record: SourceRecord) -> Iterator[None]:
     try:
-        return chat.split(messages, tokenizer)
-    except chat.TemplateRefused as error:
-        raise BadRecord(f'{record.where}: {error}') from error
-
-
-def _render_open(
-    record: SourceRecord,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-) -> str:
-    try:
-        return chat.open_prompt(messages, tokenizer)
+        yield
     except chat.TemplateRefused as error:
         raise BadRecord(f'{record.where}: {error}') from error

@@ -2,18 +2,13 @@
 
 ``load_…`` reads a data spec into a :class:`Dataset` in memory; :func:`batches` shuffles
 it for training, in an order that is a pure function of seed and step, so that resuming
-needs no data state; :func:`eval_batches` goes through it once. Read
-``stages/offline.py`` next.
-
-A sequence is tokens(prompt) + tokens(completion) + EOS. The prompt gets what the
-tokenizer puts before every text (BOS), unless a chat template has written it already;
-the completion is tokenised by itself and gets nothing. Tokenizers that put a space of
-their own before every text (SentencePiece style) put one before the completion too.
+needs no data state; :func:`eval_batches` goes through it once. Read ``rows.py`` next.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,14 +19,16 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.config import nearest
 from rlhf_jax.data import formats
 from rlhf_jax.data.formats import BadRecord
+from rlhf_jax.data.rows import Row, conversation_rows, text_rows
 from rlhf_jax.data.sources import read
-from rlhf_jax.data.tokenizer import bos_ids, encode, opened, truncate
+from rlhf_jax.data.tokenizer import bos_ids, encode, frame, opened, truncate
 from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
 from rlhf_jax.data.tokenizer import eos_ids as eos_ids
 from rlhf_jax.types import PairBatch, PromptBatch, TokenBatch
 
 Overlong = Literal['drop', 'truncate']
 OnBad = Literal['error', 'skip']
+LossOn = Literal['response', 'all', 'assistant']
 Batch = TokenBatch | PairBatch | PromptBatch
 
 
@@ -39,7 +36,7 @@ class TokenExample(NamedTuple):
     """A sequence for a language-model loss."""
 
     tokens: np.ndarray  # [T] int32
-    loss_from: int  # position of the first token in the loss, ≥ 1
+    loss: np.ndarray  # [T] bool, the tokens in the loss; the first is never one
 
 
 class PairExample(NamedTuple):
@@ -146,7 +143,8 @@ def load_texts(
         tokens = np.asarray(opened(ids, bos) + [eos], np.int32)
         cut += len(tokens) > max_length
         for start in range(0, len(tokens) - 1, max_length - 1):
-            examples.append(TokenExample(tokens[start : start + max_length], 1))
+            piece = tokens[start : start + max_length]
+            examples.append(TokenExample(piece, np.arange(len(piece)) > 0))
             owners.append(record)
     size = len(records)
     counts = Counts(spec, 'texts', max_length, read=size, kept=size, truncated=cut)
@@ -158,7 +156,7 @@ def load_demonstrations(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    loss_on: Literal['response', 'all'] = 'response',
+    loss_on: LossOn = 'response',
     overlong: Overlong = 'drop',
     on_bad: OnBad = 'error',
 ) -> Dataset:
@@ -169,24 +167,31 @@ def load_demonstrations(
         tokenizer: with EOS.
         max_length: tokens of prompt, completion and EOS.
         loss_on: 'response' counts completion and EOS; 'all' the prompt too, but for the
-            first token, before which nothing stands.
+            first token, before which nothing stands; 'assistant' wants messages and
+            counts all that the assistant writes, the tokens that end its turns
+            included, leaving out what follows the last of them.
         overlong: what becomes of an example longer than ``max_length``: 'drop' leaves
             it out; 'truncate' cuts the prompt from the left (BOS stays), down to half
             of ``max_length`` at most, and then the completion from the right, whose
-            last token is EOS all the same. Both are counted.
+            last token is EOS all the same (a conversation is cut from the right behind
+            its first prompt, and no EOS is written). Both are counted.
         on_bad: 'error' stops at a record that cannot be used, 'skip' counts it.
 
     Raises:
         ValueError: a bad record (with its place), or nothing is left.
     """
-    _one_of('loss_on', loss_on, ('response', 'all'))
+    _one_of('loss_on', loss_on, typing.get_args(LossOn))
 
-    def build(record: Any, prompt: list[int], responses: list[list[int]]) -> Example:
-        tokens = np.asarray(prompt + responses[0], np.int32)
-        return TokenExample(tokens, len(prompt) if loss_on == 'response' else 1)
+    def build(record: Any, row: Row) -> Example:
+        tokens = np.asarray(row.prompt + row.answers[0], np.int32)
+        loss = [loss_on == 'all'] * len(row.prompt) + row.written[: len(row.answers[0])]
+        return TokenExample(tokens, np.asarray(loss) & (np.arange(len(tokens)) > 0))
 
-    how = _Plan(formats.to_demonstration, build, max_length, overlong, on_bad)
-    return _load(spec, tokenizer, 'demonstrations', ('prompt', 'completion'), how)
+    convert, rows = formats.to_demonstration, text_rows
+    if loss_on == 'assistant':
+        convert, rows = formats.to_conversation, conversation_rows
+    limits = _Limits(max_length, overlong, on_bad)
+    return _load(spec, tokenizer, 'demonstrations', limits, convert, rows, build)
 
 
 def load_comparisons(
@@ -211,13 +216,12 @@ def load_comparisons(
         ValueError: a bad record (with its place), or nothing is left.
     """
 
-    def build(record: Any, prompt: list[int], responses: list[list[int]]) -> Example:
-        rows = (np.asarray(ids, np.int32) for ids in (prompt, *responses))
-        return PairExample(*rows, record.margin)
+    def build(record: Any, row: Row) -> Example:
+        ids = (np.asarray(ids, np.int32) for ids in (row.prompt, *row.answers))
+        return PairExample(*ids, record.margin)
 
-    how = _Plan(formats.to_comparison, build, max_length, overlong, on_bad)
-    parts = ('prompt', 'chosen', 'rejected')
-    return _load(spec, tokenizer, 'comparisons', parts, how)
+    limits, convert = _Limits(max_length, overlong, on_bad), formats.to_comparison
+    return _load(spec, tokenizer, 'comparisons', limits, convert, text_rows, build)
 
 
 def load_prompts(
@@ -241,17 +245,15 @@ def load_prompts(
         ValueError: a bad record (with its place), or nothing is left.
     """
 
-    def build(record: Any, prompt: list[int], responses: list[list[int]]) -> Example:
-        return PromptExample(np.asarray(prompt, np.int32))
+    def build(record: Any, row: Row) -> Example:
+        return PromptExample(np.asarray(row.prompt, np.int32))
 
-    how = _Plan(formats.to_prompt, build, max_prompt_length, overlong, on_bad)
-    return _load(spec, tokenizer, 'prompts', ('prompt',), how)
+    limits, convert = _Limits(max_prompt_length, overlong, on_bad), formats.to_prompt
+    return _load(spec, tokenizer, 'prompts', limits, convert, text_rows, build)
 
 
-class _Plan(NamedTuple):
-    convert: Callable[..., Any]  # of formats.py
-    build: Callable[[Any, list[int], list[list[int]]], Example]
-    limit: int
+class _Limits(NamedTuple):
+    length: int  # in tokens
     overlong: Overlong
     on_bad: OnBad
 
@@ -265,19 +267,21 @@ def _load(
     spec: str,
     tokenizer: PreTrainedTokenizerBase,
     what: str,
-    parts: tuple[str, ...],  # attributes of a record: the prompt, then the answers
-    plan: _Plan,
+    limits: _Limits,
+    convert: Callable[..., Any],  # of formats.py
+    rows: Callable[..., list[Row | BadRecord]],  # of rows.py
+    build: Callable[[Any, Row], Example],
 ) -> Dataset:
-    _one_of('overlong', plan.overlong, ('drop', 'truncate'))
-    _one_of('on_bad', plan.on_bad, ('error', 'skip'))
-    bos, eos = bos_ids(tokenizer), eos_ids(tokenizer)[0]
-    least = (len(bos) + 1) * (1 if len(parts) == 1 else 2)
-    if plan.limit < least:
-        raise ValueError(f'a limit of {plan.limit} tokens is too short; use ≥ {least}')
+    _one_of('overlong', limits.overlong, typing.get_args(Overlong))
+    _one_of('on_bad', limits.on_bad, typing.get_args(OnBad))
+    bos, _ = frame(tokenizer)
+    least = (len(bos) + 1) * (1 if what == 'prompts' else 2)
+    if (limit := limits.length) < least:
+        raise ValueError(f'a limit of {limit} tokens is too short; use ≥ {least}')
     bad: list[str] = []
 
     def note(error: BadRecord) -> None:
-        if plan.on_bad == 'error':
+        if limits.on_bad == 'error':
             raise ValueError(
                 f"{error}; mend the record, or set on_bad='skip' to leave such records "
                 'out and have them counted'
@@ -288,37 +292,31 @@ def _load(
     good = []
     for source in sources:
         try:
-            good.append(plan.convert(source, tokenizer))
+            good.append(convert(source, tokenizer))
         except BadRecord as error:
             note(error)
-    columns = [encode(tokenizer, [getattr(r, p) for r in good]) for p in parts]
     examples, records, lengths = [], [], []
     truncated = responses_cut = 0
-    for record, ids in zip(good, zip(*columns)):
-        if not all(ids):
-            empty = parts[ids.index([])]
-            note(BadRecord(f'{record.where}: {empty!r} gives no tokens'))
+    for record, row in zip(good, rows(good, tokenizer)):
+        if isinstance(row, BadRecord):
+            note(row)
             continue
-        prompt, answers = opened(ids[0], bos), [answer + [eos] for answer in ids[1:]]
-        if len(answers) == 2 and answers[0] == answers[1]:
-            note(BadRecord(f'{record.where}: chosen and rejected give equal tokens'))
-            continue
-        lengths.append(len(prompt) + max(map(len, answers), default=0))
-        cut = answers
-        if lengths[-1] > plan.limit:
-            if plan.overlong == 'drop':
+        lengths.append(len(row.prompt) + max(map(len, row.answers), default=0))
+        if lengths[-1] > limit:
+            if limits.overlong == 'drop':
                 continue
-            prompt, cut = truncate(prompt, answers, plan.limit, bos, eos)
+            prompt, cut = truncate(row.prompt, row.answers, limit, bos, row.end)
             if len(cut) == 2 and cut[0] == cut[1]:
                 continue
             truncated += 1
-            responses_cut += cut != answers
-        examples.append(plan.build(record, prompt, cut))
+            responses_cut += cut != row.answers
+            row = row._replace(prompt=prompt, answers=cut)
+        examples.append(build(record, row))
         records.append(record)
     counts = Counts(
         spec,
         what,
-        plan.limit,
+        limit,
         read=len(sources),
         kept=len(records),
         dropped_overlong=len(sources) - len(records) - len(bad),
@@ -414,8 +412,10 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """All examples once, in order; rows that count nothing fill up the last batch.
 
-    Such a row has one real token (id 0, so that nothing downstream is a mean over no
-    token), no True in ``loss_mask``, weight 0 or index −1.
+    In a run of several processes each goes through the whole set, so that every one
+    gets the same numbers; the work is repeated there, not shared. A filling row has one
+    real token (id 0, so that nothing downstream is a mean over no token), no True in
+    ``loss_mask``, weight 0 or index −1.
 
     Args:
         dataset: of any kind.
@@ -471,11 +471,11 @@ def _collate(examples: list[Example], indices: list[int], length: int) -> Batch:
         tokens, mask = (x[:, ::-1].copy() for x in _pad(rows, length))
         return PromptBatch(tokens=tokens, mask=mask, index=index)
     if isinstance(examples[0], TokenExample):
-        filler = TokenExample(zero, 1)
+        filler = TokenExample(zero, zero > 0)
         chosen = [examples[i] if i >= 0 else filler for i in indices]
         tokens, mask = _pad([example.tokens for example in chosen], length)
-        first = np.asarray([example.loss_from for example in chosen])[:, None]
-        loss_mask = mask & (np.arange(length) >= first)
+        loss_mask = np.zeros_like(mask)
+        loss_mask[mask] = np.concatenate([example.loss for example in chosen])
         return TokenBatch(tokens=tokens, mask=mask, loss_mask=loss_mask)
     filler = PairExample(zero, zero[:0], zero[:0], 0.0)
     pairs = [examples[i] if i >= 0 else filler for i in indices]

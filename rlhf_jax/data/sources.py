@@ -5,6 +5,9 @@
     hh:PATH        jsonl of transcripts ``chosen`` and ``rejected`` (Anthropic HH-RLHF)
     text:PATH      documents between <|endoftext|>, or a directory of .txt files
     tfds:NAME[/CONFIG]:SPLIT
+    python:PACKAGE.MODULE:FUNCTION[?KEY=VALUE&KEY=VALUE]
+                   the dicts that a call of the function gives; values are text, quoted
+                   as in a URL
 
 A file that does not exist may be one of a hub data set: ``hh:OWNER/NAME/FILE``.
 A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. What
@@ -17,16 +20,18 @@ import dataclasses
 import gzip
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
-from rlhf_jax.config import nearest
+from rlhf_jax.config import load_dotted, nearest
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
 SEPARATOR = '<|endoftext|>'  # between the documents of a text file
@@ -40,7 +45,9 @@ class SourceRecord:
     """A record as it was found."""
 
     fields: dict[str, Any]
-    where: str  # 'file:line' (from 1), 'file:row' (from 1), 'tfds name/config/split 17'
+    # 'file:line', 'file:row', 'module:function record 5' (all from 1), or
+    # 'tfds name/config/split 17' (from 0)
+    where: str
 
 
 def read(spec: str) -> list[SourceRecord]:
@@ -48,13 +55,15 @@ def read(spec: str) -> list[SourceRecord]:
 
     Raises:
         ValueError: an unknown kind of spec, a missing, empty or broken file (with the
-            line), a slice that is malformed, empty, or goes beyond the data.
+            line), a function that cannot be called or gives no records, a slice that is
+            malformed, empty, or goes beyond the data.
     """
     readers: dict[str, Callable[[str], list[SourceRecord]]] = {
         'jsonl': _read_jsonl,
         'parquet': _read_parquet,
         'hh': _read_hh,
         'text': _read_text,
+        'python': _read_python,
     }
     kind, colon, rest = spec.partition(':')
     if not colon or not rest or kind not in (*readers, 'tfds'):
@@ -238,6 +247,45 @@ def _read_text(path: str) -> list[SourceRecord]:
             line += part.count('\n')
     if not records:
         raise ValueError(f'{path} is empty; it holds separators alone')
+    return records
+
+
+def _read_python(call: str) -> list[SourceRecord]:
+    """What the function itself raises is left as it is: it is the user's own code."""
+    name, _, query = call.partition('?')
+    function = load_dotted(name, 'function')
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ValueError(
+            f'python:{call}: {error}; write ?key=value&key=value behind the function'
+        ) from error
+    arguments = dict(pairs)
+    if len(arguments) < len(pairs):
+        raise ValueError(f'python:{call}: an argument is given twice')
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f'python:{call}: {error}; {name} takes {inspect.signature(function)}'
+        ) from error
+    rows = function(**arguments)
+    if not isinstance(rows, Iterable):
+        raise ValueError(
+            f'python:{call} gave a {type(rows).__name__}; it should return an iterable '
+            'of dicts'
+        )
+    records = []
+    for number, row in enumerate(rows, start=1):
+        where = f'{name} record {number}'
+        if not isinstance(row, dict):
+            raise ValueError(
+                f'{where}: a {type(row).__name__}, not a dict of fields such as '
+                "{'prompt': '…', 'completion': '…'}"
+            )
+        records.append(SourceRecord(row, where))
+    if not records:
+        raise ValueError(f'python:{call} gave no records; it should give at least one')
     return records
 
 

@@ -1,4 +1,4 @@
-"""Loading a tokenizer, what the package demands of one, and lists of ids.
+"""Loading and saving a tokenizer, what the package demands of one, and lists of ids.
 
 A tokenizer is a Hugging Face ``PreTrainedTokenizerFast``. It must have an EOS token,
 which ends every response; it may lack BOS and pad (padding is told by masks). Read
@@ -7,11 +7,14 @@ which ends every response; it may lack BOS and pad (padding is told by masks). R
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_jax.config import load_dotted
+
+GENERATION_CONFIG = 'generation_config.json'
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -25,6 +28,35 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         ValueError: nothing can be loaded there, it is no fast tokenizer, it has no EOS
             token, or it appends tokens to every text.
     """
+    tokenizer = _load_fast(spec)
+    eos_ids(tokenizer)
+    bos_ids(tokenizer)
+    return tokenizer
+
+
+def load_scoring_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a reward model, which reads texts that are over: unlike
+    that of a policy it may append a token to each (BERT's ``[SEP]``).
+
+    Raises:
+        ValueError: as :func:`load_tokenizer` and :func:`frame` do.
+    """
+    tokenizer = _load_fast(spec)
+    frame(tokenizer)
+    return tokenizer
+
+
+def stage_tokenizer(stage_dir: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a finished stage: its own, or that of its run; None for a stage
+    folder that stands by itself.
+    """
+    for folder in (stage_dir / 'tokenizer', stage_dir.parent / 'tokenizer'):
+        if folder.exists():
+            return load_scoring_tokenizer(str(folder))
+    return None
+
+
+def _load_fast(spec: str) -> PreTrainedTokenizerBase:
     folder = Path(spec).expanduser()
     if ':' in spec and not folder.exists():
         tokenizer = load_dotted(spec, 'tokenizer')()
@@ -45,16 +77,52 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             f'tokenizer={spec!r} gives a {type(tokenizer).__name__}; a '
             'PreTrainedTokenizerFast is needed'
         )
-    eos_ids(tokenizer)
-    bos_ids(tokenizer)
     return tokenizer
 
 
-def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a directory that loads as the same tokenizer, with the same EOS ids."""
+    tokenizer.save_pretrained(folder)
+    text = json.dumps({'eos_token_id': eos_ids(tokenizer)}) + '\n'
+    (folder / GENERATION_CONFIG).write_text(text, encoding='utf-8')
+
+
+def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Checks that a run that was begun with the tokenizer in ``folder`` may go on.
 
     Raises:
-        ValueError: the tokenizer has no EOS token.
+        ValueError: it differs from ``tokenizer`` in what a model would notice.
+    """
+    saved = AutoTokenizer.from_pretrained(folder)
+    differing = [
+        name
+        for name, trait in {
+            'vocabulary': lambda t: t.get_vocab(),
+            'special tokens': lambda t: t.special_tokens_map,
+            'chat template': lambda t: t.chat_template,
+            'tokens before a text': bos_ids,
+            'EOS ids': eos_ids,
+        }.items()
+        if trait(saved) != trait(tokenizer)
+    ]
+    if differing:
+        raise ValueError(
+            f'tokenizer {tokenizer.name_or_path!r} is not the one that the run was '
+            f'begun with, which is in {folder}: they differ in {", ".join(differing)}; '
+            'go back to that one, or use another --workdir'
+        )
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: the tokenizer's EOS, then others that its model writes.
+
+    The others are the ``eos_token_id`` of a ``generation_config.json`` in the local
+    directory that the tokenizer was loaded from (a hub name has none). Where one id has
+    to be appended, the first is.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token, or the file lists something else
+            than ids.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -62,7 +130,24 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             "response could end; set one, for instance eos_token='</s>', in "
             'tokenizer_config.json'
         )
-    return [tokenizer.eos_token_id]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *listed_eos(tokenizer)]))
+
+
+def listed_eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids in ``generation_config.json``; none where there is no such file."""
+    path = Path(tokenizer.name_or_path) / GENERATION_CONFIG
+    if not (tokenizer.name_or_path and path.exists()):  # no name: made by a function
+        return []
+    try:
+        listed = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path} is no JSON object ({error}); repair it') from error
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if any(type(i) is not int for i in ids):
+        raise ValueError(
+            f'{path}: eos_token_id is {listed!r}; it must be an id or a list of ids'
+        )
+    return ids
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -72,18 +157,40 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ValueError: the tokenizer also puts tokens behind a text: a prompt that is to be
             continued must stay open.
     """
-    bare = tokenizer.encode('a', add_special_tokens=False)
-    full = tokenizer.encode('a')
-    num_special = len(full) - len(bare)
-    before = next(i for i in range(num_special + 1) if full[i : i + len(bare)] == bare)
-    if behind := full[before + len(bare) :]:
+    before, behind = _around(tokenizer)
+    if behind:
         raise ValueError(
             f'tokenizer {tokenizer.name_or_path!r} appends '
             f'{tokenizer.convert_ids_to_tokens(behind)} to every text, but a prompt '
             'must stay open; turn that off (add_eos_token=false in '
             'tokenizer_config.json)'
         )
-    return full[:before]
+    return before
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """The ids that stand before a text that is over, and the id that ends it: what the
+    tokenizer puts behind every text, or EOS where it puts nothing there.
+
+    Raises:
+        ValueError: it puts several tokens behind a text, or nothing and has no EOS.
+    """
+    before, behind = _around(tokenizer)
+    if len(behind) > 1:
+        raise ValueError(
+            f'tokenizer {tokenizer.name_or_path!r} appends '
+            f'{tokenizer.convert_ids_to_tokens(behind)} to every text; at most one '
+            'token can end it'
+        )
+    return before, (behind or eos_ids(tokenizer))[0]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    bare = tokenizer.encode('a', add_special_tokens=False)
+    full = tokenizer.encode('a')
+    num_special = len(full) - len(bare)
+    before = next(i for i in range(num_special + 1) if full[i : i + len(bare)] == bare)
+    return full[:before], full[before + len(bare) :]
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -115,13 +222,43 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     )['input_ids']
 
 
+def encode_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    """Ids of a whole text, as :func:`encode`, and which of them reach into a span.
+
+    Args:
+        tokenizer: a fast one.
+        text: any.
+        spans: (first character, character behind the last), ascending and disjoint.
+    """
+    encoding = tokenizer(
+        text,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    inside = [
+        any(begin < end and stop > start for start, end in spans)
+        for begin, stop in encoding['offset_mapping']
+    ]
+    return encoding['input_ids'], inside
+
+
 def opened(ids: list[int], bos: list[int]) -> list[int]:
     """Ids with BOS before them, once: chat templates write their own."""
     return ids if ids[: len(bos)] == bos else bos + ids
 
 
 def truncate(
-    prompt: list[int], answers: list[list[int]], limit: int, bos: list[int], eos: int
+    prompt: list[int],
+    answers: list[list[int]],
+    limit: int,
+    bos: list[int],
+    eos: int | None,
 ) -> tuple[list[int], list[list[int]]]:
     """Cuts a prompt and its answers so that each fits with it into ``limit`` tokens.
 
@@ -129,11 +266,11 @@ def truncate(
     it where there is no answer); an answer too long even so is cut from the right.
 
     Args:
-        prompt: ids that begin with ``bos``, which stays.
+        prompt: ids; ``bos`` at their beginning stays.
         answers: ids that end in ``eos``, which stays.
         limit: tokens of the prompt and the longest answer together.
-        bos: ids that stand before every text; may be none.
-        eos: the id that ends every answer.
+        bos: ids that may stand before a text; may be none.
+        eos: the id that ends every answer; None for no such id.
 
     Returns:
         (prompt, answers).
@@ -141,6 +278,9 @@ def truncate(
     longest = max(map(len, answers), default=0)
     room = max(limit - longest, limit // 2) if answers else limit
     if len(prompt) > room:
+        bos = bos if prompt[: len(bos)] == bos else []
         prompt = bos + prompt[len(prompt) - (room - len(bos)) :]
-    space = limit - len(prompt)
-    return prompt, [a if len(a) <= space else a[: space - 1] + [eos] for a in answers]
+    space, end = limit - len(prompt), [] if eos is None else [eos]
+    return prompt, [
+        a if len(a) <= space else a[: space - len(end)] + end for a in answers
+    ]

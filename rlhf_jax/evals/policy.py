@@ -7,8 +7,9 @@ Read ``stages/online.py`` next.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,62 @@ import numpy as np
 from scipy import stats
 
 from rlhf_jax.algos.ppo import policy_logprobs
-from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.masked import masked_sum
-from rlhf_jax.rewards import reward_model_scores
+from rlhf_jax.rewards import weighted_sum
 from rlhf_jax.types import Array, Generation, Params, PromptBatch
 
-# Reward function by text: fn(prompts, responses) -> scores [N].
-TextReward = Callable[[list[str], list[str]], np.ndarray]
+GOLD = 'gold'  # the name of the judge among the scorers; the others are rewards
+KINDS = {'inputs': ('params', 'batch'), 'outputs': ('batch',), 'donate': ()}
 
-KINDS = {'inputs': ('params', 'params', 'batch'), 'outputs': ('batch',), 'donate': ()}
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """A batch of responses, as tokens on the device and as text for whoever asks.
+
+    Rows that only fill up the batch have no text.
+    """
+
+    tokenizer: Any  # of the policy
+    records: Sequence[Any]  # of the prompts' data set, with their uncut ``prompt``
+    batch: PromptBatch
+    generation: Generation
+
+    @functools.cached_property
+    def real(self) -> np.ndarray:
+        """[B] bool, the rows that stand for a prompt."""
+        return np.asarray(self.batch.index) >= 0
+
+    @functools.cached_property
+    def prompts(self) -> list[str]:
+        """The prompts of the real rows."""
+        rows = np.asarray(self.batch.index)[self.real]
+        return [self.records[i].prompt for i in rows]
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """The responses of the real rows, without special tokens; decoded once."""
+        tokens, mask = jax.device_get(
+            (self.generation.tokens, self.generation.response_mask)
+        )
+        rows = [tokens[i, mask[i]] for i in np.flatnonzero(self.real)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Values [R, …] of the real rows as rows [B, …]; rows that fill up repeat
+        one.
+        """
+        return values[np.cumsum(self.real) - 1]
+
+
+class Scored(NamedTuple):
+    """What a scorer says of a batch."""
+
+    scores: Array  # [B] reward units, unshaped; rows that fill up count nothing
+    truncated: int | None = None  # texts cut to fit its model; None: none could be
+
+
+Scorer = Callable[[Responses], Scored]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +80,27 @@ class Sampled:
     """Responses of a policy to a set of prompts, in the order of the set."""
 
     responses: list[str]
-    scores: np.ndarray  # [N] proxy reward, unshaped
+    scores: dict[str, np.ndarray]  # [N] by scorer: the rewards, and ``GOLD``
     kl: np.ndarray  # [N] nats per sequence, Σ log π − log π_ref
+    ref_logprobs: np.ndarray  # [N] nats per sequence, Σ log π_ref
     lengths: np.ndarray  # [N] tokens
     ended: np.ndarray  # [N] bool
+    truncated: dict[str, int]  # by scorer: texts cut to fit its model
+
+    def proxy(self, weights: Mapping[str, float]) -> np.ndarray:
+        """[N] the reward that is optimised, unshaped."""
+        return np.asarray(weighted_sum(self.scores, weights))
 
 
 def row_statistics(
     ref_params: Params,
-    reward_params: Params,
     generation: Generation,
     *,
     policy: CausalLM,
-    reward: ScalarModel,
     temperature: float,
 ) -> dict[str, Array]:
-    """Score, KL to the reference, length and end of every row; a pure function to
-    compile.
+    """KL to the reference, likelihood under it, length and end of every row; a pure
+    function to compile.
     """
     ref_logprobs, _ = policy_logprobs(
         ref_params,
@@ -59,42 +111,51 @@ def row_statistics(
     )
     response = generation.response_mask
     return {
-        'scores': reward_model_scores(
-            reward_params, generation.tokens, generation.mask, model=reward
-        ),
         'kl': masked_sum(generation.logprobs - ref_logprobs, response, -1),
+        'ref_logprobs': masked_sum(ref_logprobs, response, -1),
         'lengths': jnp.sum(response, axis=-1),
         'ended': generation.ended,
     }
 
 
-def decode_responses(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Response texts without special tokens, from [B, T] tokens and response mask."""
-    rows = [row[keep] for row, keep in zip(np.asarray(tokens), np.asarray(mask))]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
 def sample_policy(
     write: Callable[[PromptBatch], Generation],
     judge: Callable[[Generation], dict[str, Array]],
+    scorers: Mapping[str, Scorer],
     tokenizer: Any,
+    records: Sequence[Any],
     batches: Iterable[PromptBatch],
 ) -> Sampled:
-    """Writes and judges one response per prompt; rows that fill a batch are left
-    out.
+    """Writes and scores one response per prompt; rows that fill a batch are left out.
+
+    Args:
+        write: samples from the policy.
+        judge: :func:`row_statistics`, bound.
+        scorers: by name.
+        tokenizer: of the policy.
+        records: of the data set that ``batches`` index.
+        batches: every prompt once, in order.
     """
     texts: list[str] = []
     columns: dict[str, list[np.ndarray]] = {}
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
+    truncated: dict[str, int] = {}
     for batch in batches:
-        real = np.asarray(batch.index) >= 0
-        generation = write(batch)
-        rows = jax.device_get(judge(generation))
-        host = jax.device_get((generation.tokens, generation.response_mask))
-        texts += decode_responses(tokenizer, host[0][real], host[1][real])
-        for name, column in rows.items():
-            columns.setdefault(name, []).append(column[real])
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return Sampled(responses=texts, **joined)
+        responses = Responses(tokenizer, records, batch, write(batch))
+        texts += responses.texts
+        for name, column in jax.device_get(judge(responses.generation)).items():
+            columns.setdefault(name, []).append(column[responses.real])
+        for name, scorer in scorers.items():
+            scored = scorer(responses)
+            scores[name].append(np.asarray(scored.scores)[responses.real])
+            if scored.truncated is not None:
+                truncated[name] = truncated.get(name, 0) + scored.truncated
+    return Sampled(
+        responses=texts,
+        scores={name: np.concatenate(parts) for name, parts in scores.items()},
+        truncated=truncated,
+        **{name: np.concatenate(parts) for name, parts in columns.items()},
+    )
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:
@@ -122,36 +183,38 @@ def win_rate(after: np.ndarray, before: np.ndarray) -> tuple[float, list[float],
 
 
 def policy_report(
-    before: Sampled,
-    after: Sampled,
-    gold: tuple[np.ndarray, np.ndarray] | None,
+    before: Sampled, after: Sampled, weights: Mapping[str, float]
 ) -> dict[str, Any]:
     """The numbers of ``ppo/eval.json``.
 
     Args:
         before: of the reference policy.
         after: of the trained policy, on the same prompts.
-        gold: true rewards [N] of before and after, or None where there is no judge.
+        weights: of the rewards, by name; a scorer without one only judges.
     """
     report: dict[str, Any] = {
         'prompts': len(after.responses),
         'kl': float(after.kl.mean()),
-        'proxy_reward_before': float(before.scores.mean()),
-        'proxy_reward_after': float(after.scores.mean()),
-        'length_before': float(before.lengths.mean()),
-        'length_after': float(after.lengths.mean()),
-        'ended_before': float(before.ended.mean()),
-        'ended_after': float(after.ended.mean()),
-        'distinct_before': distinct_bigrams(before.responses),
-        'distinct_after': distinct_bigrams(after.responses),
     }
-    if gold is not None:
-        rate, interval, ties = win_rate(gold[1], gold[0])
+    for when, sampled in (('before', before), ('after', after)):
+        numbers = {
+            'proxy_reward': float(sampled.proxy(weights).mean()),
+            'rewards': {name: float(sampled.scores[name].mean()) for name in weights},
+            'rewards_truncated': sampled.truncated,
+            'ref_logprob': float(sampled.ref_logprobs.sum() / sampled.lengths.sum()),
+            'length': float(sampled.lengths.mean()),
+            'ended': float(sampled.ended.mean()),
+            'distinct': distinct_bigrams(sampled.responses),
+        }
+        report |= {f'{name}_{when}': number for name, number in numbers.items()}
+    if GOLD in after.scores:
+        gold_before, gold_after = before.scores[GOLD], after.scores[GOLD]
+        rate, interval, ties = win_rate(gold_after, gold_before)
         report |= {
             'win_rate': rate,
             'win_rate_interval': interval,
             'ties': ties,
-            'gold_reward_before': float(gold[0].mean()),
-            'gold_reward_after': float(gold[1].mean()),
+            'gold_reward_before': float(gold_before.mean()),
+            'gold_reward_after': float(gold_after.mean()),
         }
     return report

@@ -7,6 +7,7 @@ in ``families.py``; read ``writer.py`` next.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ def load_params(
             ``config.json`` (see :func:`save`), and 0 where transformers wrote it.
         dtype: of the parameters; training wants float32.
         place: (path, array) → array, to put a parameter straight into its sharding;
-            None for ``jnp.asarray``.
+            None for ``jax.device_put``.
 
     Returns:
         A nested dict of parameters.
@@ -126,7 +127,7 @@ def load_params(
             f'{directory} holds a {family.architectures[source]}, which has no '
             f'language-model head to sample from; use a {wanted}, or head=scalar'
         )
-    place = place or (lambda path, array: jnp.asarray(array))
+    place = place or (lambda path, array: jax.device_put(array))
     expected = expected_shapes(config, head)
     if head == 'scalar' and source != 'scalar':
         expected = {
@@ -141,9 +142,10 @@ def load_params(
     params = {}
     for weight in weights:
         shapes = [expected[path].shape for path in weight.paths]
-        for name, array in zip(weight.paths, _read(files, weight, shapes, dtype)):
+        arrays = _read(files, weight, shapes, dtype)
+        for name in weight.paths:  # held here no longer than until it is placed
             path = tuple(name.split('/'))
-            params[path] = place(path, array)
+            params[path] = place(path, arrays.pop(0))
     if ('head', 'kernel') in params and ('head', 'bias') not in params:
         bias = entries.get('rlhf_jax', {}).get('score_bias', 0.0)
         params['head', 'bias'] = place(('head', 'bias'), np.asarray(bias, dtype))
@@ -171,7 +173,8 @@ def _family(directory: Path, entries: Mapping[str, Any]) -> tuple[Family, Source
         family, source = family_of(names[0])
     except ValueError as error:
         raise ValueError(f'{directory / "config.json"}: {error}') from error
-    labels = entries.get('num_labels', len(entries.get('id2label') or '12'))
+    # transformers builds two labels where none are named.
+    labels = entries.get('num_labels', len(entries.get('id2label') or (0, 1)))
     if source == 'scalar' and labels != 1:
         raise ValueError(
             f'{directory / "config.json"}: a classifier with {labels} labels is no '
@@ -314,6 +317,14 @@ def _check_tied(directory: Path, files: Mapping[str, _Tensor], family: Family) -
         )
 
 
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array on a 64-byte boundary: a CPU device takes it over uncopied."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def _read(
     files: Mapping[str, _Tensor],
     weight: Weight,
@@ -321,7 +332,7 @@ def _read(
     dtype: Any,
 ) -> list[np.ndarray]:
     layout = LAYOUTS[weight.layout]
-    outs = [np.empty(shape, dtype) for shape in shapes]
+    outs = [_aligned(shape, dtype) for shape in shapes]
     if '{layer}' not in weight.name:
         for out, array in zip(outs, layout.read(files[weight.name].read(), shapes)):
             out[...] = array

@@ -1,3 +1,74 @@
-"""Preference losses, one file each: functions of scores or log-probabilities of a
-pair.
+"""Preference losses, one file each: functions of the log-probabilities of responses.
+
+A loss is a module with these names, in this package or in a file of the user's own:
+
+* ``DATA``: ``'pairs'`` or ``'singles'``, the ``PairLogps`` or ``SingleLogps`` it takes;
+* ``REFERENCE``: whether it needs the log-probabilities of a reference policy;
+* ``HParams``: a frozen dataclass, all of whose fields have defaults;
+* ``loss(batch, hp)``: the loss of every row [P] float32, and the implicit rewards
+  ([P, 2] of pairs, [P] of singles) that are reported;
+* ``context(batch, hp)``, where a row's loss depends on the other rows: numbers by name,
+  [P] each, from the *whole* batch, without a gradient; ``loss`` finds them in
+  ``batch.context``, and their means are reported under the same names.
+
+Rows of weight 0 only fill up a batch: a ``context`` leaves them out. ``bradley_terry``
+is the loss of reward models, a plain function of scores. Read ``dpo.py`` next, then
+``algos/preference.py``.
 """
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from rlhf_jax.types import Array, PairLogps, SingleLogps
+
+
+class PreferenceLoss(Protocol):
+    """The names of a loss module; ``context`` may be absent."""
+
+    __name__: str
+    DATA: Literal['pairs', 'singles']
+    REFERENCE: bool
+    HParams: type
+    loss: Callable[[PairLogps | SingleLogps, Any], tuple[Array, Array]]
+
+
+def load(name: str, where: str) -> PreferenceLoss:
+    """The loss module of a name: ``'ipo'`` is a file here, ``'my_pkg.my_loss'`` any.
+
+    Args:
+        name: of the module.
+        where: how the user knows the setting, e.g. ``'config.preference.name'``.
+
+    Raises:
+        ValueError: no such module, or one that lacks a name of a loss.
+    """
+    if '.' not in name:
+        known = sorted(m.name for m in pkgutil.iter_modules(__path__))
+        known.remove('bradley_terry')
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f'did you mean {close[0]!r}?' if close else f'use {known},'
+            raise ValueError(
+                f'{where}={name!r} is no preference loss; {hint} or package.module for '
+                'one of your own'
+            )
+        name = f'{__name__}.{name}'
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f'{where}={name!r} cannot be imported ({error})') from error
+    needed = ('DATA', 'REFERENCE', 'HParams', 'loss')
+    missing = [part for part in needed if not hasattr(module, part)]
+    if missing:
+        raise ValueError(
+            f'{where}={name!r} has no {", ".join(missing)}; a preference loss is a '
+            'module with DATA, REFERENCE, HParams and loss (see rlhf_jax.preference)'
+        )
+    if module.DATA not in ('pairs', 'singles'):
+        raise ValueError(f"{name}.DATA={module.DATA!r}; use 'pairs' or 'singles'")
+    return module

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax import checkpoint
 from rlhf_jax.metrics import Writers, open_writers, progress
@@ -47,26 +48,30 @@ def run_loop(
     settings: LoopSettings,
     writers: tuple[str, ...],
     shown: dict[str, str],
+    spent: Callable[[], dict[str, float]],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
-) -> Any:
+) -> tuple[Any, dict[str, float]]:
     """Runs ``one_step`` from the last checkpoint, or from ``state``, to ``num_steps``.
 
     Args:
         stage_dir: where checkpoints and metrics go.
-        state: the initial state; with a checkpoint only its shapes are used.
+        state: the initial state, with ``step`` and ``params``; with a checkpoint only
+            its shapes are used.
         num_steps: steps of the whole stage.
         one_step: see OneStep.
         settings: how often to log, save, evaluate.
         writers: names for ``metrics.open_writers``.
         shown: metric name -> name in the progress bar.
+        spent: seconds that this process has taken for the stage so far, by phase.
         evaluate: numbers to log every ``eval_every_steps``.
 
     Returns:
-        The final state; it is saved as a checkpoint too.
+        The final state, which is saved as a checkpoint too, and the seconds of all
+        processes that worked on it, up to their last checkpoints.
 
     Raises:
-        ValueError: a metric is not finite; nothing is saved after the last good
-            checkpoint.
+        ValueError: a metric or a parameter is not finite. The latest checkpoint is one
+            from which a step with finite metrics was made.
         SystemExit: SIGTERM came; the state was saved.
     """
     with (
@@ -76,11 +81,12 @@ def run_loop(
         restored = checkpoint.restore_state(manager, state)
         state = state if restored is None else restored
         done = int(state.step)
+        earlier = checkpoint.saved_seconds(manager)
         with (
             open_writers(stage_dir, writers, done if done else None) as log,
             progress(stage_dir.name, num_steps, done) as show,
         ):
-            journal = _Journal(stage_dir, log, show, shown, done)
+            journal = _Journal(stage_dir, manager, log, show, shown, done)
             while done < num_steps:
                 state, metrics, known = one_step(state, done)
                 journal.flush()  # the step before: the device is at work on this one
@@ -93,17 +99,27 @@ def run_loop(
                     journal.write(done, evaluate(state))
                 stop = terminated()  # asked once: it may come between two lines
                 if done % settings.save_every_steps == 0 or stop:
-                    journal.flush()
-                    checkpoint.save_state(manager, done, state)
+                    journal.save(done, state, _total(earlier, spent()))
                 if stop:
                     break
             journal.flush()
             if manager.latest_step() != done:
-                checkpoint.save_state(manager, done, state)
+                journal.save(done, state, _total(earlier, spent()))
             manager.wait_until_finished()
         if terminated():
             raise SystemExit(128 + signal.SIGTERM)
-    return state
+    return state, _total(earlier, spent())
+
+
+def _total(*parts: dict[str, float]) -> dict[str, float]:
+    phases = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in phases}
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
 
 
 class _Pending(NamedTuple):
@@ -116,17 +132,21 @@ class _Pending(NamedTuple):
 
 
 class _Journal:
-    """Fetches, checks and writes down the metrics of a step once the next one runs."""
+    """Fetches, checks and writes down the metrics of a step once the next one runs, or
+    before its state is saved.
+    """
 
     def __init__(
         self,
         stage_dir: Path,
+        manager: Any,
         log: Writers,
         show: Callable[..., None],
         shown: dict[str, str],
         step: int,
     ):
-        self.stage_dir, self.log, self.show, self.shown = stage_dir, log, show, shown
+        self.stage_dir, self.manager = stage_dir, manager
+        self.log, self.show, self.shown = log, show, shown
         self.began = time.monotonic()
         self.last = (self.began, step)  # time and step of the last row
         self.pending: _Pending | None = None
@@ -139,7 +159,11 @@ class _Journal:
             return
         (step, metrics, known, logged), self.pending = self.pending, None
         values = fetch(metrics)
-        _check_finite(values, step, self.stage_dir)
+        bad = sorted(name for name, value in values.items() if not math.isfinite(value))
+        if bad:
+            # A step shows what the one before has made of the parameters.
+            good = checkpoint.drop_state(self.manager, step - 1)
+            raise self.diverged(', '.join(bad), step, good)
         if not logged:
             return
         now = time.monotonic()
@@ -152,16 +176,23 @@ class _Journal:
         bar = {self.shown[name]: values[name] for name in self.shown if name in values}
         self.show(step, **bar)
 
+    def save(self, step: int, state: Any, seconds: dict[str, float]) -> None:
+        """Saves a state once the metrics of its step, and what the step has made of the
+        parameters, are known to be finite.
+        """
+        self.flush()
+        if not _all_finite(state.params):
+            raise self.diverged('parameters', step, self.manager.latest_step())
+        checkpoint.save_state(self.manager, step, state, seconds)
 
-def _check_finite(values: dict[str, float], step: int, stage_dir: Path) -> None:
-    bad = sorted(name for name, value in values.items() if not math.isfinite(value))
-    if bad:
-        raise ValueError(
-            f'{stage_dir.name}: {", ".join(bad)} not finite at step {step}; the last '
-            'good '
-            f'checkpoint is in {stage_dir / "checkpoints"}. Lower the learning rate or '
-            'look at '
-            'the data around that step'
+    def diverged(self, what: str, step: int, good: int | None) -> ValueError:
+        kept = 'no checkpoint is kept'
+        if good is not None:
+            folder = self.stage_dir / 'checkpoints'
+            kept = f'the last good checkpoint is that of step {good} in {folder}'
+        return ValueError(
+            f'{self.stage_dir.name}: {what} not finite at step {step}; {kept}. Lower '
+            'the learning rate or look at the data around that step'
         )
 
 

@@ -21,12 +21,14 @@ from rlhf_jax.algos.rm import RMHParams, pair_scores, rm_step
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.tokenizer import load_scoring_tokenizer
 from rlhf_jax.evals import language_model, preference
 from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.sharding import check_batch_size, init_sharded
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.run import Run, load_policy, load_scalar, model_config
+from rlhf_jax.stages.scoring import model_tokenizer, reads_alike
 from rlhf_jax.stages.settings import OfflineSettings
 from rlhf_jax.types import Params, TrainState
 
@@ -38,6 +40,7 @@ class Offline:
     stage: str
     settings: OfflineSettings
     hp: Any  # SFTHParams or RMHParams
+    tokenizer: Any  # the run's, or rm's own
     train: pipeline.Dataset
     eval: pipeline.Dataset
     references: pipeline.Dataset | None
@@ -48,6 +51,11 @@ def load_language_model(run: Run, stage: str) -> Offline:
     """Data and settings of pretrain and sft; see ``OfflineSettings``."""
     where = f'config.{stage}'
     settings, hp = build(run.config[stage], OfflineSettings, SFTHParams, where=where)
+    if settings.tokenizer is not None:
+        raise ValueError(
+            f'{where}.tokenizer={settings.tokenizer!r}: rm alone can have its own; a '
+            'policy has that of config.tokenizer'
+        )
 
     def read(spec: str) -> pipeline.Dataset:
         if stage == 'pretrain':
@@ -63,13 +71,14 @@ def load_language_model(run: Run, stage: str) -> Offline:
             on_bad=settings.on_bad,
         )
 
-    return _checked(run, stage, settings, hp, read, None)
+    return _checked(run, stage, settings, hp, run.tokenizer, read, None)
 
 
 def load_reward_model(run: Run, stage: str) -> Offline:
     """Data and settings of rm; see ``OfflineSettings``."""
     where = f'config.{stage}'
     settings, hp = build(run.config[stage], OfflineSettings, RMHParams, where=where)
+    tokenizer = _scoring_tokenizer(run, where, settings)
     limits = {
         'max_length': settings.buckets[-1],
         'overlong': settings.overlong,
@@ -78,14 +87,29 @@ def load_reward_model(run: Run, stage: str) -> Offline:
     references = None
     if settings.references is not None:
         references = pipeline.load_demonstrations(
-            settings.references, run.tokenizer, loss_on='response', **limits
+            settings.references, tokenizer, loss_on='response', **limits
         )
         references = references.take(settings.num_references)
 
     def read(spec: str) -> pipeline.Dataset:
-        return pipeline.load_comparisons(spec, run.tokenizer, **limits)
+        return pipeline.load_comparisons(spec, tokenizer, **limits)
 
-    return _checked(run, stage, settings, hp, read, references)
+    return _checked(run, stage, settings, hp, tokenizer, read, references)
+
+
+def _scoring_tokenizer(run: Run, where: str, settings: OfflineSettings) -> Any:
+    """The tokenizer of rm: its own, where that differs from the run's."""
+    if settings.tokenizer is None:
+        return run.tokenizer
+    tokenizer = load_scoring_tokenizer(settings.tokenizer)
+    brought = model_tokenizer(run, settings.init)
+    if brought is not None and brought.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f'{where}.init={settings.init!r} was trained with another tokenizer than '
+            f'{where}.tokenizer={settings.tokenizer!r}; start from a model of that '
+            'tokenizer, or use that of the model'
+        )
+    return run.tokenizer if reads_alike(tokenizer, run.tokenizer) else tokenizer
 
 
 def _checked(
@@ -93,13 +117,14 @@ def _checked(
     stage: str,
     settings: OfflineSettings,
     hp: Any,
+    tokenizer: Any,
     read: Any,
     references: pipeline.Dataset | None,
 ) -> Offline:
     where = f'config.{stage}'
     check_batch_size(settings.batch_size, run.mesh, where, hp.num_microbatches)
     config = model_config(run, settings.init)
-    pipeline.check_vocabulary(run.tokenizer, config.vocab_size)
+    pipeline.check_vocabulary(tokenizer, config.vocab_size)
     if settings.buckets[-1] > config.max_positions:
         raise ValueError(
             f'{where}.buckets end at {settings.buckets[-1]} tokens, the model has '
@@ -114,7 +139,9 @@ def _checked(
             settings.num_epochs * len(train.examples) / settings.batch_size
         )
     make_schedule(settings.optim, num_steps)
-    return Offline(stage, settings, hp, train, held_out, references, num_steps)
+    return Offline(
+        stage, settings, hp, tokenizer, train, held_out, references, num_steps
+    )
 
 
 def train_language_model(run: Run, job: Offline) -> None:
@@ -135,7 +162,7 @@ def train_language_model(run: Run, job: Offline) -> None:
 
     before = evaluate(params)['loss']
     setup = time.monotonic() - clock
-    state, seconds = _fit(run, job, sft_step, model, params, key, evaluate)
+    state, seconds = _fit(run, job, sft_step, model, params, key, evaluate, setup)
     clock = time.monotonic()
     result = evaluate(state.params)
     checkpoint.write_json(
@@ -146,7 +173,7 @@ def train_language_model(run: Run, job: Offline) -> None:
             'uniform_loss': math.log(model.config.vocab_size),
         },
     )
-    seconds = {'setup': setup, **seconds, 'eval': time.monotonic() - clock}
+    seconds['eval'] = time.monotonic() - clock
     _finish(run, job, {'policy': state.params}, {'policy': model.config}, seconds)
 
 
@@ -171,7 +198,7 @@ def train_reward_model(run: Run, job: Offline) -> None:
         return {'accuracy': float((gap > 0).mean()), 'loss': float(loss)}
 
     setup = time.monotonic() - clock
-    state, seconds = _fit(run, job, rm_step, model, params, key, evaluate)
+    state, seconds = _fit(run, job, rm_step, model, params, key, evaluate, setup)
     clock = time.monotonic()
     params, extra = state.params, {}
     if job.references is not None:
@@ -187,7 +214,7 @@ def train_reward_model(run: Run, job: Offline) -> None:
         np.asarray(gold, float) if known else None,
     )
     checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', {**report, **extra})
-    seconds = {'setup': setup, **seconds, 'eval': time.monotonic() - clock}
+    seconds['eval'] = time.monotonic() - clock
     _finish(run, job, {'reward': params}, {'reward': model.config}, seconds)
 
 
@@ -244,6 +271,7 @@ def _fit(
     params: Params,
     key: Any,
     evaluate: Any,
+    setup: float,
 ) -> tuple[TrainState, dict[str, float]]:
     settings = job.settings
     clock = time.monotonic()
@@ -283,7 +311,7 @@ def _fit(
         'train/accuracy': 'accuracy',
         'train/tokens_per_second': 'tokens_per_second',
     }
-    state = run_loop(
+    return run_loop(
         run.stage_dir(job.stage),
         state,
         job.num_steps,
@@ -291,9 +319,9 @@ def _fit(
         settings=settings.loop,
         writers=tuple(run.config.metrics),
         shown=shown,
+        spent=lambda: {'setup': setup, 'train': time.monotonic() - clock},
         evaluate=lambda s: {f'eval/{k}': v for k, v in evaluate(s.params).items()},
     )
-    return state, {'train': time.monotonic() - clock}
 
 
 def _finish(
@@ -304,6 +332,8 @@ def _finish(
     seconds: dict[str, float],
 ) -> None:
     folder = run.stage_dir(job.stage)
+    if job.tokenizer is not run.tokenizer:
+        job.tokenizer.save_pretrained(folder / 'tokenizer')
     checkpoint.save_params(folder, params, configs)
     done = {
         'stage': job.stage,

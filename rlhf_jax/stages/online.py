@@ -1,7 +1,8 @@
 """The stage that learns from its own samples: ppo.
 
-One iteration: ``generate`` → score → ``prepare`` → ``ppo_step``; the first three run
-once per rollout, the last makes all updates over it. Read ``main.py`` next.
+One iteration: ``generate`` → score (``stages/scoring.py``) → ``prepare`` →
+``ppo_step``; the first three run once per rollout, the last makes all updates over it.
+Read ``main.py`` next.
 """
 
 from __future__ import annotations
@@ -19,30 +20,28 @@ import numpy as np
 
 from rlhf_jax import checkpoint, sharding
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
-from rlhf_jax.config import build, load_dotted
+from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
 from rlhf_jax.evals import policy as policy_eval
+from rlhf_jax.evals.policy import GOLD
 from rlhf_jax.generate import Sampling, generate, sampling
-from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import actor_critic_optimizer, make_schedule
-from rlhf_jax.rewards import reward_model_scores, shape_scores
+from rlhf_jax.rewards import shape_scores, weighted_sum
+from rlhf_jax.stages import scoring
 from rlhf_jax.stages.loop import run_loop
-from rlhf_jax.stages.run import (
-    Run,
-    check_trained_head,
-    load_policy,
-    load_scalar,
-    model_config,
-)
+from rlhf_jax.stages.run import Run, load_policy, load_scalar, model_config
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import (
     Array,
     Generation,
+    Mean,
     Metrics,
     Params,
     PPOState,
     PromptBatch,
     Rollout,
+    reduce_metrics,
 )
 
 # Purposes folded into the stage's key; algos.ppo.SHUFFLE is another.
@@ -59,17 +58,21 @@ class Online:
     prompts: pipeline.Dataset
     eval_prompts: pipeline.Dataset
     ptx: pipeline.Dataset | None
-    gold: policy_eval.TextReward | None
+    rewards: dict[str, scoring.Reward]  # by name, and GOLD where there is a judge
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the rewards in their sum; the judge has none."""
+        return {name: r.weight for name, r in self.settings.rewards.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Models and parameters that the stage reads and never trains."""
+    """What the stage reads and never trains, and the two models."""
 
     models: ActorCritic
-    reward: ScalarModel
     ref_params: Params
-    reward_params: Params
+    scorers: dict[str, policy_eval.Scorer]
 
 
 def load_online(run: Run, stage: str) -> Online:
@@ -85,9 +88,10 @@ def load_online(run: Run, stage: str) -> Online:
             f'{devices} devices; use '
             f'{-(-settings.eval_batch_size // devices) * devices}'
         )
-    check_trained_head(run, f'{where}.reward', settings.reward)
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens
-    for name in ('init', 'reward', 'critic'):
+    rewards = _check_rewards(run, where, settings, longest)
+    _check_critic(run, where, settings)
+    for name in ('init', 'critic'):
         config = model_config(run, getattr(settings, name))
         pipeline.check_vocabulary(run.tokenizer, config.vocab_size)
         if longest > config.max_positions:
@@ -119,10 +123,45 @@ def load_online(run: Run, stage: str) -> Online:
             settings.eval_prompts, run.tokenizer, **limits
         ),
         ptx=ptx,
-        gold=None
-        if settings.gold is None
-        else load_dotted(settings.gold, f'{where}.gold'),
+        rewards=rewards,
     )
+
+
+def _check_rewards(
+    run: Run, where: str, settings: OnlineSettings, longest: int
+) -> dict[str, scoring.Reward]:
+    if not settings.rewards:
+        raise ValueError(
+            f'{where}.rewards is empty, so that there is nothing to optimise; set for '
+            "instance rewards={'rm': dict(model='rm')}"
+        )
+    if GOLD in settings.rewards:
+        raise ValueError(
+            f'{where}.rewards.{GOLD}: that name is kept for the judge; take another'
+        )
+    sources = {f'{where}.rewards.{k}': (k, v) for k, v in settings.rewards.items()}
+    if settings.gold is not None:
+        sources[f'{where}.{GOLD}'] = GOLD, settings.gold
+    return {
+        name: scoring.check_reward(run, place, source, longest)
+        for place, (name, source) in sources.items()
+    }
+
+
+def _check_critic(run: Run, where: str, settings: OnlineSettings) -> None:
+    """A critic reads the policy's tokens, from left to right."""
+    tokenizer = scoring.model_tokenizer(run, settings.critic)
+    is_foreign = (
+        tokenizer is not None and tokenizer.get_vocab() != run.tokenizer.get_vocab()
+    )
+    is_encoder = model_config(run, settings.critic).attention == 'bidirectional'
+    if is_foreign or is_encoder:
+        reason = 'is an encoder' if is_encoder else 'has another tokenizer'
+        raise ValueError(
+            f'{where}.critic={settings.critic!r} {reason}, but the critic reads the '
+            "policy's tokens one after the other; start it from the policy: "
+            f'{where}.critic={settings.init!r}'
+        )
 
 
 def _load_ptx(run: Run, settings: OnlineSettings) -> pipeline.Dataset:
@@ -155,33 +194,37 @@ def stop_rules(run: Run, job: Online, temperature: float) -> Sampling:
     )
 
 
-def score_and_prepare(
+def combine_and_prepare(
     state: PPOState,
     ref_params: Params,
-    reward_params: Params,
     generation: Generation,
+    scores: dict[str, Array],
     *,
     models: ActorCritic,
-    reward: ScalarModel,
+    weights: dict[str, float],
     hp: PPOHParams,
     axis_name: str | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Reward-model scores, shaped, and the rollout they make; a pure function to
-    compile.
+    """The weighted sum of the rewards, shaped, and the rollout it makes; a pure
+    function to compile. Every score, the judge's included, becomes a metric.
     """
-    scores = reward_model_scores(
-        reward_params, generation.tokens, generation.mask, model=reward
-    )
-    scores = shape_scores(
-        scores,
+    total = shape_scores(
+        weighted_sum(scores, weights),
         generation.ended,
         missing_eos_score=hp.missing_eos_score,
         missing_eos_penalty=hp.missing_eos_penalty,
         clip=hp.score_clip,
     )
-    return prepare(
-        state, ref_params, generation, scores, model=models, hp=hp, axis_name=axis_name
+    rollout, metrics = prepare(
+        state, ref_params, generation, total, model=models, hp=hp, axis_name=axis_name
     )
+    named: Metrics = {
+        'objective/gold' if name == GOLD else f'reward/{name}': Mean(
+            jnp.sum(column), jnp.float32(column.shape[0])
+        )
+        for name, column in scores.items()
+    }
+    return rollout, {**metrics, **reduce_metrics(named, axis_name)}
 
 
 def train_ppo(run: Run, job: Online) -> None:
@@ -192,12 +235,12 @@ def train_ppo(run: Run, job: Online) -> None:
     critic, critic_params = load_scalar(
         run, settings.critic, jax.random.fold_in(key, CRITIC), 'critic'
     )
-    reward, reward_params = load_scalar(run, settings.reward, key, 'reward')
-    frozen = Frozen(ActorCritic(policy, critic), reward, ref_params, reward_params)
+    scorers = scoring.make_scorers(run, job.rewards)
+    frozen = Frozen(ActorCritic(policy, critic), ref_params, scorers)
     state, tx = _initial_state(run, job, ref_params, critic_params, key)
     phases = {'setup': time.monotonic() - clock}
     write = _writer(run, job, policy)
-    state = run_loop(
+    state, seconds = run_loop(
         run.stage_dir(job.stage),
         state,
         settings.num_rollouts,
@@ -210,6 +253,7 @@ def train_ppo(run: Run, job: Online) -> None:
             'objective/gold': 'gold',
             'train/tokens_per_second': 'tokens_per_second',
         },
+        spent=lambda: phases,
     )
     clock = time.monotonic()
     report = _evaluate(run, job, frozen, state.params['policy'], write)
@@ -218,12 +262,12 @@ def train_ppo(run: Run, job: Online) -> None:
     checkpoint.save_params(
         folder, dict(state.params), {'policy': policy.config, 'critic': critic.config}
     )
-    phases['eval'] = time.monotonic() - clock
+    seconds['eval'] = time.monotonic() - clock
     done = {
         'stage': job.stage,
         'steps': settings.num_rollouts,
         'init': settings.init,
-        'seconds': phases,
+        'seconds': seconds,
         'data': {
             'prompts': job.prompts.counts.describe(),
             'eval prompts': job.eval_prompts.counts.describe(),
@@ -290,9 +334,9 @@ def _iteration(
     how = stop_rules(run, job, hp.temperature)
     ready = run.compile(
         functools.partial(
-            score_and_prepare, models=frozen.models, reward=frozen.reward, hp=hp
+            combine_and_prepare, models=frozen.models, weights=job.weights, hp=hp
         ),
-        inputs=('params', 'params', 'params', 'batch'),
+        inputs=('params', 'params', 'batch', 'batch'),
         outputs=('batch', 'replicated'),
         donate=(),
     )
@@ -324,16 +368,13 @@ def _iteration(
             'generate', clock, write(state.params['policy'], prompts, key, how)
         )
         clock = time.monotonic()
+        scores, known = _score(run, job, frozen, prompts, generation)
         rollout, before = timed(
             'score and prepare',
             clock,
-            ready(state, frozen.ref_params, frozen.reward_params, generation),
+            ready(state, frozen.ref_params, generation, scores),
         )
-        known = {'tokens': float(jnp.sum(generation.response_mask))}
-        if job.gold is not None:
-            known['objective/gold'] = float(
-                np.mean(_gold(run, job, prompts, generation))
-            )
+        known['tokens'] = float(jnp.sum(generation.response_mask))
         clock = time.monotonic()
         state, metrics = timed('update', clock, update(state, rollout, *extra))
         return state, {**before, **metrics}, known
@@ -355,12 +396,20 @@ def _stream(
     )
 
 
-def _gold(
-    run: Run, job: Online, prompts: PromptBatch, generation: Generation
-) -> np.ndarray:
-    tokens, mask = jax.device_get((generation.tokens, generation.response_mask))
-    texts = [job.prompts.records[i].prompt for i in np.asarray(prompts.index)]
-    return job.gold(texts, policy_eval.decode_responses(run.tokenizer, tokens, mask))
+def _score(
+    run: Run, job: Online, frozen: Frozen, prompts: PromptBatch, generation: Generation
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """Scores [B] by name, and the share of texts that had to be cut for them."""
+    responses = policy_eval.Responses(
+        run.tokenizer, job.prompts.records, prompts, generation
+    )
+    scored = {name: scorer(responses) for name, scorer in frozen.scorers.items()}
+    truncated = {
+        f'reward/{name}/truncated': x.truncated / len(responses.real)
+        for name, x in scored.items()
+        if x.truncated is not None
+    }
+    return {name: x.scores for name, x in scored.items()}, truncated
 
 
 def _evaluate(
@@ -374,7 +423,6 @@ def _evaluate(
         functools.partial(
             policy_eval.row_statistics,
             policy=frozen.models.policy,
-            reward=frozen.reward,
             temperature=job.hp.temperature,
         ),
         **policy_eval.KINDS,
@@ -388,37 +436,39 @@ def _evaluate(
             lambda batch: write(
                 policy_params, batch, jax.random.fold_in(base, next(counter)), how
             ),
-            lambda generation: judge(
-                frozen.ref_params, frozen.reward_params, generation
-            ),
+            lambda generation: judge(frozen.ref_params, generation),
+            frozen.scorers,
             run.tokenizer,
+            job.eval_prompts.records,
             pipeline.eval_batches(
                 job.eval_prompts, settings.eval_batch_size, settings.prompt_buckets
             ),
         )
 
     before, after = sampled(frozen.ref_params), sampled(params)
-    records = job.eval_prompts.records
-    gold = None
-    if job.gold is not None:
-        prompts = [record.prompt for record in records]
-        gold = job.gold(prompts, before.responses), job.gold(prompts, after.responses)
+    rows = _sample_rows(job, before, after)
     path = run.stage_dir(job.stage) / 'samples.jsonl'
     with path.open('w', encoding='utf-8') as file:
-        for i, record in enumerate(records[: settings.num_samples]):
-            row = {
-                'prompt': record.prompt,
-                'before': before.responses[i],
-                'after': after.responses[i],
-                'reference': record.reference,
-                'proxy_before': float(before.scores[i]),
-                'proxy_after': float(after.scores[i]),
-            }
-            if gold is not None:
-                row |= {
-                    'gold_before': float(gold[0][i]),
-                    'gold_after': float(gold[1][i]),
-                }
+        for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    report = policy_eval.policy_report(before, after, gold)
+    report = policy_eval.policy_report(before, after, job.weights)
     return {**report, 'expected_win_rate': settings.expected_win_rate}
+
+
+def _sample_rows(
+    job: Online, before: policy_eval.Sampled, after: policy_eval.Sampled
+) -> list[dict[str, Any]]:
+    """The lines of ``samples.jsonl``."""
+    records = job.eval_prompts.records[: job.settings.num_samples]
+    rows = [{'prompt': r.prompt, 'reference': r.reference} for r in records]
+    for when, sampled in (('before', before), ('after', after)):
+        proxy = sampled.proxy(job.weights)
+        for i, row in enumerate(rows):
+            row[when] = sampled.responses[i]
+            row[f'proxy_{when}'] = float(proxy[i])
+            row[f'rewards_{when}'] = {
+                name: float(sampled.scores[name][i]) for name in job.weights
+            }
+            if GOLD in sampled.scores:
+                row[f'gold_{when}'] = float(sampled.scores[GOLD][i])
+    return rows

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import checkpoint, hf
 from rlhf_jax.config import build
+from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.models.presets import preset
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.sharding import compile_step, init_sharded, shardings, spec_of
 from rlhf_jax.stages.settings import ModelSettings
 from rlhf_jax.types import Params, PRNGKey

@@ -7,7 +7,7 @@ Defaults stand here and in the ``…HParams`` of ``algos``, and nowhere else;
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_jax.optim import OptimConfig
 
@@ -39,6 +39,7 @@ class OfflineSettings:
     init: str  # 'scratch', a stage of this run, another run's stage folder, an HF model
     train: str  # data spec
     eval: str  # data spec, held out
+    tokenizer: str | None = None  # rm: of its model, when it is not the run's
     batch_size: int = 64  # rows (pairs for a reward model) per update
     num_steps: int | None = None  # either this
     num_epochs: float | None = None  # or this
@@ -47,7 +48,7 @@ class OfflineSettings:
     )  # static lengths, in tokens; the last is the limit
     overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
-    loss_on: Literal['response', 'all'] = 'response'  # sft: the tokens in the loss
+    loss_on: Literal['response', 'all', 'assistant'] = 'response'  # sft: what counts
     references: str | None = None  # rm: demonstrations whose mean score becomes 0
     num_references: int = 512
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -55,17 +56,26 @@ class OfflineSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSource:
+    """What scores a response: a reward model or a Python function, exactly one."""
+
+    model: str | None = None  # a stage of this run, another run's stage folder, HF
+    fn: str | None = None  # 'package.module:function', fn(prompts, responses) -> [N]
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of fn
+    weight: float = 1.0  # in the sum of the rewards
+    tokenizer: str | None = None  # of model; None for the one that comes with it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineSettings:
     """A stage that samples from its own policy: ppo."""
 
     init: str  # the policy, and the reference it is anchored to
-    reward: str  # the frozen reward model
+    rewards: dict[str, RewardSource]  # by name; their weighted sum is optimised
     critic: str  # what the critic starts from: a reward model, or a policy
     prompts: str  # data spec
     eval_prompts: str  # data spec, held out
-    gold: str | None = (
-        None  # 'module:fn', fn(prompts, responses) -> scores; only judges
-    )
+    gold: RewardSource | None = None  # judges, and is never optimised
     ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
     ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
     ptx_buckets: tuple[int, ...] = (128,)

@@ -85,7 +85,7 @@ def test_any_record_with_a_prompt_is_a_prompt(fields, reference):
 
 def test_messages_through_the_chat_template():
     talk = [user('hi'), assistant('yo'), user('so'), assistant('ok')]
-    before, answer = '<U>hi</s><A>yo</s><U>so</s><A>', 'ok'  # EOS is the pipeline's
+    before, answer = '<U>hi</s><A>yo</s><U>so</s><A>', 'ok</s>'
     chat = tokenizer()
     made = to_demonstration(record(messages=talk), chat)
     assert (made.prompt, made.completion) == (before, answer)
@@ -116,9 +116,14 @@ def test_messages_through_the_chat_template():
 def test_comparisons_of_messages(fields):
     chat = tokenizer()
     made = to_comparison(record(**fields), chat)
-    assert (made.prompt, made.chosen, made.rejected) == ('<U>hi</s><A>', 'a', 'b')
+    assert made.templated
+    assert (made.prompt, made.chosen, made.rejected) == (
+        '<U>hi</s><A>',
+        'a</s>',
+        'b</s>',
+    )
     shown = to_demonstration(record(**fields), chat)
-    assert (shown.prompt, shown.completion) == ('<U>hi</s><A>', 'a')
+    assert (shown.prompt, shown.completion) == ('<U>hi</s><A>', 'a</s>')
     assert to_prompt(record(**fields), chat).prompt == '<U>hi</s><A>'
 
 

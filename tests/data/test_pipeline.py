@@ -99,9 +99,9 @@ def test_demonstration_by_hand(jsonl):
         (example,) = data.examples
         assert example.tokens.tolist() == expected
         assert example.tokens.dtype == np.int32
-        assert example.loss_from == len(expected) - 2
+        assert example.loss.tolist() == [False] * (len(expected) - 2) + [True] * 2
         data = load(spec, words(bos), max_length=8, loss_on='all')
-        assert data.examples[0].loss_from == 1
+        assert data.examples[0].loss.tolist() == [False] + [True] * (len(expected) - 1)
         assert data.records[0].completion == ' c'
 
 
@@ -135,7 +135,8 @@ def test_texts_are_cut_so_that_every_token_is_predicted_once(jsonl):
             *range(3, 12),
             1,
         ]
-        assert all(e.loss_from == 1 for e in data.examples)
+        for example in data.examples:
+            assert not example.loss[0] and example.loss[1:].all()
         assert data.counts.truncated == (length < 11) + (length < 4)
         assert (data.counts.read, data.counts.kept) == (2, 2)
     assert 'cut into pieces' not in data.counts.describe()
@@ -166,7 +167,8 @@ def test_overlong_is_truncated_and_counted(jsonl):
         [0, 6, 7, 24, 25, 1],
         [0, 3, 26, 1],
     ]
-    assert [e.loss_from for e in data.examples] == [3, 3, 2]
+    assert [e.loss.tolist().index(True) for e in data.examples] == [3, 3, 2]
+    assert [e.loss.sum() for e in data.examples] == [3, 3, 2]
     assert data.records[1].completion == 'v w x y z'
     counts = data.counts
     assert (counts.kept, counts.truncated, counts.responses_cut) == (3, 2, 1)

@@ -223,6 +223,47 @@ def test_all_of_hh_harmless():
         assert field['prompt'] + field['rejected'] == original['rejected']
 
 
+FUNCTIONS = """
+def rows(count, word='a b'):
+    for i in range(int(count)):
+        yield {'text': f'{word}{i}'}
+
+def numbers():
+    return [{'text': 'x'}, 3]
+
+def one():
+    return 1
+
+def broken():
+    return {}[0]
+"""
+
+
+def test_python_function(tmp_path, monkeypatch):
+    (tmp_path / 'my_records.py').write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    records = read('python:my_records:rows?count=10&word=x%3F%5B%26')
+    assert [r.fields['text'] for r in records] == [f'x?[&{i}' for i in range(10)]
+    assert records[4].where == 'my_records:rows record 5'
+    half = read('python:my_records:rows?count=10&word=c/d:e[50%:]')
+    assert [r.fields['text'] for r in half] == [f'c/d:e{i}' for i in range(5, 10)]
+    assert half[0].where == 'my_records:rows record 6'
+    assert read('python:my_records:rows?count=1')[0].fields == {'text': 'a b0'}
+    spec = 'python:my_records:rows'
+    fails(spec, "missing a required argument: 'count'", "(count, word='a b')")
+    fails(f'{spec}?count=1&wrod=x', "unexpected keyword argument 'wrod'")
+    fails(f'{spec}?count=1&count=2', 'count=2: an argument is given twice')
+    fails(f'{spec}?count', 'write ?key=value')
+    fails(f'{spec}?count=0', 'gave no records')
+    fails(f'{spec}?count=3[:7]', 'asks for 7', 'there are 3 records')
+    fails('python:my_records:row?count=3', 'cannot be imported', "'row'")
+    fails('python:my_record:rows', 'cannot be imported', "'my_record'")
+    fails('python:my_records:one', 'gave a int', 'iterable of dicts')
+    fails('python:my_records:numbers', 'my_records:numbers record 2: a int, not a dict')
+    with pytest.raises(KeyError):  # the function's own errors come as they are
+        read('python:my_records:broken')
+
+
 def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
     records = read('tfds:mini_source_set/one:train')

@@ -8,11 +8,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data.tokenizer import (
     bos_ids,
+    check_saved,
     check_vocabulary,
     encode,
+    encode_spans,
     eos_ids,
     load_tokenizer,
     opened,
+    save_tokenizer,
     truncate,
 )
 
@@ -72,6 +75,73 @@ def test_special_tokens():
         bos_ids(words('<s> $A </s>', eos_token='</s>'))
 
 
+def test_eos_ids_that_the_model_lists_follow_the_first(tmp_path):
+    plain().save_pretrained(tmp_path)
+    path = tmp_path / 'generation_config.json'
+    for listed, expected in [
+        ('{"eos_token_id": [5, 1, 4, 5]}', [1, 5, 4]),
+        ('{"eos_token_id": 3}', [1, 3]),
+        ('{"eos_token_id": null}', [1]),
+        ('{"max_length": 512}', [1]),
+    ]:
+        path.write_text(listed)
+        tokenizer = load_tokenizer(str(tmp_path))
+        assert eos_ids(tokenizer) == expected
+        save_tokenizer(tokenizer, tmp_path / 'saved')
+        assert eos_ids(load_tokenizer(str(tmp_path / 'saved'))) == expected
+    for faulty, part in [
+        ('{"eos_token_id": "</s>"}', "is '</s>'; it must be an id or a list"),
+        ('{"eos_token_id": [true]}', 'must be an id'),
+        ('[1]', 'no JSON object'),
+        ('{', 'no JSON object'),
+    ]:
+        path.write_text(faulty)
+        with pytest.raises(ValueError, match=part) as caught:
+            load_tokenizer(str(tmp_path))
+        assert str(path) in str(caught.value)
+
+
+def test_a_tokenizer_made_by_a_function_lists_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what lies about there is not the tokenizer's
+    (tmp_path / 'generation_config.json').write_text('{"eos_token_id": 7}')
+    assert eos_ids(plain()) == [1]
+
+
+def test_another_tokenizer_of_the_same_name_is_told_apart(tmp_path):
+    chat, special = '{{ messages }}\n', {'eos_token': '</s>', 'bos_token': '<s>'}
+
+    def made(template='<s> $A', **changes):
+        tokenizer = words(template, **{**special, **changes})
+        tokenizer.chat_template = chat
+        return tokenizer
+
+    save_tokenizer(made(), tmp_path)
+    check_saved(made(), tmp_path)
+    other, larger = made(), made()
+    other.chat_template = '{{ messages }}'
+    larger.add_tokens(['f'])
+    for changed, trait in [
+        (other, 'differ in chat template;'),
+        (larger, 'differ in vocabulary;'),
+        (made(unk_token='<unk>'), 'differ in special tokens;'),
+        (made(eos_token='e'), 'differ in special tokens, EOS ids;'),
+        (made(template=None), 'differ in tokens before a text;'),
+    ]:
+        with pytest.raises(ValueError, match=trait) as caught:
+            check_saved(changed, tmp_path)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_which_tokens_reach_into_a_span():
+    text = 'a bb c bb'  # bb is no word: <unk>, two characters wide
+    ids, inside = encode_spans(
+        words('<s> $A', eos_token='</s>'), text, [(3, 6), (7, 8)]
+    )
+    assert ids == [3, 2, 5, 2]
+    assert inside == [False, True, True, True]
+    assert encode_spans(plain(), text, [(1, 2), (4, 5)])[1] == [False] * 4
+
+
 def test_encode_adds_and_cuts_nothing():
     tokenizer = words('<s> $A', eos_token='</s>', model_max_length=2)
     tokenizer.backend_tokenizer.enable_truncation(2)
@@ -112,6 +182,11 @@ def test_truncate_by_hand():
     # Without an answer the prompt may fill the limit.
     assert truncate(prompt, [], 3, [0], 1) == ([0, 14, 15], [])
     assert truncate(prompt, [], 1, [0], 1) == ([0], [])
+    # A prompt without BOS gets none, an answer without EOS neither.
+    assert truncate([11, 12, 13], [[21, 22, 23]], 4, [0], None) == (
+        [12, 13],
+        [[21, 22]],
+    )
 
 
 def test_stories_tokenizer_puts_bos_before_a_text():
@@ -119,5 +194,5 @@ def test_stories_tokenizer_puts_bos_before_a_text():
     if not folder.exists():
         pytest.skip(f'{folder} is not here')
     tokenizer = load_tokenizer(str(folder))
-    assert (bos_ids(tokenizer), eos_ids(tokenizer)) == ([1], [2])
+    assert (bos_ids(tokenizer), eos_ids(tokenizer)) == ([1], [2, 1])
     check_vocabulary(tokenizer, 512)

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.data.formats import Prompt
 from rlhf_jax.evals.policy import (
     Sampled,
+    Scored,
     distinct_bigrams,
     policy_report,
     row_statistics,
@@ -15,14 +17,17 @@ from rlhf_jax.evals.policy import (
 from rlhf_jax.types import PromptBatch
 
 
-def sampled(responses, scores, kl=0.0):
+def sampled(responses, kl=0.0, **scores):
     size = len(responses)
+    lengths = np.array([len(text.split()) for text in responses])
     return Sampled(
         responses=responses,
-        scores=np.asarray(scores, float),
+        scores={name: np.asarray(column, float) for name, column in scores.items()},
         kl=np.full(size, kl),
-        lengths=np.array([len(text.split()) for text in responses]),
+        ref_logprobs=-0.5 * lengths**2,
+        lengths=lengths,
         ended=np.arange(size) > 0,
+        truncated={'rm': 1},
     )
 
 
@@ -60,11 +65,19 @@ def test_distinct_bigrams():
 
 
 def test_policy_report():
-    before = sampled(['a b', 'a b c'], [0.0, 1.0])
-    after = sampled(['a b c d', 'x'], [2.0, 1.0], kl=3.0)
-    report = policy_report(before, after, (np.array([1.0, 2]), np.array([3.0, 2])))
+    before = sampled(['a b', 'a b c'], rm=[0.0, 1.0], fn=[1, 2], gold=[1.0, 2])
+    after = sampled(['a b c d', 'x'], 3.0, rm=[2.0, 1.0], fn=[0, 1], gold=[3.0, 2])
+    report = policy_report(before, after, {'rm': 1.0, 'fn': -0.5})
     assert report['prompts'] == 2 and report['kl'] == 3
-    assert report['proxy_reward_before'] == 0.5 and report['proxy_reward_after'] == 1.5
+    # means: rm 0.5, fn 1.5, so 0.5 − 0.75; then rm 1.5, fn 0.5, so 1.5 − 0.25
+    assert report['rewards_before'] == {'rm': 0.5, 'fn': 1.5}
+    assert report['rewards_after'] == {'rm': 1.5, 'fn': 0.5}
+    assert report['proxy_reward_before'] == -0.25
+    assert report['proxy_reward_after'] == 1.25
+    assert report['rewards_truncated_after'] == {'rm': 1}
+    # per token: −½(2² + 3²)/(2 + 3) and −½(4² + 1²)/(4 + 1)
+    assert report['ref_logprob_before'] == pytest.approx(-1.3)
+    assert report['ref_logprob_after'] == pytest.approx(-1.7)
     assert report['length_before'] == 2.5 and report['length_after'] == 2.5
     assert report['ended_before'] == 0.5
     assert report['distinct_before'] == 2 / 3 and report['distinct_after'] == 1
@@ -73,23 +86,15 @@ def test_policy_report():
 
 
 def test_without_gold_there_is_no_win_rate():
-    both = sampled(['a b', 'a b c'], [0.0, 1.0])
-    report = policy_report(both, both, None)
+    both = sampled(['a b', 'a b c'], rm=[0.0, 1.0])
+    report = policy_report(both, both, {'rm': 1.0})
     assert not {'win_rate', 'ties', 'gold_reward_after'} & report.keys()
 
 
-def test_row_statistics_by_hand(bigram, token_scores, generation):
+def test_row_statistics_by_hand(bigram, generation):
     table = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-    scores = np.linspace(-1, 1, 64, dtype=np.float32)
     rows = jax.device_get(
-        row_statistics(
-            {'table': table},
-            {'table': scores},
-            generation,
-            policy=bigram,
-            reward=token_scores,
-            temperature=2.0,
-        )
+        row_statistics({'table': table}, generation, policy=bigram, temperature=2.0)
     )
     log_softmax = table / 2 - np.log(np.exp(table / 2).sum(-1, keepdims=True))
     tokens, response = np.asarray(generation.tokens), generation.response_mask
@@ -98,7 +103,7 @@ def test_row_statistics_by_hand(bigram, token_scores, generation):
         reference = [log_softmax[tokens[i, t - 1], tokens[i, t]] for t in places]
         kl = (generation.logprobs[i, places] - reference).sum()
         assert rows['kl'][i] == pytest.approx(kl, abs=1e-3)
-        assert rows['scores'][i] == pytest.approx(scores[tokens[i, places[-1]]])
+        assert rows['ref_logprobs'][i] == pytest.approx(sum(reference), abs=1e-3)
         assert rows['lengths'][i] == len(places)
     np.testing.assert_array_equal(rows['ended'], generation.ended)
 
@@ -109,17 +114,33 @@ def test_rows_that_fill_a_batch_are_left_out(generation):
             assert skip_special_tokens
             return [' '.join(map(str, row)) for row in rows]
 
-    index = np.where(np.arange(16) < 14, np.arange(16), -1)
+    index = np.where(np.arange(16) < 14, 13 - np.arange(16), -1)
     empty = np.zeros((16, 5), np.int32)
     batch = PromptBatch(tokens=empty, mask=empty == 0, index=index)
-    names = ('scores', 'kl', 'lengths', 'ended')
+    records = [Prompt(f'prompt {i}', None, {}, 'here') for i in range(14)]
+    seen = []
+
+    def scorer(responses):
+        seen.extend(responses.prompts)
+        texts = [len(text.split()) for text in responses.texts]
+        return Scored(responses.spread(np.asarray(texts)), truncated=3)
+
     result = sample_policy(
         lambda batch: generation,
-        lambda generation: {name: np.arange(16) for name in names},
+        lambda generation: {
+            name: np.arange(16) for name in ('kl', 'ref_logprobs', 'lengths', 'ended')
+        },
+        {'words': scorer, 'row': lambda responses: Scored(np.arange(16))},
         Tokenizer(),
+        records,
         [batch, batch],
     )
     assert len(result.responses) == 28
-    np.testing.assert_array_equal(result.scores, [*range(14), *range(14)])
+    assert seen == [f'prompt {i}' for i in range(13, -1, -1)] * 2
+    np.testing.assert_array_equal(result.kl, [*range(14), *range(14)])
+    np.testing.assert_array_equal(result.scores['row'], result.kl)
+    words = np.asarray(generation.response_mask).sum(-1)[:14]
+    np.testing.assert_array_equal(result.scores['words'], [*words, *words])
+    assert result.truncated == {'words': 6}
     first = generation.tokens[0][np.asarray(generation.response_mask)[0]]
     assert result.responses[0] == ' '.join(map(str, first))

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import hf
 from rlhf_jax.hf import families, reader, schema, writer
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.sharding import ParallelConfig, make_mesh, spec_of
 
 STORIES = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/stories260k'
 INDEX = 'model.safetensors.index.json'
@@ -183,6 +185,25 @@ def test_place_sees_every_parameter_once_and_whole(exported):
     assert len(seen) == len(jax.tree.leaves(params))
 
 
+def test_parameters_go_straight_to_their_sharding_and_dtype(exported):
+    directory, config, params = exported
+    mesh = make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2))
+
+    def place(path, array):
+        spec = spec_of('/'.join(path), array.shape, mesh)
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    loaded = hf.load_params(
+        directory, config, head='lm', dtype=ml_dtypes.bfloat16, place=place
+    )
+    kernel = loaded['backbone']['layers']['mlp']['up_kernel']
+    assert kernel.sharding.spec == PartitionSpec(None, 'fsdp', 'tensor')
+    assert kernel.addressable_shards[0].data.shape == (3, 16, 20)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(loaded))
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), params)
+    assert_same(loaded, rounded)
+
+
 def test_spare_tensors_of_other_writers_are_let_pass(exported):
     directory, config, params = exported
     tensors = load_file(directory / 'model.safetensors')
@@ -308,9 +329,11 @@ def test_a_head_that_contradicts_tied_embeddings(exported):
 
 def test_weights_that_cannot_be_read(exported):
     directory, config, _ = exported
-    (directory / 'model.safetensors').write_bytes(b'nonsense')
-    with pytest.raises(ValueError, match='model.safetensors cannot be read'):
-        hf.load_params(directory, config, head='lm')
+    whole = (directory / 'model.safetensors').read_bytes()
+    for broken in (b'nonsense', b'', whole[:-1], whole[:100]):
+        (directory / 'model.safetensors').write_bytes(broken)
+        with pytest.raises(ValueError, match='model.safetensors cannot be read'):
+            hf.load_params(directory, config, head='lm')
     (directory / 'model.safetensors').unlink()
     with pytest.raises(ValueError, match='neither.*no weights that can be read'):
         hf.load_params(directory, config, head='lm')

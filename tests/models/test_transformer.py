@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from rlhf_jax import hf
 from rlhf_jax.models import presets
-from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
 from rlhf_jax.ops.logprobs import token_logprobs
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'

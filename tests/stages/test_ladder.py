@@ -78,7 +78,7 @@ def test_metrics_have_one_row_a_step_and_the_usual_names(finished, stage):
         'rm': {'train/loss', 'train/accuracy', 'train/lr', 'train/grad_norm'},
         'ppo': {
             *('objective/kl', 'objective/scores', 'objective/rlhf_reward'),
-            *('objective/entropy', 'objective/gold', 'objective/kl_coef'),
+            *('objective/entropy', 'objective/gold', 'objective/kl_coef', 'reward/rm'),
             *('policy/clipfrac', 'policy/approxkl', 'policy/ratio', 'policy/entropy'),
             *('loss/policy', 'loss/value', 'val/clipfrac', 'val/mean'),
         },

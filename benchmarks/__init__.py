@@ -1,0 +1,1 @@
+"""Measurements: what the figures in the docs come from. Nothing imports them."""
