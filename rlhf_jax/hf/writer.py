@@ -63,8 +63,8 @@ def save(
         tokenizer: saved too, when given.
         bos_token_id: None for the tokenizer's.
         eos_token_id: one id, or all that end a response; None for the tokenizer's.
-        pad_token_id: None for the tokenizer's. A scalar model needs one, and takes the
-            (first) EOS id where there is none.
+        pad_token_id: None for the tokenizer's. A decoder with a score needs one, and
+            takes the (first) EOS id where there is none.
         max_shard_bytes: weights are split into files of at most this size; a tensor is
             never split.
 
@@ -80,7 +80,9 @@ def save(
     family = family_for(config)
     flat = _check_params(params, config, head)
     special = {'bos': bos_token_id, 'eos': eos_token_id, 'pad': pad_token_id}
-    ids = _token_ids(special, tokenizer, config.vocab_size, head)
+    # transformers reads a decoder's score before the padding, an encoder's first.
+    needs_pad = head == 'scalar' and config.attention == 'causal'
+    ids = _token_ids(special, tokenizer, config.vocab_size, needs_pad)
 
     entries = {
         'architectures': [family.architectures[head]],
@@ -129,18 +131,18 @@ def _token_ids(
     given: Mapping[str, int | Sequence[int] | None],
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
-    head: Head,
+    needs_pad: bool,
 ) -> dict[str, Any]:
     """``{'bos_token_id': …}`` for config.json: as given, else the tokenizer's."""
     ids = {}
     for name, value in given.items():
         value = getattr(tokenizer, f'{name}_token_id', None) if value is None else value
         ids[f'{name}_token_id'] = list(value) if isinstance(value, Sequence) else value
-    if head == 'scalar' and ids['pad_token_id'] is None:
+    if needs_pad and ids['pad_token_id'] is None:
         eos = ids['eos_token_id']
         if eos is None or eos == []:
             raise ValueError(
-                'a scalar model needs pad_token_id (or eos_token_id): '
+                'a decoder with a score needs pad_token_id (or eos_token_id): '
                 'transformers finds the last token of a text by it'
             )
         ids['pad_token_id'] = eos[0] if isinstance(eos, list) else eos

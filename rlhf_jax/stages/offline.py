@@ -27,7 +27,13 @@ from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.sharding import check_batch_size, init_sharded
 from rlhf_jax.stages.loop import run_loop
-from rlhf_jax.stages.run import Run, load_policy, load_scalar, model_config
+from rlhf_jax.stages.run import (
+    Run,
+    check_policy,
+    load_policy,
+    load_scalar,
+    model_config,
+)
 from rlhf_jax.stages.scoring import model_tokenizer, reads_alike
 from rlhf_jax.stages.settings import OfflineSettings
 from rlhf_jax.types import Params, TrainState
@@ -51,6 +57,7 @@ def load_language_model(run: Run, stage: str) -> Offline:
     """Data and settings of pretrain and sft; see ``OfflineSettings``."""
     where = f'config.{stage}'
     settings, hp = build(run.config[stage], OfflineSettings, SFTHParams, where=where)
+    check_policy(run, f'{where}.init', settings.init)
     if settings.tokenizer is not None:
         raise ValueError(
             f'{where}.tokenizer={settings.tokenizer!r}: rm alone can have its own; a '

@@ -30,7 +30,13 @@ from rlhf_jax.optim import actor_critic_optimizer, make_schedule
 from rlhf_jax.rewards import shape_scores, weighted_sum
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.loop import run_loop
-from rlhf_jax.stages.run import Run, load_policy, load_scalar, model_config
+from rlhf_jax.stages.run import (
+    Run,
+    check_policy,
+    load_policy,
+    load_scalar,
+    model_config,
+)
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import (
     Array,
@@ -91,6 +97,7 @@ def load_online(run: Run, stage: str) -> Online:
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens
     rewards = _check_rewards(run, where, settings, longest)
     _check_critic(run, where, settings)
+    check_policy(run, f'{where}.init', settings.init)
     for name in ('init', 'critic'):
         config = model_config(run, getattr(settings, name))
         pipeline.check_vocabulary(run.tokenizer, config.vocab_size)

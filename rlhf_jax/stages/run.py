@@ -102,6 +102,26 @@ def load_policy(run: Run, init: str, key: PRNGKey) -> tuple[CausalLM, Params]:
     return model, checkpoint.load_params(folder, 'policy', like)
 
 
+def check_policy(run: Run, where: str, init: str) -> None:
+    """Refuses what no text can be sampled from, before anything compiles.
+
+    Raises:
+        ValueError: a reward model, a classifier, or an encoder.
+    """
+    folder = source_dir(run, init)
+    if folder is None:
+        bare = init != 'scratch' and hf.load_head(init) != 'lm'
+    elif (folder / 'model.json').exists():
+        bare = 'policy' not in checkpoint.load_model_configs(folder)
+    else:
+        bare = init == 'rm'
+    if bare:
+        raise ValueError(
+            f'{where}={init!r} is no language model that could write a response; name '
+            "one, e.g. 'sft' or a …ForCausalLM directory"
+        )
+
+
 def check_trained_head(run: Run, where: str, init: str) -> None:
     """Refuses what has no trained scalar head, where a reward is to be optimised.
 
