@@ -101,7 +101,7 @@ def _run_stages(
     from rlhf_jax.data.tokenizer import check_saved, load_tokenizer, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
-    from rlhf_jax.stages import offline, online
+    from rlhf_jax.stages import offline, online, online_job
     from rlhf_jax.stages.run import Run
 
     check_writers(tuple(config.metrics))
@@ -113,7 +113,7 @@ def _run_stages(
         'pretrain': (offline.load_language_model, offline.train_language_model),
         'sft': (offline.load_language_model, offline.train_language_model),
         'rm': (offline.load_reward_model, offline.train_reward_model),
-        'ppo': (online.load_online, online.train_ppo),
+        'ppo': (online_job.load_online, online.train_ppo),
     }
     # Everything is read and checked before the first stage compiles anything.
     jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]

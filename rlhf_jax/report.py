@@ -396,6 +396,8 @@ FACTS = {
 CHANGES = (
     ('Proxy reward', 'proxy_reward', 'reward units'),
     ('Gold reward', 'gold_reward', 'reward units'),
+    ('Log-likelihood under the reference', 'ref_logprob', 'nats/token'),
+    ('Log-likelihood under the base model', 'base_logprob', 'nats/token'),
     ('Response length', 'length', 'tokens'),
     ('Responses that ended', 'ended', 'fraction'),
     ('Distinct bigrams', 'distinct', 'fraction'),

@@ -86,6 +86,7 @@ class Sampled:
     lengths: np.ndarray  # [N] tokens
     ended: np.ndarray  # [N] bool
     truncated: dict[str, int]  # by scorer: texts cut to fit its model
+    base_logprobs: np.ndarray | None = None  # [N] nats per sequence, under the base
 
     def proxy(self, weights: Mapping[str, float]) -> np.ndarray:
         """[N] the reward that is optimised, unshaped."""
@@ -116,6 +117,18 @@ def row_statistics(
         'lengths': jnp.sum(response, axis=-1),
         'ended': generation.ended,
     }
+
+
+def base_likelihood(
+    params: Params, generation: Generation, *, model: CausalLM
+) -> dict[str, Array]:
+    """Log-likelihood of every response under a language model, at temperature 1; a
+    pure function to compile.
+    """
+    logprobs, _ = policy_logprobs(
+        params, generation.tokens, generation.mask, model=model, temperature=1.0
+    )
+    return {'base_logprobs': masked_sum(logprobs, generation.response_mask, -1)}
 
 
 def sample_policy(
@@ -206,6 +219,9 @@ def policy_report(
             'ended': float(sampled.ended.mean()),
             'distinct': distinct_bigrams(sampled.responses),
         }
+        if sampled.base_logprobs is not None:
+            mean = sampled.base_logprobs.sum() / sampled.lengths.sum()
+            numbers['base_logprob'] = float(mean)
         report |= {f'{name}_{when}': number for name, number in numbers.items()}
     if GOLD in after.scores:
         gold_before, gold_after = before.scores[GOLD], after.scores[GOLD]

@@ -3,7 +3,7 @@
 All become one kind of thing, a ``Scorer``. A reward model that reads the policy's
 tokens scores them where they are, on the mesh; one with another tokenizer and a
 function get the texts, which are decoded once per batch for all of them. ``check_…``
-finds what is wrong before anything compiles. Read ``stages/online.py`` next.
+finds what is wrong before anything compiles. Read ``stages/online_job.py`` next.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class OnlineSettings:
     prompts: str  # data spec
     eval_prompts: str  # data spec, held out
     gold: RewardSource | None = None  # judges, and is never optimised
+    base: str | None = None  # a language model; how likely are the responses to it?
     ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
     ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
     ptx_buckets: tuple[int, ...] = (128,)

@@ -49,6 +49,7 @@ def test_a_bert_scores_a_gpt2_in_ppo(directories):
     with config.ppo.ignore_type():
         config.ppo.gold = None
     config.ppo.rewards = {'bert': section(RewardSource, model=reward)}
+    config.ppo.base = policy
     config.ppo.prompt_buckets = (8,)
     config.ppo.max_new_tokens = 6
     workdir = directories / 'run'
@@ -70,6 +71,13 @@ def test_a_bert_scores_a_gpt2_in_ppo(directories):
         ]
         given = line['rewards_after']['bert']
         assert min(abs(given - score) for score in scores) < 1e-4
+
+    result = json.loads((workdir / 'ppo' / 'eval.json').read_text())
+    # The base is the reference here, and the temperature 1.
+    for when in ('before', 'after'):
+        same = result[f'base_logprob_{when}']
+        assert same == pytest.approx(result[f'ref_logprob_{when}'], abs=1e-5) and same < 0
+    assert 'under the base model' in (workdir / 'report.html').read_text()
 
     export(workdir, 'ppo', directories / 'policy')
     assert hf.load_head(directories / 'policy') == 'lm'
