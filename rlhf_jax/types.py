@@ -96,7 +96,7 @@ class PairLogps:
 
     logps: Array  # [P, 2] float32, Σ log π of the chosen and the rejected response
     shared_logps: Array  # [P, 2] float32
-    lengths: Array  # [P, 2] float32, tokens of the responses
+    lengths: Array  # [P, 2] float32, tokens of the responses, ≥ 1
     weight: Array  # [P] float32
     ref_logps: Array | None = None  # [P, 2] float32, the same of the reference
     ref_shared_logps: Array | None = None  # [P, 2] float32
@@ -116,10 +116,12 @@ class PairLogps:
 
 @struct.dataclass(kw_only=True)
 class SingleLogps:
-    """What a preference loss on single responses sees of ``PreferenceSingles``."""
+    """What a preference loss on single responses sees of ``PreferenceSingles``; the
+    mismatched responses only in its ``context``.
+    """
 
     logps: Array  # [P] float32, Σ log π of the response
-    lengths: Array  # [P] float32, tokens of the response
+    lengths: Array  # [P] float32, tokens of the response, ≥ 1
     desirable: Array  # [P] bool
     weight: Array  # [P] float32
     mismatched_logps: Array | None = None  # [P] float32, of another row's response

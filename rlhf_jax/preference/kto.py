@@ -8,7 +8,7 @@ d is log π − log π_ref of the response; y′ is the response of another row 
 prompt, which makes z an estimate of KL(π ‖ π_ref). No gradient goes through z.
 
 Source: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7. Choose the weights such that
-λ_D·(desirable rows) / (λ_U·(undesirable rows)) lies in [1, 1.5] (there, §4.2).
+λ_D·(desirable rows) / (λ_U·(undesirable rows)) lies in [1, 4/3].
 Deviations: z is the mean over the whole batch, all devices and microbatches; TRL
 averages the means of devices.
 """
