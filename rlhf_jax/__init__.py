@@ -1,4 +1,4 @@
-"""RLHF in JAX/Flax as pure functions: SFT → reward model → PPO.
+"""RLHF in JAX/Flax as pure functions: SFT → reward model → PPO, and preference losses.
 
 The public names, explicit. Everything here is a pure function or a plain dataclass;
 nothing reads a config or touches a disk. ``docs/library.md`` shows how they go
@@ -6,6 +6,11 @@ together; read ``types.py`` next.
 """
 
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
+from rlhf_jax.algos.preference import (
+    PreferenceHParams,
+    preference_step,
+    reference_logps,
+)
 from rlhf_jax.algos.rm import RMHParams, rm_step
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.generate import Sampling, generate, sampling
@@ -17,6 +22,8 @@ from rlhf_jax.types import (
     Metrics,
     PairBatch,
     PPOState,
+    PreferencePairs,
+    PreferenceSingles,
     PromptBatch,
     Rollout,
     TokenBatch,
@@ -31,6 +38,9 @@ __all__ = [
     'PPOHParams',
     'PPOState',
     'PairBatch',
+    'PreferenceHParams',
+    'PreferencePairs',
+    'PreferenceSingles',
     'PromptBatch',
     'RMHParams',
     'Rollout',
@@ -42,7 +52,9 @@ __all__ = [
     'TransformerConfig',
     'generate',
     'ppo_step',
+    'preference_step',
     'prepare',
+    'reference_logps',
     'reward_model_scores',
     'rm_step',
     'sampling',

@@ -12,11 +12,12 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -28,10 +29,19 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of
     one.
     """
+    text = json.dumps(value, indent=1, sort_keys=True, default=str) + '\n'
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an ``.npz`` so that a reader sees a whole file or none."""
+    _write(path, lambda file: np.savez(file, **arrays))
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     partial = path.with_name(f'{path.name}.partial')
-    with partial.open('w', encoding='utf-8') as file:
-        json.dump(value, file, indent=1, sort_keys=True, default=str)
-        file.write('\n')
+    with partial.open('wb') as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -86,9 +86,9 @@ def _fields(*classes: type) -> dict[str, tuple[type, dataclasses.Field, Any]]:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if field.name in table:
-                raise TypeError(
+                raise ValueError(
                     f'{field.name!r} is a field of {table[field.name][0].__name__} and '
-                    f'of {cls.__name__}'
+                    f'of {cls.__name__}; rename one'
                 )
             table[field.name] = (cls, field, hints[field.name])
     return table
@@ -114,6 +114,8 @@ def _off(hint: Any) -> Any:
         )
     kinds = [a for a in typing.get_args(hint) if a is not types.NoneType] or [hint]
     kind = typing.get_origin(kinds[0]) or kinds[0]
+    if kind is typing.Literal:
+        kind = type(typing.get_args(kinds[0])[0])
     return config_dict.placeholder(kind if isinstance(kind, type) else object)
 
 
@@ -165,6 +167,18 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
             return value
     wanted = hint.__name__ if isinstance(hint, type) else str(hint)
     raise ValueError(f'{where}={value!r} is not {wanted.replace("typing.", "")}')
+
+
+def unset(cls: type) -> type:
+    """The dataclass with None, 'not set', as the default of every field.
+
+    For the settings of a part that a name chooses, so that another one can be named on
+    the command line: what is not set has the default of the part that is named, see
+    ``stages/preference.py``.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = [(f.name, hints[f.name] | None, None) for f in dataclasses.fields(cls)]
+    return dataclasses.make_dataclass(cls.__name__, fields, frozen=True, kw_only=True)
 
 
 def section(*classes: type, **values: Any) -> ConfigDict:

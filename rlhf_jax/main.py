@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 _DEFAULT = Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
 
-STAGES = ('pretrain', 'sft', 'rm', 'ppo')
+STAGES = ('pretrain', 'sft', 'rm', 'preference', 'ppo')
 # Settings that may differ when a work directory is used again: which stages to run, and
 # where numbers are written to. Neither changes what a stage computes.
 FREE = ('stages', 'metrics')
@@ -101,7 +101,7 @@ def _run_stages(
     from rlhf_jax.data.tokenizer import check_saved, load_tokenizer, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
-    from rlhf_jax.stages import offline, online, online_job
+    from rlhf_jax.stages import offline, online, online_job, preference
     from rlhf_jax.stages.run import Run
 
     check_writers(tuple(config.metrics))
@@ -113,6 +113,7 @@ def _run_stages(
         'pretrain': (offline.load_language_model, offline.train_language_model),
         'sft': (offline.load_language_model, offline.train_language_model),
         'rm': (offline.load_reward_model, offline.train_reward_model),
+        'preference': (preference.load_preference, preference.train_preference),
         'ppo': (online_job.load_online, online.train_ppo),
     }
     # Everything is read and checked before the first stage compiles anything.

@@ -1,10 +1,10 @@
 """The page a run leaves: ``report.html`` for people, ``report.json`` for scripts.
 
-``write_report`` reads what the stages wrote into the work directory, judges each stage
-by the rule documented at its ``_judge_…`` function and renders the template
-``report.html`` beside this file. It computes nothing about models: a number that no
-stage wrote is left out, and the page says so. ``main.py`` calls it at the end of a run;
-read ``plots.py`` next, which draws the figures.
+``write_report`` reads what the stages wrote into the work directory, has each stage
+judged (``verdicts.py``) and renders the template ``report.html`` beside this file. It
+computes nothing about models: a number that no stage wrote is left out, and the page
+says so. ``main.py`` calls it at the end of a run; read ``plots.py`` next, which draws
+the figures.
 """
 
 from __future__ import annotations
@@ -14,21 +14,28 @@ import importlib.resources
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from rlhf_jax import plots
-
-Json = dict[str, Any]
+from rlhf_jax.verdicts import (
+    COMPARED,
+    Json,
+    has_gold,
+    interval,
+    judge,
+    number,
+    warnings,
+)
 
 TITLES = {
     'pretrain': 'Pretraining',
     'sft': 'Fine-tuning (SFT)',
     'rm': 'Reward model',
+    'preference': 'Preference optimisation',
     'ppo': 'PPO',
 }
 
@@ -37,6 +44,7 @@ REQUIRED = {
     'pretrain': ('loss', 'loss_before', 'tokens', 'uniform_loss'),
     'sft': ('loss', 'loss_before', 'tokens', 'uniform_loss'),
     'rm': ('accuracy', 'interval', 'pairs', 'loss', 'length_baseline'),
+    'preference': ('prompts', 'kl', 'accuracy', 'interval', 'pairs', 'length_baseline'),
     'ppo': ('prompts', 'kl', 'proxy_reward_before', 'proxy_reward_after'),
 }
 REQUIRED_IN_BINS = {
@@ -45,7 +53,13 @@ REQUIRED_IN_BINS = {
     'calibration': ('predicted', 'observed', 'count'),
 }
 
-MAX_SAMPLES = {'pretrain': 4, 'sft': 4, 'rm': 4, 'ppo': 12}  # shown on the page
+MAX_SAMPLES = {
+    'pretrain': 4,
+    'sft': 4,
+    'rm': 4,
+    'preference': 12,
+    'ppo': 12,
+}  # shown on the page
 LONG_PROMPT = 240  # characters; a longer prompt is folded
 
 
@@ -87,14 +101,14 @@ def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
     # A last line without its end is being written at this moment: it is not a row yet.
     lines = text.split('\n')[:-1]
     rows = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f'{path}:{number} is no JSON ({error.msg}); repair or delete that line'
+                f'{path}:{place} is no JSON ({error.msg}); repair or delete that line'
             ) from error
-        _require(row, required, f'{path}:{number}')
+        _require(row, required, f'{path}:{place}')
         rows.append(_finite(row))
     return rows
 
@@ -123,183 +137,6 @@ def _read_evaluation(stage: str, folder: Path) -> Json | None:
     return evaluation
 
 
-# ----------------------------------------------------------------------------- judging
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a stage did what it is for."""
-
-    verdict: str  # 'pass', 'fail' or 'unknown'
-    figure: str  # the number that decides
-    expected: str  # what it had to be
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for people: significant digits, thousands separated, '–' for None."""
-    if value is None or not math.isfinite(value):
-        return '–'
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f'{value:,.0f}'.replace('-', '−')
-    if 1e3 <= abs(value) < 1e7:
-        return f'{value:,.0f}'.replace('-', '−')
-    return f'{value:.{digits}g}'.replace('-', '−')
-
-
-def fraction(value: float | None) -> str:
-    """A fraction to three decimals, '–' for None."""
-    return '–' if value is None else f'{value:.3f}'
-
-
-def _interval(pair: list[float | None]) -> str:
-    return f'[{fraction(pair[0])}, {fraction(pair[1])}]'
-
-
-def _less(a: float | None, b: float | None) -> bool:
-    """a < b, and False when either is not a finite number."""
-    return a is not None and b is not None and a < b
-
-
-def _judge_pretrain(e: Json) -> Verdict:
-    """Pass: the loss is below the one it started from, and below uniform guessing."""
-    good = _less(e['loss'], e['loss_before']) and _less(e['loss'], e['uniform_loss'])
-    return Verdict(
-        'pass' if good else 'fail',
-        f'loss {number(e["loss"])} nats/token',
-        f'below {number(e["loss_before"])} (before) and {number(e["uniform_loss"])} '
-        '(uniform)',
-    )
-
-
-def _judge_sft(e: Json) -> Verdict:
-    """Pass: the loss is below the one of the model it started from."""
-    good = _less(e['loss'], e['loss_before'])
-    return Verdict(
-        'pass' if good else 'fail',
-        f'loss {number(e["loss"])} nats/token',
-        f'below {number(e["loss_before"])} (before)',
-    )
-
-
-def _judge_rm(e: Json) -> Verdict:
-    """Pass: surely better than chance and than length, and near the ceiling if known.
-
-    The lower end of the accuracy's 95% interval is above max(½, accuracy of 'longer
-    wins'); where the data has a gold order, accuracy is at least its ceiling − 0.05.
-    """
-    floor = max(0.5, e['length_baseline'] or 0.0)
-    good = _less(floor, e['interval'][0])
-    expected = f'interval above {fraction(floor)}'
-    expected += ' (longer wins)' if floor > 0.5 else ' (chance)'
-    ceiling = e.get('accuracy_ceiling')
-    if ceiling is not None:
-        accuracy = e['accuracy']
-        # Rounded, because in floating point 0.768 lies below 0.818 − 0.05.
-        near = accuracy is not None and round(ceiling - accuracy, 9) <= 0.05
-        good = good and near
-        expected += f', accuracy ≥ {fraction(ceiling - 0.05)} (ceiling − 0.05)'
-    figure = f'accuracy {fraction(e["accuracy"])} {_interval(e["interval"])}'
-    return Verdict('pass' if good else 'fail', figure, expected)
-
-
-def _has_gold(e: Json) -> bool:
-    keys = ('win_rate', 'win_rate_interval', 'gold_reward_after')
-    return any(e.get(key) is not None for key in keys)
-
-
-def _judge_ppo(e: Json) -> Verdict:
-    """Pass: surely wins more often than expected; without gold, the proxy reward rose.
-
-    The lower end of the win rate's 95% interval is above ``expected_win_rate``, or ½
-    where none is set. A gold reward without a win-rate interval is not judged.
-    """
-    interval = e.get('win_rate_interval')
-    floor = e.get('expected_win_rate')
-    floor = 0.5 if floor is None else floor
-    expected = f'win-rate interval above {fraction(floor)}'
-    if interval is not None:
-        good = _less(floor, interval[0])
-        figure = f'win rate {fraction(e.get("win_rate"))} {_interval(interval)}'
-        return Verdict('pass' if good else 'fail', figure, expected)
-    if _has_gold(e):
-        return Verdict('unknown', 'no win-rate interval', expected)
-    before, after = e['proxy_reward_before'], e['proxy_reward_after']
-    figure = f'proxy reward {number(before)} → {number(after)}'
-    verdict = 'pass' if _less(before, after) else 'fail'
-    return Verdict(verdict, figure, 'a rise; alone it proves nothing (no gold reward)')
-
-
-JUDGES: dict[str, Callable[[Json], Verdict]] = {
-    'pretrain': _judge_pretrain,
-    'sft': _judge_sft,
-    'rm': _judge_rm,
-    'ppo': _judge_ppo,
-}
-
-
-def judge(stage: str, evaluation: Json | None) -> Verdict:
-    """Judges a stage by its eval.json; 'unknown' while there is none.
-
-    Args:
-        stage: 'pretrain', 'sft', 'rm' or 'ppo'.
-        evaluation: its eval.json, with None for numbers that are not finite.
-
-    Returns:
-        The verdict with its figure and what was expected.
-    """
-    if evaluation is None:
-        return Verdict('unknown', 'not evaluated', 'an evaluation when the stage ends')
-    return JUDGES[stage](evaluation)
-
-
-def warnings(stage: str, evaluation: Json | None) -> list[str]:
-    """What looks wrong although the verdict may be a pass.
-
-    For PPO: the proxy reward rose while the gold fell; responses longer than 1.5 times
-    before; fewer of them end; KL above 50 nats. For a reward model: a score that
-    depends on the side of the padding by more than 0.01.
-
-    Returns:
-        One sentence each, with the numbers.
-    """
-    e = evaluation or {}
-    get = e.get
-    found = []
-    if stage == 'rm' and _less(0.01, get('padding_gap')):
-        found.append(
-            f'Scores depend on the side of the padding by {number(e["padding_gap"])}; '
-            'beyond 0.01 positions or masks are wrong.'
-        )
-    if stage != 'ppo':
-        return found
-    proxy_rose = _less(get('proxy_reward_before'), get('proxy_reward_after'))
-    if proxy_rose and _less(get('gold_reward_after'), get('gold_reward_before')):
-        found.append(
-            'Reward hacking suspected: the proxy reward rose from '
-            f'{number(e["proxy_reward_before"])} to {number(e["proxy_reward_after"])} '
-            f'while the gold reward fell from {number(e["gold_reward_before"])} to '
-            f'{number(e["gold_reward_after"])}.'
-        )
-    before, after = get('length_before'), get('length_after')
-    if before is not None and _less(1.5 * before, after):
-        found.append(
-            f'Responses grew from {number(before)} to {number(after)} tokens, more '
-            'than 1.5 times: the reward may be paid for length.'
-        )
-    ended = get('ended_before')
-    if ended is not None and _less(get('ended_after'), ended - 0.01):  # less is noise
-        found.append(
-            f'Fewer responses end by themselves: {number(e["ended_before"])} before, '
-            f'{number(e["ended_after"])} after.'
-        )
-    if _less(50, get('kl')):
-        found.append(
-            f'KL is {number(e["kl"])} nats per sequence, above 50: the policy is far '
-            'from its reference, where the reward model has seen no text.'
-        )
-    return found
-
-
 # ---------------------------------------------------------------------------- assembly
 
 
@@ -310,8 +147,8 @@ def _stage_view(stage: str, folder: Path) -> Json:
     done = _read_json(folder / 'done.json')
     if done is not None:
         _require(done, ('steps', 'seconds'), str(folder / 'done.json'))
-    keys = ('prompt', 'before', 'after') if stage == 'ppo' else ('prompt', 'response')
-    samples = _read_rows(folder / 'samples.jsonl', keys)
+    keys = ('before', 'after') if stage in COMPARED else ('response',)
+    samples = _read_rows(folder / 'samples.jsonl', ('prompt', *keys))
     figures, absent = plots.draw(stage, rows, evaluation)
     holes = {
         name: sum(row.get(name, 0) is None for row in rows)
@@ -331,6 +168,7 @@ def _stage_view(stage: str, folder: Path) -> Json:
     return {
         'name': stage,
         'title': TITLES[stage],
+        'compared': stage in COMPARED,
         'rows': rows,
         'evaluation': evaluation,
         'done': done,
@@ -339,7 +177,7 @@ def _stage_view(stage: str, folder: Path) -> Json:
         'plots': figures,
         'absent': absent,
         'samples': samples,
-        'without_gold': stage == 'ppo' and evaluation and not _has_gold(evaluation),
+        'without_gold': stage in COMPARED and evaluation and not has_gold(evaluation),
     }
 
 
@@ -387,11 +225,19 @@ FACTS = {
     ),
     'ppo': (
         ('Prompts', 'prompts', ''),
-        ('Wins over before PPO', 'win_rate', 'by gold reward'),
+        ('Wins over before', 'win_rate', 'by gold reward'),
         ('Ties', 'ties', ''),
         ('KL to the reference', 'kl', 'nats per sequence'),
     ),
 }
+FACTS['sft'] = FACTS['pretrain']
+FACTS['preference'] = (
+    *FACTS['ppo'],
+    ('Held-out pairs', 'pairs', ''),
+    ('Accuracy of the implicit reward', 'accuracy', 'fraction of pairs'),
+    ('Mean margin of the implicit reward', 'margin', 'reward units'),
+    ('Logistic loss of the margins', 'loss', 'nats/pair'),
+)
 # Before and after, under key_before and key_after.
 CHANGES = (
     ('Proxy reward', 'proxy_reward', 'reward units'),
@@ -425,7 +271,7 @@ def _page(title: str, report: Json, views: list[Json], run: Json) -> str:
     )
     environment.filters |= {
         'number': number,
-        'interval': _interval,
+        'interval': interval,
         'duration': _duration,
     }
     now = datetime.datetime.now(datetime.UTC)
@@ -436,7 +282,7 @@ def _page(title: str, report: Json, views: list[Json], run: Json) -> str:
         views=views,
         missing=[TITLES[s] for s in TITLES if s not in report['stages']],
         config=json.dumps(run['config'], indent=2, ensure_ascii=False),
-        facts={**FACTS, 'sft': FACTS['pretrain']},
+        facts=FACTS,
         changes=CHANGES,
         max_samples=MAX_SAMPLES,
         long_prompt=LONG_PROMPT,

@@ -137,7 +137,7 @@ def main(argv: list[str]) -> None:
     workdir, console = Path(values.workdir), Console()
     try:
         if values.prompt is None:
-            prompts = _known(workdir)
+            prompts = _known(workdir, values.stage)
         else:
             prompts = [values.prompt.replace('\\n', '\n')]
         for prompt in prompts:
@@ -160,10 +160,11 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def _known(workdir: Path) -> list[str]:
-    path = workdir / 'ppo' / 'samples.jsonl'
-    if not path.exists():
-        raise ValueError(f'{path} does not exist; give --prompt')
+def _known(workdir: Path, stage: str) -> list[str]:
+    paths = [workdir / s / 'samples.jsonl' for s in (stage, 'ppo', 'preference')]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise ValueError(f'no stage of {workdir} has a samples.jsonl; give --prompt')
     lines = path.read_text(encoding='utf-8').splitlines()[:3]
     return [json.loads(line)['prompt'] for line in lines]
 

@@ -96,7 +96,13 @@ def make_mesh(config: ParallelConfig, devices: list[Any] | None = None) -> Mesh:
     return Mesh(grid, ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, what: str, parts: int = 1) -> None:
+def check_batch_size(
+    batch_size: int,
+    mesh: Mesh,
+    what: str,
+    parts: int = 1,
+    name: str = 'batch_size',
+) -> None:
     """Raises ValueError when rows do not divide over the devices and microbatches."""
     devices = mesh.shape['data'] * mesh.shape['fsdp']
     unit = devices * parts
@@ -105,7 +111,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, what: str, parts: int = 1) -> 
         use = f'{below} or {above}' if below else f'{above}'
         of = f' × {parts} minibatches and microbatches' if parts > 1 else ''
         raise ValueError(
-            f'{what}.batch_size={batch_size} is not divisible by {devices} '
+            f'{what}.{name}={batch_size} is not divisible by {devices} '
             f'devices{of}; use {use}'
         )
 

@@ -240,8 +240,8 @@ def test_a_setting_left_out_takes_its_default_unless_it_is_required():
         build(section(Outer), Outer)
 
 
-def test_two_classes_with_one_field_name_are_a_bug():
-    with pytest.raises(TypeError, match="'coef' is a field of Other and of Other"):
+def test_two_classes_with_one_field_name_are_refused():
+    with pytest.raises(ValueError, match="'coef' is a field of Other and of Other"):
         section(Other, Other)
 
 

@@ -11,8 +11,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from rlhf_jax import report
-from rlhf_jax.report import judge, warnings, write_report
+from rlhf_jax.report import write_report
+from rlhf_jax.verdicts import judge, number, warnings
 
 STAGES = ('pretrain', 'sft', 'rm', 'ppo')
 
@@ -381,7 +381,7 @@ def test_a_subset_of_stages(tmp_path):
     root = make_run(tmp_path, stages=('sft', 'rm'))
     page, got = render(root)
     assert list(got['stages']) == ['sft', 'rm']
-    assert 'Not part of this work directory: Pretraining, PPO.' in page
+    assert 'work directory: Pretraining, Preference optimisation, PPO.' in page
     assert 'id="sft"' in page and 'id="ppo"' not in page
 
 
@@ -484,4 +484,4 @@ def test_a_bin_must_be_complete(tmp_path):
     ],
 )
 def test_number(value, text):
-    assert report.number(value) == text
+    assert number(value) == text

@@ -17,8 +17,10 @@ PURE = {'types', 'ops', 'preference', 'models', 'generate', 'rewards', 'algos'}
 BESIDE = {
     'config': set(),
     'data': {'config', 'types'},
-    'plots': set(),
-    'report': {'plots'},
+    'drawing': set(),
+    'plots': {'drawing'},
+    'verdicts': set(),
+    'report': {'plots', 'verdicts'},
     'metrics': {'config', 'types'},
     'optim': {'types'},
     'sharding': {'optim', 'ops', 'types'},

@@ -187,6 +187,30 @@ def batch_context(
     return context
 
 
+def implicit_rewards(
+    params: Params,
+    batch: Batch,
+    *,
+    model: CausalLM,
+    loss: PreferenceLoss,
+    loss_hp: Any,
+    axis_name: str | None = None,
+) -> Array:
+    """What a policy claims of the responses: the rewards that its loss reports.
+
+    Returns:
+        [P, 2] of pairs, [P] of singles, float32.
+
+    Raises:
+        ValueError: pairs given to a loss on singles or the reverse, or no reference.
+    """
+    check_batch(loss, batch)
+    how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
+    context = batch_context(params, batch, **how, axis_name=axis_name)
+    numbers = batch_logps(params, batch, model=model).replace(context=context)
+    return loss.loss(numbers, loss_hp)[1]
+
+
 def preference_loss(
     params: Params,
     batch: Batch,

@@ -3,6 +3,7 @@
     demonstration   prompt + completion · messages · the chosen side of a comparison
     conversation    a demonstration in messages, all of whose assistant turns count
     comparison      prompt + chosen + rejected · chosen + rejected as conversations
+    verdict         a demonstration + label: true (or 1) desirable, false (or 0) not
     prompt          any record with a prompt
     text            text
 
@@ -64,6 +65,20 @@ class Comparison:
     rejected: str
     margin: float  # demanded score difference, 0 where labellers gave none
     meta: dict[str, Any]  # other scalar fields, e.g. annotator, gold_chosen
+    where: str
+    templated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """An answer to a prompt that a labeller found desirable or not."""
+
+    PARTS: ClassVar = ('prompt', 'completion')
+
+    prompt: str
+    completion: str
+    is_desirable: bool
+    meta: dict[str, Any]  # other scalar fields
     where: str
     templated: bool = False
 
@@ -158,6 +173,26 @@ def to_comparison(
     meta = _meta(fields, 'margin')
     margin = float(margin)
     return Comparison(prompt, chosen, rejected, margin, meta, record.where, templated)
+
+
+def to_verdict(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Verdict:
+    """Reads an answer with its ``label``; the module docstring lists the fields.
+
+    Raises:
+        BadRecord: a field is missing, of the wrong type or empty, or the label is
+            neither true or 1 nor false or 0.
+        ValueError: messages, and the tokenizer has no chat template.
+    """
+    label = _field(record, 'label')
+    if not isinstance(label, int) or label not in (0, 1):  # a bool is an int
+        raise BadRecord(
+            f'{record.where}: label is {label!r}, which is no verdict; use true or '
+            'false, or 1 or 0'
+        )
+    name = _answer_field(record)
+    prompt, completion, templated = _pair(record, tokenizer, name)
+    meta = _meta(_present(record), 'label')
+    return Verdict(prompt, completion, bool(label), meta, record.where, templated)
 
 
 def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:

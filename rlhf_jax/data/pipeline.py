@@ -18,98 +18,30 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.config import nearest
 from rlhf_jax.data import formats
+from rlhf_jax.data.examples import (
+    Batch,
+    Counts,
+    Dataset,
+    Example,
+    PairExample,
+    PreferencePair,
+    PreferenceSingle,
+    PromptExample,
+    TokenExample,
+    collate,
+    example_length,
+    mismatched,
+)
 from rlhf_jax.data.formats import BadRecord
 from rlhf_jax.data.rows import Row, conversation_rows, text_rows
-from rlhf_jax.data.sources import read
+from rlhf_jax.data.sources import SourceRecord, read
 from rlhf_jax.data.tokenizer import bos_ids, encode, frame, opened, truncate
 from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
 from rlhf_jax.data.tokenizer import eos_ids as eos_ids
-from rlhf_jax.types import PairBatch, PromptBatch, TokenBatch
 
 Overlong = Literal['drop', 'truncate']
 OnBad = Literal['error', 'skip']
 LossOn = Literal['response', 'all', 'assistant']
-Batch = TokenBatch | PairBatch | PromptBatch
-
-
-class TokenExample(NamedTuple):
-    """A sequence for a language-model loss."""
-
-    tokens: np.ndarray  # [T] int32
-    loss: np.ndarray  # [T] bool, the tokens in the loss; the first is never one
-
-
-class PairExample(NamedTuple):
-    """A comparison."""
-
-    prompt: np.ndarray  # [T] int32
-    chosen: np.ndarray  # [T] int32, the answer alone, EOS at its end
-    rejected: np.ndarray  # [T] int32, likewise
-    margin: float
-
-
-class PromptExample(NamedTuple):
-    """A prompt to continue."""
-
-    tokens: np.ndarray  # [T] int32
-
-
-Example = TokenExample | PairExample | PromptExample
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What became of the records of a spec: read = kept + dropped + skipped."""
-
-    spec: str
-    what: str  # 'demonstrations', 'comparisons', 'prompts', 'texts'
-    max_length: int  # tokens
-    read: int
-    kept: int
-    dropped_overlong: int = 0
-    truncated: int = 0  # of the kept, cut to max_length (texts: cut into pieces)
-    responses_cut: int = 0  # of the truncated, those whose answer lost its end
-    skipped_bad: int = 0
-    first_bad: str | None = None  # why and where
-    taken: int | None = None  # the first so many examples alone are used
-
-    def describe(self) -> str:
-        """A sentence for people."""
-        text = f'{self.read} {self.what} read from {self.spec}, {self.kept} kept'
-        if self.truncated and self.what == 'texts':
-            text += f' ({self.truncated} cut into pieces of {self.max_length} tokens)'
-        elif self.truncated:
-            text += f' ({self.truncated} truncated to {self.max_length} tokens'
-            text += f', {self.responses_cut} of them in the answer)'
-        if self.dropped_overlong:
-            text += f', {self.dropped_overlong} dropped as longer than '
-            text += f'{self.max_length} tokens'
-        if self.skipped_bad:
-            text += f', {self.skipped_bad} skipped as bad (first: {self.first_bad})'
-        if self.taken is not None:
-            text += f'; the first {self.taken} are used'
-        return text
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Tokenised examples, the records they come from, and what was left out."""
-
-    examples: list[Example]  # all of one kind
-    records: list[Any]  # of formats.py, in the same order, their texts uncut
-    counts: Counts
-
-    def take(self, num_examples: int) -> Dataset:
-        """The first ``num_examples`` examples, or all when there are fewer."""
-        if num_examples < 1:
-            raise ValueError(f'take({num_examples}): at least one example is needed')
-        if num_examples >= len(self.examples):
-            return self
-        return Dataset(
-            self.examples[:num_examples],
-            self.records[:num_examples],
-            dataclasses.replace(self.counts, taken=num_examples),
-        )
 
 
 # ----------------------------------------------------------------------------- loading
@@ -191,7 +123,8 @@ def load_demonstrations(
     if loss_on == 'assistant':
         convert, rows = formats.to_conversation, conversation_rows
     limits = _Limits(max_length, overlong, on_bad)
-    return _load(spec, tokenizer, 'demonstrations', limits, convert, rows, build)
+    what = 'demonstrations'
+    return _load(spec, read(spec), tokenizer, what, limits, convert, rows, build)
 
 
 def load_comparisons(
@@ -216,12 +149,110 @@ def load_comparisons(
         ValueError: a bad record (with its place), or nothing is left.
     """
 
+    limits = _Limits(max_length, overlong, on_bad)
+    return _load_comparisons(spec, read(spec), tokenizer, limits)
+
+
+def _load_comparisons(
+    spec: str,
+    sources: list[SourceRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: _Limits,
+) -> Dataset:
     def build(record: Any, row: Row) -> Example:
         ids = (np.asarray(ids, np.int32) for ids in (row.prompt, *row.answers))
         return PairExample(*ids, record.margin)
 
-    limits, convert = _Limits(max_length, overlong, on_bad), formats.to_comparison
-    return _load(spec, tokenizer, 'comparisons', limits, convert, text_rows, build)
+    what, convert = 'comparisons', formats.to_comparison
+    return _load(spec, sources, tokenizer, what, limits, convert, text_rows, build)
+
+
+def load_preferences(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: Literal['pairs', 'singles'],
+    wanted_by: str,
+    max_length: int,
+    overlong: Overlong = 'drop',
+    on_bad: OnBad = 'error',
+) -> Dataset:
+    """Loads data for a preference loss.
+
+    Args:
+        spec: see ``sources.py``.
+        tokenizer: with EOS.
+        kind: 'pairs' needs comparisons; 'singles' needs responses with a ``label``, or
+            takes comparisons apart into a desirable and an undesirable response, and
+            puts the response of another example beside each (``examples.mismatched``).
+        wanted_by: how the user knows the loss, e.g. "config.preference.name='kto'".
+        max_length: as in :func:`load_comparisons`.
+        overlong: likewise.
+        on_bad: as in :func:`load_demonstrations`.
+
+    Raises:
+        ValueError: data of the other kind, a bad record (with its place), nothing is
+            left, or, of single responses, all have the same verdict or prompt.
+    """
+    sources, limits = read(spec), _Limits(max_length, overlong, on_bad)
+    found = {name for s in sources for name, x in s.fields.items() if x is not None}
+    is_compared = bool({'chosen', 'rejected'} & found)
+    if not is_compared and (kind == 'pairs' or 'label' not in found):
+        need, use = 'a label with every response', 'other data'
+        if kind == 'pairs':
+            need = 'a chosen and a rejected response'
+        if 'label' in found:
+            use = "a loss on single responses, such as 'kto'"
+        raise ValueError(
+            f'{spec} has {", ".join(sorted(found))} in its records, and {wanted_by} '
+            f'needs {need}; use {use}'
+        )
+    if not is_compared:
+        return _with_mismatched(_load_verdicts(spec, sources, tokenizer, limits))
+    data = _load_comparisons(spec, sources, tokenizer, limits)
+    if kind == 'pairs':
+        pairs = [PreferencePair(*example[:3]) for example in data.examples]
+        return dataclasses.replace(data, examples=pairs)
+    singles = [
+        PreferenceSingle(example.prompt, answer, answer is example.chosen)
+        for example in data.examples
+        for answer in (example.chosen, example.rejected)
+    ]
+    owners = [record for record in data.records for _ in range(2)]
+    return _with_mismatched(Dataset(singles, owners, data.counts))
+
+
+def _load_verdicts(
+    spec: str,
+    sources: list[SourceRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: _Limits,
+) -> Dataset:
+    def build(record: Any, row: Row) -> Example:
+        ids = (np.asarray(ids, np.int32) for ids in (row.prompt, *row.answers))
+        return PreferenceSingle(*ids, record.is_desirable)
+
+    what, convert = 'verdicts', formats.to_verdict
+    data = _load(spec, sources, tokenizer, what, limits, convert, text_rows, build)
+    verdicts = {example.is_desirable for example in data.examples}
+    if len(verdicts) < 2:
+        raise ValueError(
+            f'{spec}: all {len(data.examples)} labels are {verdicts.pop()}, which '
+            'leaves nothing to tell apart; add responses with the other label'
+        )
+    return data
+
+
+def _with_mismatched(data: Dataset) -> Dataset:
+    prompts = [example.prompt for example in data.examples]
+    responses = [example.response for example in data.examples]
+    try:
+        others = mismatched(prompts, responses, data.counts.max_length)
+    except ValueError as error:
+        raise ValueError(f'{data.counts.spec}: {error}') from error
+    rows = zip(data.examples, others)
+    examples = [example._replace(mismatched=other) for example, other in rows]
+    return dataclasses.replace(data, examples=examples)
 
 
 def load_prompts(
@@ -249,7 +280,8 @@ def load_prompts(
         return PromptExample(np.asarray(row.prompt, np.int32))
 
     limits, convert = _Limits(max_prompt_length, overlong, on_bad), formats.to_prompt
-    return _load(spec, tokenizer, 'prompts', limits, convert, text_rows, build)
+    sources = read(spec)
+    return _load(spec, sources, tokenizer, 'prompts', limits, convert, text_rows, build)
 
 
 class _Limits(NamedTuple):
@@ -265,6 +297,7 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 def _load(
     spec: str,
+    sources: list[SourceRecord],
     tokenizer: PreTrainedTokenizerBase,
     what: str,
     limits: _Limits,
@@ -288,7 +321,6 @@ def _load(
             ) from error
         bad.append(str(error))
 
-    sources = read(spec)
     good = []
     for source in sources:
         try:
@@ -397,12 +429,17 @@ def batches(
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
 
-    def collate(indices: Sequence[int]) -> Batch:
+    def rows_of(indices: Sequence[int]) -> Batch:
         rows = [int(i) for i in indices]
-        return _collate(dataset.examples, rows[mine], _bucket(lengths[rows], buckets))
+        return collate(
+            dataset.examples,
+            dataset.columns,
+            rows[mine],
+            _bucket(lengths[rows], buckets),
+        )
 
     order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
-    steps = order.batch(batch_size, drop_remainder=True, batch_fn=collate)[start_step:]
+    steps = order.batch(batch_size, drop_remainder=True, batch_fn=rows_of)[start_step:]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(steps.to_iter_dataset(options))
 
@@ -432,7 +469,12 @@ def eval_batches(
     def batch(start: int) -> Batch:
         rows = list(range(len(lengths)))[start : start + batch_size]
         fill = [-1] * (batch_size - len(rows))
-        return _collate(dataset.examples, rows + fill, _bucket(lengths[rows], buckets))
+        return collate(
+            dataset.examples,
+            dataset.columns,
+            rows + fill,
+            _bucket(lengths[rows], buckets),
+        )
 
     return map(batch, range(0, len(lengths), batch_size))
 
@@ -441,7 +483,7 @@ def _checked_lengths(dataset: Dataset, buckets: tuple[int, ...]) -> np.ndarray:
     """[N] tokens of every example, all of which fit the longest bucket."""
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(f'buckets={tuple(buckets)} must be positive and ascending')
-    lengths = np.asarray([_length(example) for example in dataset.examples])
+    lengths = np.asarray([example_length(example) for example in dataset.examples])
     longest = int(lengths.argmax())
     if lengths[longest] > buckets[-1]:
         raise ValueError(
@@ -452,43 +494,5 @@ def _checked_lengths(dataset: Dataset, buckets: tuple[int, ...]) -> np.ndarray:
     return lengths
 
 
-def _length(example: Example) -> int:
-    if isinstance(example, PairExample):
-        return len(example.prompt) + max(len(example.chosen), len(example.rejected))
-    return len(example.tokens)
-
-
 def _bucket(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:
     return next(bucket for bucket in buckets if bucket >= lengths.max())
-
-
-def _collate(examples: list[Example], indices: list[int], length: int) -> Batch:
-    """Rows by index, padded to ``length``; index −1 is a filling row."""
-    zero = np.zeros(1, np.int32)
-    index = np.asarray(indices, np.int32)
-    if isinstance(examples[0], PromptExample):
-        rows = [examples[i].tokens[::-1] if i >= 0 else zero for i in indices]
-        tokens, mask = (x[:, ::-1].copy() for x in _pad(rows, length))
-        return PromptBatch(tokens=tokens, mask=mask, index=index)
-    if isinstance(examples[0], TokenExample):
-        filler = TokenExample(zero, zero > 0)
-        chosen = [examples[i] if i >= 0 else filler for i in indices]
-        tokens, mask = _pad([example.tokens for example in chosen], length)
-        loss_mask = np.zeros_like(mask)
-        loss_mask[mask] = np.concatenate([example.loss for example in chosen])
-        return TokenBatch(tokens=tokens, mask=mask, loss_mask=loss_mask)
-    filler = PairExample(zero, zero[:0], zero[:0], 0.0)
-    pairs = [examples[i] if i >= 0 else filler for i in indices]
-    rows = [np.concatenate([p.prompt, side]) for p in pairs for side in p[1:3]]
-    tokens, mask = (x.reshape(-1, 2, length) for x in _pad(rows, length))
-    margin = np.asarray([pair.margin for pair in pairs], np.float32)
-    weight = (index >= 0).astype(np.float32)
-    return PairBatch(tokens=tokens, mask=mask, margin=margin, weight=weight)
-
-
-def _pad(rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded tokens [B, T] int32 and mask [B, T] bool."""
-    mask = np.arange(length) < np.asarray([len(row) for row in rows])[:, None]
-    tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = np.concatenate(rows)
-    return tokens, mask

@@ -22,6 +22,7 @@ from rlhf_jax.data.formats import (
     Conversation,
     Demonstration,
     Prompt,
+    Verdict,
 )
 from rlhf_jax.data.tokenizer import encode, encode_spans, frame, listed_eos, opened
 
@@ -36,7 +37,7 @@ class Row(NamedTuple):
 
 
 def text_rows(
-    records: list[Demonstration | Comparison | Prompt],
+    records: list[Demonstration | Comparison | Verdict | Prompt],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Row | BadRecord]:
     """Rows of records of one kind, whose prompt and answers are texts.

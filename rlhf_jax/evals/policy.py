@@ -1,7 +1,7 @@
 """What a policy writes: samples, proxy and gold reward, win rate, KL, length,
 diversity.
 
-Read ``stages/online.py`` next.
+Read ``stages/evaluation.py`` next.
 """
 
 from __future__ import annotations
@@ -198,12 +198,12 @@ def win_rate(after: np.ndarray, before: np.ndarray) -> tuple[float, list[float],
 def policy_report(
     before: Sampled, after: Sampled, weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The numbers of ``ppo/eval.json``.
+    """The numbers of ``ppo/eval.json``, and of every stage with a policy to compare.
 
     Args:
         before: of the reference policy.
         after: of the trained policy, on the same prompts.
-        weights: of the rewards, by name; a scorer without one only judges.
+        weights: of the rewards, by name, maybe none; a scorer without one only judges.
     """
     report: dict[str, Any] = {
         'prompts': len(after.responses),
@@ -211,7 +211,6 @@ def policy_report(
     }
     for when, sampled in (('before', before), ('after', after)):
         numbers = {
-            'proxy_reward': float(sampled.proxy(weights).mean()),
             'rewards': {name: float(sampled.scores[name].mean()) for name in weights},
             'rewards_truncated': sampled.truncated,
             'ref_logprob': float(sampled.ref_logprobs.sum() / sampled.lengths.sum()),
@@ -219,6 +218,8 @@ def policy_report(
             'ended': float(sampled.ended.mean()),
             'distinct': distinct_bigrams(sampled.responses),
         }
+        if weights:
+            numbers['proxy_reward'] = float(sampled.proxy(weights).mean())
         if sampled.base_logprobs is not None:
             mean = sampled.base_logprobs.sum() / sampled.lengths.sum()
             numbers['base_logprob'] = float(mean)

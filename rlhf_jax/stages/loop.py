@@ -21,22 +21,25 @@ import jax.numpy as jnp
 from rlhf_jax import checkpoint
 from rlhf_jax.metrics import Writers, open_writers, progress
 from rlhf_jax.stages.settings import LoopSettings
-from rlhf_jax.types import Metrics
+from rlhf_jax.types import Mean, Metrics
 
 # (state, step) -> (state, metrics still on the device, numbers known on the host)
 OneStep = Callable[[Any, int], tuple[Any, Metrics, dict[str, float]]]
 
 
 @jax.jit
-def _values(metrics: Metrics) -> dict[str, jax.Array]:
-    return {name: metric.value() for name, metric in metrics.items()}
+def _values(metrics: Metrics) -> dict[str, tuple[jax.Array, Any]]:
+    """The values, and whether there is one: a mean over nothing is no number."""
+    return {
+        name: (metric.value(), metric.weight != 0 if isinstance(metric, Mean) else True)
+        for name, metric in metrics.items()
+    }
 
 
 def fetch(metrics: Metrics) -> dict[str, float]:
-    """Metrics as Python floats, in one transfer."""
-    return {
-        name: float(value) for name, value in jax.device_get(_values(metrics)).items()
-    }
+    """Metrics as Python floats, in one transfer; means over nothing are left out."""
+    fetched = jax.device_get(_values(metrics)).items()
+    return {name: float(value) for name, (value, is_one) in fetched if is_one}
 
 
 def run_loop(

@@ -1,7 +1,8 @@
 """Stages over a fixed data set: pretrain and sft by ``sft_step``, rm by ``rm_step``.
 
 ``load_…`` reads and checks everything that can be wrong before anything compiles;
-``train_…`` trains, evaluates and writes the result. Read ``stages/online.py`` next.
+``train_…`` trains, evaluates and writes the result. Read ``stages/preference.py`` next,
+which shares the parts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.run import (
     Run,
     check_policy,
+    finish,
     load_policy,
     load_scalar,
     model_config,
@@ -78,7 +80,7 @@ def load_language_model(run: Run, stage: str) -> Offline:
             on_bad=settings.on_bad,
         )
 
-    return _checked(run, stage, settings, hp, run.tokenizer, read, None)
+    return check_offline(run, stage, settings, hp, run.tokenizer, read, None)
 
 
 def load_reward_model(run: Run, stage: str) -> Offline:
@@ -101,7 +103,7 @@ def load_reward_model(run: Run, stage: str) -> Offline:
     def read(spec: str) -> pipeline.Dataset:
         return pipeline.load_comparisons(spec, tokenizer, **limits)
 
-    return _checked(run, stage, settings, hp, tokenizer, read, references)
+    return check_offline(run, stage, settings, hp, tokenizer, read, references)
 
 
 def _scoring_tokenizer(run: Run, where: str, settings: OfflineSettings) -> Any:
@@ -119,7 +121,7 @@ def _scoring_tokenizer(run: Run, where: str, settings: OfflineSettings) -> Any:
     return run.tokenizer if reads_alike(tokenizer, run.tokenizer) else tokenizer
 
 
-def _checked(
+def check_offline(
     run: Run,
     stage: str,
     settings: OfflineSettings,
@@ -128,6 +130,12 @@ def _checked(
     read: Any,
     references: pipeline.Dataset | None,
 ) -> Offline:
+    """Reads the data of a stage by ``read(spec)`` and checks what every offline stage
+    has: its batch size, its model, its buckets, its length, its schedule.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
     where = f'config.{stage}'
     check_batch_size(settings.batch_size, run.mesh, where, hp.num_microbatches)
     config = model_config(run, settings.init)
@@ -168,8 +176,8 @@ def train_language_model(run: Run, job: Offline) -> None:
         return language_model.evaluate_loss(loss_of, params, batches)
 
     before = evaluate(params)['loss']
-    setup = time.monotonic() - clock
-    state, seconds = _fit(run, job, sft_step, model, params, key, evaluate, setup)
+    spent = {'setup': time.monotonic() - clock}
+    state, seconds = fit(run, job, sft_step, model, params, key, evaluate, spent)
     clock = time.monotonic()
     result = evaluate(state.params)
     checkpoint.write_json(
@@ -181,7 +189,16 @@ def train_language_model(run: Run, job: Offline) -> None:
         },
     )
     seconds['eval'] = time.monotonic() - clock
-    _finish(run, job, {'policy': state.params}, {'policy': model.config}, seconds)
+    finish(
+        run,
+        job.stage,
+        job.num_steps,
+        job.settings.init,
+        {'policy': state.params},
+        {'policy': model.config},
+        seconds,
+        {'train': job.train, 'eval': job.eval},
+    )
 
 
 def train_reward_model(run: Run, job: Offline) -> None:
@@ -204,25 +221,39 @@ def train_reward_model(run: Run, job: Offline) -> None:
         loss = np.logaddexp(0, -gap).mean()
         return {'accuracy': float((gap > 0).mean()), 'loss': float(loss)}
 
-    setup = time.monotonic() - clock
-    state, seconds = _fit(run, job, rm_step, model, params, key, evaluate, setup)
+    spent = {'setup': time.monotonic() - clock}
+    state, seconds = fit(run, job, rm_step, model, params, key, evaluate, spent)
     clock = time.monotonic()
     params, extra = state.params, {}
     if job.references is not None:
         params, extra = _center(run, job, model, params)
-    gold = [
-        (record.meta.get('gold_chosen'), record.meta.get('gold_rejected'))
-        for record in job.eval.records
-    ]
-    known = all(value is not None for pair in gold for value in pair)
     report = preference.preference_report(
         scored(params),
         np.asarray([(len(e.chosen), len(e.rejected)) for e in job.eval.examples]),
-        np.asarray(gold, float) if known else None,
+        known_gold(job.eval.records),
     )
     checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', {**report, **extra})
     seconds['eval'] = time.monotonic() - clock
-    _finish(run, job, {'reward': params}, {'reward': model.config}, seconds)
+    if job.tokenizer is not run.tokenizer:
+        job.tokenizer.save_pretrained(run.stage_dir(job.stage) / 'tokenizer')
+    finish(
+        run,
+        job.stage,
+        job.num_steps,
+        job.settings.init,
+        {'reward': params},
+        {'reward': model.config},
+        seconds,
+        {'train': job.train, 'eval': job.eval},
+    )
+
+
+def known_gold(records: list[Any]) -> np.ndarray | None:
+    """True rewards [N, 2] of chosen and rejected, where all records have them."""
+    keys = ('gold_chosen', 'gold_rejected')
+    gold = [[record.meta.get(key) for key in keys] for record in records]
+    known = all(value is not None for pair in gold for value in pair)
+    return np.asarray(gold, float) if known else None
 
 
 def _center(
@@ -270,7 +301,7 @@ def _center(
     }
 
 
-def _fit(
+def fit(
     run: Run,
     job: Offline,
     step: Any,
@@ -278,8 +309,23 @@ def _fit(
     params: Params,
     key: Any,
     evaluate: Any,
-    setup: float,
+    spent: dict[str, float],
 ) -> tuple[TrainState, dict[str, float]]:
+    """Trains: every batch of the stage's data, or what is left of them, by ``step``.
+
+    Args:
+        run: the run.
+        job: the stage.
+        step: (state, batch, *, model, tx, hp) -> (state, metrics).
+        model: static argument of the step.
+        params: where training starts; not changed.
+        key: base key of the stage.
+        evaluate: params -> numbers to log now and then.
+        spent: seconds before training, by phase.
+
+    Returns:
+        The last state and the seconds by phase.
+    """
     settings = job.settings
     clock = time.monotonic()
     tx = make_optimizer(settings.optim, job.num_steps)
@@ -316,6 +362,7 @@ def _fit(
     shown = {
         'train/loss': 'loss',
         'train/accuracy': 'accuracy',
+        'train/rewards/accuracies': 'accuracy',
         'train/tokens_per_second': 'tokens_per_second',
     }
     return run_loop(
@@ -326,30 +373,6 @@ def _fit(
         settings=settings.loop,
         writers=tuple(run.config.metrics),
         shown=shown,
-        spent=lambda: {'setup': setup, 'train': time.monotonic() - clock},
+        spent=lambda: {**spent, 'train': time.monotonic() - clock},
         evaluate=lambda s: {f'eval/{k}': v for k, v in evaluate(s.params).items()},
     )
-
-
-def _finish(
-    run: Run,
-    job: Offline,
-    params: Params,
-    configs: dict[str, Any],
-    seconds: dict[str, float],
-) -> None:
-    folder = run.stage_dir(job.stage)
-    if job.tokenizer is not run.tokenizer:
-        job.tokenizer.save_pretrained(folder / 'tokenizer')
-    checkpoint.save_params(folder, params, configs)
-    done = {
-        'stage': job.stage,
-        'steps': job.num_steps,
-        'init': job.settings.init,
-        'seconds': seconds,
-        'data': {
-            'train': job.train.counts.describe(),
-            'eval': job.eval.counts.describe(),
-        },
-    }
-    checkpoint.write_json(folder / 'done.json', done)

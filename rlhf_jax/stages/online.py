@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax import checkpoint, sharding
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.data import pipeline
 from rlhf_jax.evals import policy as policy_eval
 from rlhf_jax.evals.policy import GOLD
-from rlhf_jax.generate import Sampling, generate
-from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import actor_critic_optimizer
 from rlhf_jax.rewards import shape_scores, weighted_sum
 from rlhf_jax.stages import scoring
+from rlhf_jax.stages.evaluation import evaluate_policy, make_writer
 from rlhf_jax.stages.loop import run_loop
-from rlhf_jax.stages.online_job import Online, stop_rules
-from rlhf_jax.stages.run import Run, load_policy, load_scalar
+from rlhf_jax.stages.online_job import Online
+from rlhf_jax.stages.run import Run, finish, load_policy, load_scalar
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import (
     Array,
@@ -44,8 +41,9 @@ from rlhf_jax.types import (
     reduce_metrics,
 )
 
-# Purposes folded into the stage's key; algos.ppo.SHUFFLE is another.
-SAMPLE, EVALUATE, CRITIC = 11, 12, 13
+# Purposes folded into the stage's key; algos.ppo.SHUFFLE and
+# stages.evaluation.EVALUATE are others.
+SAMPLE, CRITIC = 11, 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +96,11 @@ def train_ppo(run: Run, job: Online) -> None:
     critic, critic_params = load_scalar(
         run, settings.critic, jax.random.fold_in(key, CRITIC), 'critic'
     )
-    scorers = scoring.make_scorers(run, job.rewards)
+    scorers = scoring.make_scorers(run, job.evaluation.rewards)
     frozen = Frozen(ActorCritic(policy, critic), ref_params, scorers)
     state, tx = _initial_state(run, job, ref_params, critic_params, key)
     phases = {'setup': time.monotonic() - clock}
-    write = _writer(run, job, policy)
+    write = make_writer(run, job.evaluation, policy)
     state, seconds = run_loop(
         run.stage_dir(job.stage),
         state,
@@ -119,24 +117,27 @@ def train_ppo(run: Run, job: Online) -> None:
         spent=lambda: phases,
     )
     clock = time.monotonic()
-    report = _evaluate(run, job, frozen, state.params['policy'], write)
-    folder = run.stage_dir(job.stage)
-    checkpoint.write_json(folder / 'eval.json', report)
-    checkpoint.save_params(
-        folder, dict(state.params), {'policy': policy.config, 'critic': critic.config}
+    report = evaluate_policy(
+        run,
+        job.evaluation,
+        policy,
+        ref_params,
+        state.params['policy'],
+        write=write,
+        scorers=scorers,
     )
+    checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', report)
     seconds['eval'] = time.monotonic() - clock
-    done = {
-        'stage': job.stage,
-        'steps': settings.num_rollouts,
-        'init': settings.init,
-        'seconds': seconds,
-        'data': {
-            'prompts': job.prompts.counts.describe(),
-            'eval prompts': job.eval_prompts.counts.describe(),
-        },
-    }
-    checkpoint.write_json(folder / 'done.json', done)
+    finish(
+        run,
+        job.stage,
+        settings.num_rollouts,
+        settings.init,
+        dict(state.params),
+        {'policy': policy.config, 'critic': critic.config},
+        seconds,
+        {'prompts': job.prompts, 'eval prompts': job.evaluation.prompts},
+    )
 
 
 def _initial_state(
@@ -160,44 +161,17 @@ def _initial_state(
     return sharding.init_sharded(start, run.mesh, params), tx
 
 
-def _writer(run: Run, job: Online, policy: CausalLM) -> Any:
-    """(params, prompt batch, key, how) -> Generation, compiled once per prompt
-    bucket.
-    """
-    compiled = run.compile(
-        lambda params, batch, row_ids, key, how: generate(
-            params,
-            batch.tokens,
-            batch.mask,
-            row_ids,
-            key,
-            how,
-            model=policy,
-            max_new_tokens=job.settings.max_new_tokens,
-        ),
-        inputs=('params', 'batch', 'batch', 'replicated', 'replicated'),
-        outputs=('batch',),
-        donate=(),
-    )
-
-    def write(
-        params: Params, batch: PromptBatch, key: Array, how: Sampling
-    ) -> Generation:
-        rows = np.arange(len(batch.index), dtype=np.int32)
-        return compiled(params, batch, rows, key, how)
-
-    return write
-
-
 def _iteration(
     run: Run, job: Online, frozen: Frozen, tx: Any, write: Any, phases: dict[str, float]
 ) -> Any:
     """One rollout and the updates over it, as ``run_loop`` wants it."""
     settings, hp = job.settings, job.hp
-    how = stop_rules(run, job, hp.temperature)
     ready = run.compile(
         functools.partial(
-            combine_and_prepare, models=frozen.models, weights=job.weights, hp=hp
+            combine_and_prepare,
+            models=frozen.models,
+            weights=job.evaluation.weights,
+            hp=hp,
         ),
         inputs=('params', 'params', 'batch', 'batch'),
         outputs=('batch', 'replicated'),
@@ -228,7 +202,7 @@ def _iteration(
         key = jax.random.fold_in(jax.random.fold_in(run.key(job.stage), done), SAMPLE)
         clock = time.monotonic()
         generation = timed(
-            'generate', clock, write(state.params['policy'], prompts, key, how)
+            'generate', clock, write(state.params['policy'], prompts, key)
         )
         clock = time.monotonic()
         scores, known = _score(run, job, frozen, prompts, generation)
@@ -273,80 +247,3 @@ def _score(
         if x.truncated is not None
     }
     return {name: x.scores for name, x in scored.items()}, truncated
-
-
-def _evaluate(
-    run: Run, job: Online, frozen: Frozen, params: Params, write: Any
-) -> dict[str, Any]:
-    """Samples both policies on the held-out prompts with the same keys; writes
-    samples.
-    """
-    settings = job.settings
-    judge = _judge(run, job, frozen)
-    how = stop_rules(run, job, job.hp.temperature)
-    base = jax.random.fold_in(run.key(job.stage), EVALUATE)
-
-    def sampled(policy_params: Params) -> policy_eval.Sampled:
-        counter = iter(range(len(job.eval_prompts.examples)))
-        return policy_eval.sample_policy(
-            lambda batch: write(
-                policy_params, batch, jax.random.fold_in(base, next(counter)), how
-            ),
-            judge,
-            frozen.scorers,
-            run.tokenizer,
-            job.eval_prompts.records,
-            pipeline.eval_batches(
-                job.eval_prompts, settings.eval_batch_size, settings.prompt_buckets
-            ),
-        )
-
-    before, after = sampled(frozen.ref_params), sampled(params)
-    rows = _sample_rows(job, before, after)
-    path = run.stage_dir(job.stage) / 'samples.jsonl'
-    with path.open('w', encoding='utf-8') as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    report = policy_eval.policy_report(before, after, job.weights)
-    return {**report, 'expected_win_rate': settings.expected_win_rate}
-
-
-def _judge(run: Run, job: Online, frozen: Frozen) -> Any:
-    """Generation → statistics by row: under the reference, and under the base."""
-    statistics = run.compile(
-        functools.partial(
-            policy_eval.row_statistics,
-            policy=frozen.models.policy,
-            temperature=job.hp.temperature,
-        ),
-        **policy_eval.KINDS,
-    )
-    if job.settings.base is None:
-        return functools.partial(statistics, frozen.ref_params)
-    base, params = load_policy(run, job.settings.base, run.key(job.stage))
-    likelihood = run.compile(
-        functools.partial(policy_eval.base_likelihood, model=base), **policy_eval.KINDS
-    )
-    return lambda generation: {
-        **statistics(frozen.ref_params, generation),
-        **likelihood(params, generation),
-    }
-
-
-def _sample_rows(
-    job: Online, before: policy_eval.Sampled, after: policy_eval.Sampled
-) -> list[dict[str, Any]]:
-    """The lines of ``samples.jsonl``."""
-    records = job.eval_prompts.records[: job.settings.num_samples]
-    rows = [{'prompt': r.prompt, 'reference': r.reference} for r in records]
-    for when, sampled in (('before', before), ('after', after)):
-        proxy = sampled.proxy(job.weights)
-        for i, row in enumerate(rows):
-            row[when] = sampled.responses[i]
-            row[f'proxy_{when}'] = float(proxy[i])
-            row[f'rewards_{when}'] = {
-                name: float(sampled.scores[name][i]) for name in job.weights
-            }
-            if GOLD in sampled.scores:
-                row[f'gold_{when}'] = float(sampled.scores[GOLD][i])
-    return rows

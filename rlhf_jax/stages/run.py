@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import checkpoint, hf
 from rlhf_jax.config import build
+from rlhf_jax.data.examples import Dataset
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.models.presets import preset
@@ -50,6 +51,40 @@ class Run:
         """``sharding.compile_step`` on this run's mesh and backend."""
         backend = self.config.parallel.backend
         return compile_step(fn, mesh=self.mesh, backend=backend, **kinds)
+
+
+def finish(
+    run: Run,
+    stage: str,
+    steps: int,
+    init: str,
+    params: dict[str, Params],
+    configs: dict[str, Any],
+    seconds: dict[str, float],
+    data: dict[str, Dataset],
+) -> None:
+    """Writes the result of a stage: ``params/``, ``model.json``; last ``done.json``.
+
+    Args:
+        run: the run.
+        stage: its name.
+        steps: that it made.
+        init: what it started from.
+        params: by part: 'policy', 'reward' or 'critic'.
+        configs: the Transformer of every part.
+        seconds: that it took, by phase.
+        data: what it read, by what it was for.
+    """
+    folder = run.stage_dir(stage)
+    checkpoint.save_params(folder, params, configs)
+    done = {
+        'stage': stage,
+        'steps': steps,
+        'init': init,
+        'seconds': seconds,
+        'data': {name: part.counts.describe() for name, part in data.items()},
+    }
+    checkpoint.write_json(folder / 'done.json', done)
 
 
 def source_dir(run: Run, init: str) -> Path | None:
@@ -134,7 +169,7 @@ def check_trained_head(run: Run, where: str, init: str) -> None:
     elif (folder / 'model.json').exists():
         bare = set(checkpoint.load_model_configs(folder)) == {'policy'}
     else:
-        bare = init in ('pretrain', 'sft')
+        bare = init in ('pretrain', 'sft', 'preference')
     if bare:
         raise ValueError(
             f'{where}={init!r} has no trained score: it is a language model; name a '

@@ -34,13 +34,13 @@ class LoopSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfflineSettings:
-    """A stage over a fixed data set: pretrain, sft, rm."""
+    """A stage over a fixed data set: pretrain, sft, rm, preference."""
 
     init: str  # 'scratch', a stage of this run, another run's stage folder, an HF model
     train: str  # data spec
     eval: str  # data spec, held out
     tokenizer: str | None = None  # rm: of its model, when it is not the run's
-    batch_size: int = 64  # rows (pairs for a reward model) per update
+    batch_size: int = 64  # rows per update; of comparisons, pairs
     num_steps: int | None = None  # either this
     num_epochs: float | None = None  # or this
     buckets: tuple[int, ...] = (
@@ -67,25 +67,16 @@ class RewardSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineSettings:
-    """A stage that samples from its own policy: ppo."""
+class EvaluationSettings:
+    """How a policy samples, and what judges its samples when its stage ends."""
 
-    init: str  # the policy, and the reference it is anchored to
-    rewards: dict[str, RewardSource]  # by name; their weighted sum is optimised
-    critic: str  # what the critic starts from: a reward model, or a policy
-    prompts: str  # data spec
     eval_prompts: str  # data spec, held out
+    # By name; ppo optimises their weighted sum, preference only looks at it.
+    rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
     gold: RewardSource | None = None  # judges, and is never optimised
     base: str | None = None  # a language model; how likely are the responses to it?
-    ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
-    ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
-    ptx_buckets: tuple[int, ...] = (128,)
-    batch_size: int = 64  # responses per rollout
-    num_rollouts: int = 100
     prompt_buckets: tuple[int, ...] = (64,)  # static prompt lengths, in tokens
     max_new_tokens: int = 32
-    overlong: Literal['drop', 'truncate'] = 'drop'
-    on_bad: Literal['error', 'skip'] = 'error'
     top_k: int | None = None
     top_p: float | None = None
     extra_eos_ids: tuple[int, ...] = ()  # beside the tokenizer's EOS
@@ -94,6 +85,32 @@ class OnlineSettings:
     eval_batch_size: int = 128
     num_samples: int = 16  # before/after samples written down
     expected_win_rate: float = 0.5  # the report's bar for the lower end of the interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(OfflineSettings, EvaluationSettings):
+    """The preference stage. What its loss can be told stands beside these settings,
+    with None for the loss's own default; see ``config.unset``.
+    """
+
+    name: str  # of the loss: a module of rlhf_jax.preference, or package.module
+    temperature: float = 1.0  # of the samples at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineSettings(EvaluationSettings):
+    """A stage that samples from its own policy: ppo."""
+
+    init: str  # the policy, and the reference it is anchored to
+    critic: str  # what the critic starts from: a reward model, or a policy
+    prompts: str  # data spec
+    ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
+    ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
+    ptx_buckets: tuple[int, ...] = (128,)
+    batch_size: int = 64  # responses per rollout
+    num_rollouts: int = 100
+    overlong: Literal['drop', 'truncate'] = 'drop'
+    on_bad: Literal['error', 'skip'] = 'error'
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)

@@ -1,0 +1,274 @@
+"""Tokenised examples, and rows of them as batches: what a ``Dataset`` holds.
+
+A kind of example goes with a kind of batch (``types.py``); what a stage computes once
+per example (reference log-probabilities) stands beside the examples, in columns.
+``pipeline.py`` makes the examples and asks for the batches; read it next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.types import (
+    PairBatch,
+    PreferencePairs,
+    PreferenceSingles,
+    PromptBatch,
+    TokenBatch,
+)
+
+Batch = TokenBatch | PairBatch | PromptBatch | PreferencePairs | PreferenceSingles
+
+_ONE, _NONE = np.zeros(1, np.int32), np.zeros(0, np.int32)
+
+
+class TokenExample(NamedTuple):
+    """A sequence for a language-model loss."""
+
+    tokens: np.ndarray  # [T] int32
+    loss: np.ndarray  # [T] bool, the tokens in the loss; the first is never one
+
+
+class PairExample(NamedTuple):
+    """A comparison for a reward model."""
+
+    prompt: np.ndarray  # [T] int32
+    chosen: np.ndarray  # [T] int32, the answer alone, EOS at its end
+    rejected: np.ndarray  # [T] int32, likewise
+    margin: float
+
+
+class PreferencePair(NamedTuple):
+    """A comparison for a preference loss."""
+
+    prompt: np.ndarray  # [T] int32
+    chosen: np.ndarray  # [T] int32, the answer alone, EOS at its end
+    rejected: np.ndarray  # [T] int32, likewise
+
+
+class PreferenceSingle(NamedTuple):
+    """A response with its verdict for a preference loss."""
+
+    prompt: np.ndarray  # [T] int32
+    response: np.ndarray  # [T] int32, EOS at its end
+    is_desirable: bool
+    mismatched: np.ndarray = _NONE  # [T] int32, the response to another prompt
+
+
+class PromptExample(NamedTuple):
+    """A prompt to continue."""
+
+    tokens: np.ndarray  # [T] int32
+
+
+Example = TokenExample | PairExample | PreferencePair | PreferenceSingle | PromptExample
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What became of the records of a spec: read = kept + dropped + skipped."""
+
+    spec: str
+    what: str  # 'demonstrations', 'comparisons', 'verdicts', 'prompts', 'texts'
+    max_length: int  # tokens
+    read: int
+    kept: int
+    dropped_overlong: int = 0
+    truncated: int = 0  # of the kept, cut to max_length (texts: cut into pieces)
+    responses_cut: int = 0  # of the truncated, those whose answer lost its end
+    skipped_bad: int = 0
+    first_bad: str | None = None  # why and where
+    taken: int | None = None  # the first so many examples alone are used
+
+    def describe(self) -> str:
+        """A sentence for people."""
+        text = f'{self.read} {self.what} read from {self.spec}, {self.kept} kept'
+        if self.truncated and self.what == 'texts':
+            text += f' ({self.truncated} cut into pieces of {self.max_length} tokens)'
+        elif self.truncated:
+            text += f' ({self.truncated} truncated to {self.max_length} tokens'
+            text += f', {self.responses_cut} of them in the answer)'
+        if self.dropped_overlong:
+            text += f', {self.dropped_overlong} dropped as longer than '
+            text += f'{self.max_length} tokens'
+        if self.skipped_bad:
+            text += f', {self.skipped_bad} skipped as bad (first: {self.first_bad})'
+        if self.taken is not None:
+            text += f'; the first {self.taken} are used'
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Tokenised examples, the records they come from, and what was left out."""
+
+    examples: list[Example]  # all of one kind
+    records: list[Any]  # of formats.py, in the same order, their texts uncut
+    counts: Counts
+    # What stands in the batches beside the examples, by field: [N, …] each.
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def take(self, num_examples: int) -> Dataset:
+        """The first ``num_examples`` examples, or all when there are fewer."""
+        if num_examples < 1:
+            raise ValueError(f'take({num_examples}): at least one example is needed')
+        if num_examples >= len(self.examples):
+            return self
+        return Dataset(
+            self.examples[:num_examples],
+            self.records[:num_examples],
+            dataclasses.replace(self.counts, taken=num_examples),
+            {name: x[:num_examples] for name, x in self.columns.items()},
+        )
+
+
+def mismatched(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], max_length: int
+) -> list[np.ndarray]:
+    """For every prompt the response of another example, the same at every call.
+
+    The examples are put into a random order, and each takes the response of the next
+    one with another prompt, cut at its end where both together are too long.
+
+    Args:
+        prompts: N of [T] int32.
+        responses: N of [T] int32.
+        max_length: tokens of prompt and response.
+
+    Raises:
+        ValueError: all prompts are the same.
+    """
+    texts = [prompt.tobytes() for prompt in prompts]
+    if len(set(texts)) < 2:
+        raise ValueError(
+            'all examples have the same prompt, so that there is no response to '
+            'another one; use data with several prompts'
+        )
+    order = np.random.default_rng(0).permutation(len(texts)).tolist()
+    result: list[np.ndarray] = [responses[0]] * len(texts)
+    # Backwards: the next one with another prompt is that of the next, or the next.
+    after = next(i for i in order if texts[i] != texts[order[0]])
+    following = order[0]
+    for i in reversed(order):
+        after = following if texts[following] != texts[i] else after
+        result[i] = responses[after][: max_length - len(prompts[i])]
+        following = i
+    return result
+
+
+def example_length(example: Example) -> int:
+    """Tokens of the longest row that an example becomes."""
+    if isinstance(example, PairExample | PreferencePair):
+        return len(example.prompt) + max(len(example.chosen), len(example.rejected))
+    if isinstance(example, PreferenceSingle):
+        longer = max(len(example.response), len(example.mismatched))
+        return len(example.prompt) + longer
+    return len(example.tokens)
+
+
+def collate(
+    examples: Sequence[Example],
+    columns: Mapping[str, np.ndarray],
+    indices: Sequence[int],
+    length: int,
+) -> Batch:
+    """Rows by index, padded to ``length``; index −1 is a row that only fills up.
+
+    Args:
+        examples: all of one kind.
+        columns: [N, …] further fields of the batch, by name; a filling row has zeros.
+        indices: of the rows.
+        length: tokens.
+    """
+    index = np.asarray(indices, np.int32)
+    filler, make = next(k for k in _KINDS if isinstance(examples[0], type(k[0])))
+    rows = [examples[i] if i >= 0 else filler for i in indices]
+    real = index >= 0
+    more = {
+        name: np.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x[index], 0)
+        for name, x in columns.items()
+    }
+    return make(rows, index, length).replace(**more)
+
+
+def _tokens(rows: list[TokenExample], index: np.ndarray, length: int) -> TokenBatch:
+    tokens, mask = _pad([row.tokens for row in rows], length)
+    loss_mask = np.zeros_like(mask)
+    loss_mask[mask] = np.concatenate([row.loss for row in rows])
+    return TokenBatch(tokens=tokens, mask=mask, loss_mask=loss_mask)
+
+
+def _prompts(rows: list[PromptExample], index: np.ndarray, length: int) -> PromptBatch:
+    tokens, mask = _pad([row.tokens[::-1] for row in rows], length)
+    return PromptBatch(
+        tokens=tokens[:, ::-1].copy(), mask=mask[:, ::-1].copy(), index=index
+    )
+
+
+def _pairs(rows: list[PairExample], index: np.ndarray, length: int) -> PairBatch:
+    sides = [np.concatenate([row.prompt, side]) for row in rows for side in row[1:3]]
+    tokens, mask = (x.reshape(-1, 2, length) for x in _pad(sides, length))
+    margin = np.asarray([row.margin for row in rows], np.float32)
+    return PairBatch(tokens=tokens, mask=mask, margin=margin, weight=_weight(index))
+
+
+def _preference_pairs(
+    rows: list[PreferencePair], index: np.ndarray, length: int
+) -> PreferencePairs:
+    sides = [(row.prompt, side) for row in rows for side in row[1:]]
+    parts = (x.reshape(-1, 2, length) for x in _pad_responses(sides, length))
+    tokens, mask, response_mask = parts
+    return PreferencePairs(
+        tokens=tokens, mask=mask, response_mask=response_mask, weight=_weight(index)
+    )
+
+
+def _preference_singles(
+    rows: list[PreferenceSingle], index: np.ndarray, length: int
+) -> PreferenceSingles:
+    own = _pad_responses([(row.prompt, row.response) for row in rows], length)
+    other = _pad_responses([(row.prompt, row.mismatched) for row in rows], length)
+    tokens, mask, response_mask = own
+    return PreferenceSingles(
+        tokens=tokens,
+        mask=mask,
+        response_mask=response_mask,
+        desirable=np.asarray([row.is_desirable for row in rows]),
+        weight=_weight(index),
+        mismatched=TokenBatch(tokens=other[0], mask=other[1], loss_mask=other[2]),
+    )
+
+
+# An example that only fills up, of one real token, and what makes the batch.
+_KINDS = (
+    (TokenExample(_ONE, _ONE > 0), _tokens),
+    (PromptExample(_ONE), _prompts),
+    (PairExample(_ONE, _NONE, _NONE, 0.0), _pairs),
+    (PreferencePair(_ONE, _NONE, _NONE), _preference_pairs),
+    (PreferenceSingle(_ONE, _NONE, False), _preference_singles),
+)
+
+
+def _weight(index: np.ndarray) -> np.ndarray:
+    return (index >= 0).astype(np.float32)
+
+
+def _pad_responses(
+    rows: list[tuple[np.ndarray, np.ndarray]], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, mask and response mask [B, T] of prompts with their responses."""
+    tokens, mask = _pad([np.concatenate(row) for row in rows], length)
+    behind = np.asarray([len(prompt) for prompt, _ in rows])[:, None]
+    return tokens, mask, mask & (np.arange(length) >= behind)
+
+
+def _pad(rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens [B, T] int32 and mask [B, T] bool."""
+    mask = np.arange(length) < np.asarray([len(row) for row in rows])[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask

@@ -1,0 +1,242 @@
+"""What every stage that trains a policy is measured on when it ends, in the same way.
+
+The policy it started from and the one it made answer the held-out prompts with the same
+keys; rewards and the judge score both. ppo and preference call it; read
+``stages/online_job.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import sharding
+from rlhf_jax.data import pipeline
+from rlhf_jax.data.tokenizer import stop_ids
+from rlhf_jax.evals import policy as policy_eval
+from rlhf_jax.evals.policy import GOLD, Sampled, Scorer
+from rlhf_jax.generate import Sampling, generate, sampling
+from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.stages import scoring
+from rlhf_jax.stages.run import Run, check_policy, load_policy, model_config
+from rlhf_jax.stages.settings import EvaluationSettings
+from rlhf_jax.types import Generation, Params, PRNGKey, PromptBatch
+
+EVALUATE = 12  # a purpose folded into the stage's key; stages.online has others
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A checked evaluation."""
+
+    stage: str
+    settings: EvaluationSettings
+    temperature: float  # of the samples
+    prompts: pipeline.Dataset
+    rewards: dict[str, scoring.Reward]  # by name, and GOLD where there is a judge
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the rewards in their sum; the judge has none."""
+        return {name: r.weight for name, r in self.settings.rewards.items()}
+
+
+def check_evaluation(
+    run: Run,
+    stage: str,
+    settings: EvaluationSettings,
+    temperature: float,
+    init: str,
+    prompts: pipeline.Dataset,
+) -> Evaluation:
+    """Checks an evaluation before anything compiles.
+
+    Args:
+        run: the run.
+        stage: that ends with it.
+        settings: what the user wrote.
+        temperature: of the samples.
+        init: what the policy starts from.
+        prompts: held out.
+
+    Raises:
+        ValueError: no policy, one without positions for prompts and responses, rows
+            that do not divide over the devices, or a reward that cannot score.
+    """
+    where = f'config.{stage}'
+    sharding.check_batch_size(
+        settings.eval_batch_size, run.mesh, where, name='eval_batch_size'
+    )
+    if GOLD in settings.rewards:
+        raise ValueError(
+            f'{where}.rewards.{GOLD}: that name is kept for the judge; take another'
+        )
+    sources = {f'{where}.rewards.{k}': (k, v) for k, v in settings.rewards.items()}
+    if settings.gold is not None:
+        sources[f'{where}.{GOLD}'] = GOLD, settings.gold
+    longest = settings.prompt_buckets[-1] + settings.max_new_tokens
+    rewards = {
+        name: scoring.check_reward(run, place, source, longest)
+        for place, (name, source) in sources.items()
+    }
+    for name, model in (('init', init), ('base', settings.base)):
+        if model is not None:
+            check_policy(run, f'{where}.{name}', model)
+            check_positions(run, f'{where}.{name}', model, settings)
+    return Evaluation(stage, settings, temperature, prompts, rewards)
+
+
+def check_positions(
+    run: Run, where: str, model: str, settings: EvaluationSettings
+) -> None:
+    """Refuses a model that is too small for the tokens or the lengths of the samples.
+
+    Raises:
+        ValueError: it has fewer embeddings than ids, or too few positions.
+    """
+    config = model_config(run, model)
+    pipeline.check_vocabulary(run.tokenizer, config.vocab_size)
+    longest = settings.prompt_buckets[-1] + settings.max_new_tokens
+    if longest > config.max_positions:
+        raise ValueError(
+            f'{where}={model!r}: prompts of {settings.prompt_buckets[-1]} and '
+            f'responses of {settings.max_new_tokens} tokens, {longest} together, '
+            f'exceed its {config.max_positions} positions; shorten prompt_buckets or '
+            'max_new_tokens'
+        )
+
+
+def stop_rules(run: Run, job: Evaluation) -> Sampling:
+    """The sampling parameters of a stage: its stop sequences as tokens, all EOS ids."""
+    settings = job.settings
+    return sampling(
+        eos_ids=[*pipeline.eos_ids(run.tokenizer), *settings.extra_eos_ids],
+        temperature=job.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_sequences=[
+            ids
+            for text in settings.stop_sequences
+            for ids in stop_ids(run.tokenizer, text)
+        ],
+        stop_after=settings.stop_after,
+    )
+
+
+def make_writer(run: Run, job: Evaluation, policy: CausalLM) -> Any:
+    """(params, prompt batch, key) -> Generation, compiled once per prompt bucket."""
+    compiled = run.compile(
+        lambda params, batch, row_ids, key, how: generate(
+            params,
+            batch.tokens,
+            batch.mask,
+            row_ids,
+            key,
+            how,
+            model=policy,
+            max_new_tokens=job.settings.max_new_tokens,
+        ),
+        inputs=('params', 'batch', 'batch', 'replicated', 'replicated'),
+        outputs=('batch',),
+        donate=(),
+    )
+    how = stop_rules(run, job)
+
+    def write(params: Params, batch: PromptBatch, key: PRNGKey) -> Generation:
+        rows = np.arange(len(batch.index), dtype=np.int32)
+        return compiled(params, batch, rows, key, how)
+
+    return write
+
+
+def evaluate_policy(
+    run: Run,
+    job: Evaluation,
+    policy: CausalLM,
+    before: Params,
+    after: Params,
+    *,
+    write: Any,
+    scorers: dict[str, Scorer],
+) -> dict[str, Any]:
+    """Samples two policies on the held-out prompts with the same keys.
+
+    Args:
+        run: the run.
+        job: what to measure on.
+        policy: the model of both.
+        before: parameters that the stage started from, and the reference of the KL.
+        after: parameters that it made.
+        write: from :func:`make_writer`.
+        scorers: of ``job.rewards``.
+
+    Returns:
+        The fields of ``evals.policy.policy_report``; ``samples.jsonl`` is written.
+    """
+    judge = _judge(run, job, policy, before)
+    base = jax.random.fold_in(run.key(job.stage), EVALUATE)
+
+    def sampled(params: Params) -> Sampled:
+        counter = iter(range(len(job.prompts.examples)))
+        return policy_eval.sample_policy(
+            lambda batch: write(params, batch, jax.random.fold_in(base, next(counter))),
+            judge,
+            scorers,
+            run.tokenizer,
+            job.prompts.records,
+            pipeline.eval_batches(
+                job.prompts, job.settings.eval_batch_size, job.settings.prompt_buckets
+            ),
+        )
+
+    both = sampled(before), sampled(after)
+    path = run.stage_dir(job.stage) / 'samples.jsonl'
+    rows = _sample_rows(job, *both)
+    lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+    path.write_text(''.join(lines), encoding='utf-8')
+    report = policy_eval.policy_report(*both, job.weights)
+    return {**report, 'expected_win_rate': job.settings.expected_win_rate}
+
+
+def _judge(run: Run, job: Evaluation, policy: CausalLM, ref_params: Params) -> Any:
+    """Generation → statistics by row: under the reference, and under the base."""
+    statistics = run.compile(
+        functools.partial(
+            policy_eval.row_statistics, policy=policy, temperature=job.temperature
+        ),
+        **policy_eval.KINDS,
+    )
+    if job.settings.base is None:
+        return functools.partial(statistics, ref_params)
+    base, params = load_policy(run, job.settings.base, run.key(job.stage))
+    likelihood = run.compile(
+        functools.partial(policy_eval.base_likelihood, model=base), **policy_eval.KINDS
+    )
+    return lambda generation: {
+        **statistics(ref_params, generation),
+        **likelihood(params, generation),
+    }
+
+
+def _sample_rows(
+    job: Evaluation, before: Sampled, after: Sampled
+) -> list[dict[str, Any]]:
+    """The lines of ``samples.jsonl``."""
+    records = job.prompts.records[: job.settings.num_samples]
+    rows = [{'prompt': r.prompt, 'reference': r.reference} for r in records]
+    for when, sampled in (('before', before), ('after', after)):
+        for i, row in enumerate(rows):
+            row[when] = sampled.responses[i]
+            if job.weights:
+                row[f'proxy_{when}'] = float(sampled.proxy(job.weights)[i])
+            row[f'rewards_{when}'] = {
+                name: float(sampled.scores[name][i]) for name in job.weights
+            }
+            if GOLD in sampled.scores:
+                row[f'gold_{when}'] = float(sampled.scores[GOLD][i])
+    return rows

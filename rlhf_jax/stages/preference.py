@@ -1,0 +1,301 @@
+"""The stage that learns from preferences without sampling: any loss of ``preference/``.
+
+``load_preference`` reads and checks, ``train_preference`` trains. What a reference
+policy says of the data is computed once, before training, and kept in the stage's
+folder; at the end the policy is measured as ppo's is. The rest is shared with
+``stages/offline.py``. Read ``stages/evaluation.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import checkpoint
+from rlhf_jax.algos.preference import (
+    PreferenceHParams,
+    implicit_rewards,
+    preference_step,
+    reference_logps,
+)
+from rlhf_jax.config import build, nearest
+from rlhf_jax.data import pipeline
+from rlhf_jax.evals import preference
+from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.preference import PreferenceLoss, load
+from rlhf_jax.stages import scoring
+from rlhf_jax.stages.evaluation import (
+    Evaluation,
+    check_evaluation,
+    evaluate_policy,
+    make_writer,
+)
+from rlhf_jax.stages.offline import Offline, check_offline, fit, known_gold
+from rlhf_jax.stages.run import Run, finish, load_policy
+from rlhf_jax.stages.settings import PreferenceSettings
+from rlhf_jax.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A checked stage, ready to train."""
+
+    offline: Offline
+    loss: PreferenceLoss
+    loss_hp: Any  # loss.HParams
+    evaluation: Evaluation
+
+    @property
+    def stage(self) -> str:
+        """Its name."""
+        return self.offline.stage
+
+
+def load_preference(run: Run, stage: str) -> Preference:
+    """Data and settings of a preference stage; see ``PreferenceSettings``.
+
+    Raises:
+        ValueError: no such loss, a setting that it does not have, data of the other
+            kind, or whatever is wrong with the rest.
+    """
+    where = f'config.{stage}'
+    loss, settings, hp, loss_hp = _settings(run.config[stage], where)
+    if settings.tokenizer is not None:
+        raise ValueError(
+            f'{where}.tokenizer={settings.tokenizer!r}: rm alone can have its own; a '
+            'policy has that of config.tokenizer'
+        )
+    limits = {'overlong': settings.overlong, 'on_bad': settings.on_bad}
+
+    def read(spec: str) -> pipeline.Dataset:
+        return pipeline.load_preferences(
+            spec,
+            run.tokenizer,
+            kind=loss.DATA,
+            wanted_by=f'{where}.name={settings.name!r}',
+            max_length=settings.buckets[-1],
+            **limits,
+        )
+
+    length = settings.prompt_buckets[-1]
+    prompts = pipeline.load_prompts(
+        settings.eval_prompts, run.tokenizer, max_prompt_length=length, **limits
+    )
+    return Preference(
+        offline=check_offline(run, stage, settings, hp, run.tokenizer, read, None),
+        loss=loss,
+        loss_hp=loss_hp,
+        evaluation=check_evaluation(
+            run, stage, settings, settings.temperature, settings.init, prompts
+        ),
+    )
+
+
+def _settings(
+    config: Any, where: str
+) -> tuple[PreferenceLoss, PreferenceSettings, PreferenceHParams, Any]:
+    """The loss that ``name`` names, and all settings.
+
+    A setting of a loss that is None is not set: the loss's own default holds, and a
+    loss without that setting does not mind.
+    """
+    loss = load(config['name'], f'{where}.name')
+    classes = (PreferenceSettings, PreferenceHParams)
+    shared = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    own = {field.name for field in dataclasses.fields(loss.HParams)}
+    values = {k: v for k, v in config.items() if k in shared or v is not None}
+    for name in values.keys() - shared - own:
+        raise ValueError(
+            f'{where}.{name}={values[name]!r} is no setting of the stage, nor of '
+            f'{where}.name={config["name"]!r}{nearest(name, shared | own)}'
+        )
+    settings, hp, loss_hp = build(values, *classes, loss.HParams, where=where)
+    return loss, settings, hp, loss_hp
+
+
+def train_preference(run: Run, job: Preference) -> None:
+    """Runs the stage: reference, training, and the comparison with where it began."""
+    clock = time.monotonic()
+    offline, settings, key = job.offline, job.offline.settings, run.key(job.stage)
+    model, ref_params = load_policy(run, settings.init, key)
+    scorers = scoring.make_scorers(run, job.evaluation.rewards)
+    write = make_writer(run, job.evaluation, model)
+    spent = {'setup': time.monotonic() - clock}
+    if job.loss.REFERENCE:
+        clock = time.monotonic()
+        offline = _with_reference(run, offline, model, ref_params)
+        spent['reference'] = time.monotonic() - clock
+    how = {'loss': job.loss, 'loss_hp': job.loss_hp}
+    rewards_of = run.compile(
+        functools.partial(implicit_rewards, model=model, **how), **preference.KINDS
+    )
+
+    def scored(params: Params) -> np.ndarray:
+        batches = pipeline.eval_batches(
+            offline.eval, settings.batch_size, settings.buckets
+        )
+        return _opposed(offline, preference.score_pairs(rewards_of, params, batches))
+
+    def evaluate(params: Params) -> dict[str, float]:
+        gap = np.subtract(*scored(params).T)
+        return {'accuracy': float((gap > 0).mean()), 'margin': float(gap.mean())}
+
+    step = functools.partial(preference_step, **how)
+    state, seconds = fit(run, offline, step, model, ref_params, key, evaluate, spent)
+    clock = time.monotonic()
+    report = evaluate_policy(
+        run,
+        job.evaluation,
+        model,
+        ref_params,
+        state.params,
+        write=write,
+        scorers=scorers,
+    )
+    report |= _held_out(offline, scored(state.params))
+    report['loss_settings'] = {'name': settings.name, **dataclasses.asdict(job.loss_hp)}
+    checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', report)
+    seconds['eval'] = time.monotonic() - clock
+    finish(
+        run,
+        job.stage,
+        offline.num_steps,
+        settings.init,
+        {'policy': state.params},
+        {'policy': model.config},
+        seconds,
+        {
+            'train': offline.train,
+            'eval': offline.eval,
+            'eval prompts': job.evaluation.prompts,
+        },
+    )
+
+
+# --------------------------------------------------------------------------- held out
+
+
+def _opposed(offline: Offline, values: np.ndarray) -> np.ndarray:
+    """Numbers of responses as [N, 2], desirable and undesirable.
+
+    Of single responses the k-th desirable one meets the k-th undesirable one, which are
+    the two of a comparison where one was taken apart.
+    """
+    if values.ndim == 2:
+        return values
+    good = np.asarray([example.is_desirable for example in offline.eval.examples])
+    count = min(good.sum(), (~good).sum())
+    return np.stack([values[good][:count], values[~good][:count]], axis=-1)
+
+
+def _held_out(offline: Offline, scores: np.ndarray) -> dict[str, Any]:
+    """Accuracy and margins of the implicit reward on the held-out data."""
+    examples, records = offline.eval.examples, offline.eval.records
+    if hasattr(examples[0], 'chosen'):
+        lengths = np.asarray([(len(e.chosen), len(e.rejected)) for e in examples])
+    else:
+        lengths = _opposed(offline, np.asarray([len(e.response) for e in examples]))
+        records = [r for r, e in zip(records, examples) if e.is_desirable]
+    report = preference.preference_report(scores, lengths, known_gold(records))
+    return {**report, 'margin': float(np.subtract(*scores.T).mean())}
+
+
+# -------------------------------------------------------------------------- reference
+
+
+def _with_reference(
+    run: Run, offline: Offline, model: CausalLM, params: Params
+) -> Offline:
+    """The data with the log-probabilities of the reference, from the stage's folder or
+    computed now and left there.
+
+    Raises:
+        ValueError: those in the folder are of another model or of other data.
+    """
+    path = run.stage_dir(offline.stage) / 'reference.npz'
+    parts = {'train': offline.train, 'eval': offline.eval}
+    mark = _fingerprint(model, params, parts)
+    if path.exists():
+        columns = _read_reference(path, mark)
+    else:
+        compiled = run.compile(
+            functools.partial(reference_logps, model=model), **preference.KINDS
+        )
+        columns = {
+            f'{part}.{name}': values
+            for part, data in parts.items()
+            for name, values in _reference(offline, compiled, params, data).items()
+        }
+        checkpoint.write_arrays(path, {'fingerprint': np.asarray(mark), **columns})
+    return dataclasses.replace(
+        offline,
+        **{
+            part: dataclasses.replace(
+                data,
+                columns={
+                    name.removeprefix(f'{part}.'): values
+                    for name, values in columns.items()
+                    if name.startswith(f'{part}.')
+                },
+            )
+            for part, data in parts.items()
+        },
+    )
+
+
+def _reference(
+    offline: Offline, compiled: Any, params: Params, data: pipeline.Dataset
+) -> dict[str, np.ndarray]:
+    """``reference_logps`` of every example, [N, …] by field."""
+    settings, rows = offline.settings, []
+    for batch in pipeline.eval_batches(data, settings.batch_size, settings.buckets):
+        real = np.asarray(batch.weight) > 0
+        fetched = jax.device_get(compiled(params, batch))
+        rows.append({name: values[real] for name, values in fetched.items()})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _read_reference(path: Path, mark: str) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        columns = dict(file)
+    if str(columns.pop('fingerprint')) != mark:
+        raise ValueError(
+            f'{path} was computed with another model, other data or another tokenizer '
+            f'than those of now; delete {path.parent} to begin the stage anew, or put '
+            'back what was there'
+        )
+    return columns
+
+
+def _fingerprint(
+    model: CausalLM, params: Params, parts: dict[str, pipeline.Dataset]
+) -> str:
+    """Of the reference's architecture and parameters, and of all tokens in order."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for path, sums in jax.tree_util.tree_leaves_with_path(_checksums(params)):
+        digest.update(f'{jax.tree_util.keystr(path)} {sums.tolist()}'.encode())
+    for data in parts.values():
+        for example in data.examples:
+            for part in example:
+                digest.update(f'{np.size(part)}:'.encode())
+                digest.update(np.asarray(part, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def _checksums(params: Params) -> Any:
+    """Two sums over the bits of every array: exact, so the same on any mesh."""
+
+    def sums(x: Array) -> Array:
+        kind = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+        return jnp.stack([jnp.sum(bits), jnp.sum(bits * bits)])
+
+    return jax.device_get(jax.jit(functools.partial(jax.tree.map, sums))(params))

@@ -1,0 +1,207 @@
+"""Whether a stage did what it is for: the verdicts of the report, and its warnings.
+
+Each stage is judged by its ``eval.json`` alone, by the rule documented at its
+``_judge_…`` function. Read ``report.py`` next, which shows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+COMPARED = ('preference', 'ppo')  # stages whose policy is compared with its start
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a stage did what it is for."""
+
+    verdict: str  # 'pass', 'fail' or 'unknown'
+    figure: str  # the number that decides
+    expected: str  # what it had to be
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: significant digits, thousands separated, '–' for None."""
+    if value is None or not math.isfinite(value):
+        return '–'
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f'{value:,.0f}'.replace('-', '−')
+    if 1e3 <= abs(value) < 1e7:
+        return f'{value:,.0f}'.replace('-', '−')
+    return f'{value:.{digits}g}'.replace('-', '−')
+
+
+def fraction(value: float | None) -> str:
+    """A fraction to three decimals, '–' for None."""
+    return '–' if value is None else f'{value:.3f}'
+
+
+def interval(pair: list[float | None]) -> str:
+    """An interval of fractions."""
+    return f'[{fraction(pair[0])}, {fraction(pair[1])}]'
+
+
+def _less(a: float | None, b: float | None) -> bool:
+    """a < b, and False when either is not a finite number."""
+    return a is not None and b is not None and a < b
+
+
+def _judge_pretrain(e: Json) -> Verdict:
+    """Pass: the loss is below the one it started from, and below uniform guessing."""
+    good = _less(e['loss'], e['loss_before']) and _less(e['loss'], e['uniform_loss'])
+    return Verdict(
+        'pass' if good else 'fail',
+        f'loss {number(e["loss"])} nats/token',
+        f'below {number(e["loss_before"])} (before) and {number(e["uniform_loss"])} '
+        '(uniform)',
+    )
+
+
+def _judge_sft(e: Json) -> Verdict:
+    """Pass: the loss is below the one of the model it started from."""
+    good = _less(e['loss'], e['loss_before'])
+    return Verdict(
+        'pass' if good else 'fail',
+        f'loss {number(e["loss"])} nats/token',
+        f'below {number(e["loss_before"])} (before)',
+    )
+
+
+def _judge_rm(e: Json) -> Verdict:
+    """Pass: surely better than chance and than length, and near the ceiling if known.
+
+    The lower end of the accuracy's 95% interval is above max(½, accuracy of 'longer
+    wins'); where the data has a gold order, accuracy is at least its ceiling − 0.05.
+    """
+    floor = max(0.5, e['length_baseline'] or 0.0)
+    good = _less(floor, e['interval'][0])
+    expected = f'interval above {fraction(floor)}'
+    expected += ' (longer wins)' if floor > 0.5 else ' (chance)'
+    ceiling = e.get('accuracy_ceiling')
+    if ceiling is not None:
+        accuracy = e['accuracy']
+        # Rounded, because in floating point 0.768 lies below 0.818 − 0.05.
+        near = accuracy is not None and round(ceiling - accuracy, 9) <= 0.05
+        good = good and near
+        expected += f', accuracy ≥ {fraction(ceiling - 0.05)} (ceiling − 0.05)'
+    figure = f'accuracy {fraction(e["accuracy"])} {interval(e["interval"])}'
+    return Verdict('pass' if good else 'fail', figure, expected)
+
+
+def has_gold(e: Json) -> bool:
+    """Whether a judge has scored the samples."""
+    keys = ('win_rate', 'win_rate_interval', 'gold_reward_after')
+    return any(e.get(key) is not None for key in keys)
+
+
+def _judge_ppo(e: Json) -> Verdict:
+    """Pass: surely wins more often than expected; without gold, the proxy reward rose.
+
+    The lower end of the win rate's 95% interval is above ``expected_win_rate``, or ½
+    where none is set. A gold reward without a win-rate interval is not judged.
+    """
+    ends = e.get('win_rate_interval')
+    floor = e.get('expected_win_rate')
+    floor = 0.5 if floor is None else floor
+    expected = f'win-rate interval above {fraction(floor)}'
+    if ends is not None:
+        good = _less(floor, ends[0])
+        figure = f'win rate {fraction(e.get("win_rate"))} {interval(ends)}'
+        return Verdict('pass' if good else 'fail', figure, expected)
+    if has_gold(e):
+        return Verdict('unknown', 'no win-rate interval', expected)
+    before, after = e['proxy_reward_before'], e['proxy_reward_after']
+    figure = f'proxy reward {number(before)} → {number(after)}'
+    verdict = 'pass' if _less(before, after) else 'fail'
+    return Verdict(verdict, figure, 'a rise; alone it proves nothing (no gold reward)')
+
+
+def _judge_preference(e: Json) -> Verdict:
+    """Pass: as ppo where a judge has scored; else surely more than chance.
+
+    Then the lower end of the 95% interval of the implicit reward's accuracy is above ½.
+    """
+    if has_gold(e):
+        return _judge_ppo(e)
+    good = _less(0.5, e['interval'][0])
+    figure = f'implicit accuracy {fraction(e["accuracy"])} {interval(e["interval"])}'
+    expected = 'interval above 0.500 (chance); of the texts it says nothing (no gold)'
+    return Verdict('pass' if good else 'fail', figure, expected)
+
+
+JUDGES: dict[str, Callable[[Json], Verdict]] = {
+    'pretrain': _judge_pretrain,
+    'sft': _judge_sft,
+    'rm': _judge_rm,
+    'preference': _judge_preference,
+    'ppo': _judge_ppo,
+}
+
+
+def judge(stage: str, evaluation: Json | None) -> Verdict:
+    """Judges a stage by its eval.json; 'unknown' while there is none.
+
+    Args:
+        stage: 'pretrain', 'sft', 'rm', 'preference' or 'ppo'.
+        evaluation: its eval.json, with None for numbers that are not finite.
+
+    Returns:
+        The verdict with its figure and what was expected.
+    """
+    if evaluation is None:
+        return Verdict('unknown', 'not evaluated', 'an evaluation when the stage ends')
+    return JUDGES[stage](evaluation)
+
+
+def warnings(stage: str, evaluation: Json | None) -> list[str]:
+    """What looks wrong although the verdict may be a pass.
+
+    For a policy compared with its start (ppo, preference): the proxy reward rose while
+    the gold fell; responses longer than 1.5 times before; fewer of them end; KL above
+    50 nats. For a reward model: a score that
+    depends on the side of the padding by more than 0.01.
+
+    Returns:
+        One sentence each, with the numbers.
+    """
+    e = evaluation or {}
+    get = e.get
+    found = []
+    if stage == 'rm' and _less(0.01, get('padding_gap')):
+        found.append(
+            f'Scores depend on the side of the padding by {number(e["padding_gap"])}; '
+            'beyond 0.01 positions or masks are wrong.'
+        )
+    if stage not in COMPARED:
+        return found
+    proxy_rose = _less(get('proxy_reward_before'), get('proxy_reward_after'))
+    if proxy_rose and _less(get('gold_reward_after'), get('gold_reward_before')):
+        found.append(
+            'Reward hacking suspected: the proxy reward rose from '
+            f'{number(e["proxy_reward_before"])} to {number(e["proxy_reward_after"])} '
+            f'while the gold reward fell from {number(e["gold_reward_before"])} to '
+            f'{number(e["gold_reward_after"])}.'
+        )
+    before, after = get('length_before'), get('length_after')
+    if before is not None and _less(1.5 * before, after):
+        found.append(
+            f'Responses grew from {number(before)} to {number(after)} tokens, more '
+            'than 1.5 times: length may be what is rewarded.'
+        )
+    ended = get('ended_before')
+    if ended is not None and _less(get('ended_after'), ended - 0.01):  # less is noise
+        found.append(
+            f'Fewer responses end by themselves: {number(e["ended_before"])} before, '
+            f'{number(e["ended_after"])} after.'
+        )
+    if _less(50, get('kl')):
+        found.append(
+            f'KL is {number(e["kl"])} nats per sequence, above 50: the policy is far '
+            'from its reference, where no text was rated.'
+        )
+    return found
