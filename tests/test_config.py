@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlhf_jax.algos.ppo import PPOHParams
-from rlhf_jax.config import build, load_dotted, nearest, parse_arg, section
+from rlhf_jax.config import build, load_dotted, nearest, parse_arg, section, unset
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.stages.settings import OnlineSettings, RewardSource
 
@@ -263,3 +263,23 @@ def test_load_dotted():
     ):
         with pytest.raises(ValueError, match=f"config.gold='{name}'.*{message}"):
             load_dotted(name, 'config.gold')
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    beta: float = 0.1
+    kind: Literal['a', 'b'] = 'a'
+
+
+def test_what_is_not_set_is_none_and_can_be_set_on_the_command_line():
+    config = section(unset(Loss), kind='b')
+    assert config.beta is None and config.kind == 'b'
+    config.beta = 2
+    assert build(config, Loss) == (Loss(beta=2.0, kind='b'),)
+    with pytest.raises(ValueError, match="config.kind='c' is not"):
+        config.kind = 'c'
+        build(config, Loss)
+    with pytest.raises(TypeError):
+        section(unset(Loss)).kind = 3  # typed: of the literals
+    with pytest.raises(ValueError, match="'bet' is no setting here; did you mean"):
+        section(unset(Loss), bet=1)

@@ -17,7 +17,7 @@ TRANSCRIPTS = DATA / 'hh_rlhf_harmless' / 'test.jsonl.gz'
 
 
 def test_the_named_recipes_are_there():
-    assert {'quickstart', 'hh'} <= set(NAMES)
+    assert {'quickstart', 'hh', 'preference'} <= set(NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -42,6 +42,21 @@ def test_a_recipe_is_short_and_says_how_it_is_launched(name):
     text = ast.get_docstring(ast.parse(source))
     assert 'python -m rlhf_jax.main' in text and '--workdir' in text
     assert f'configs/{name}.py' in text and 'smoke' in text
+
+
+def test_the_preference_recipe_differs_from_the_quickstart_in_its_last_stage():
+    for arg in (None, 'smoke'):
+        ours = config_file('preference').get_config(arg)
+        ladder = config_file('quickstart').get_config(arg)
+        for name in ('seed', 'tokenizer', 'model', 'pretrain', 'sft'):
+            assert ours[name] == ladder[name], name
+        for name in ('eval_prompts', 'gold', 'prompt_buckets', 'max_new_tokens'):
+            assert ours.preference[name] == ladder.ppo[name], name  # equal terms
+    assert ours.stages == ('pretrain', 'sft', 'preference')
+    sweep = config_file('preference').get_config('loss=simpo,from=runs/a/sft')
+    assert sweep.stages == ('preference',)
+    assert sweep.preference.init == 'runs/a/sft' and sweep.preference.name == 'simpo'
+    assert 'gamma' in sweep.preference and 'gamma' not in ours.preference
 
 
 def test_real_transcripts_go_through_all_stages(tmp_path):

@@ -113,7 +113,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('rm.optim.learnin_rate', 1, ['config.rm.optim.learnin_rate', 'learning_rate']),
         ('sft.batch_size', 30, ['config.sft.batch_size=30', '8 devices', '24 or 32']),
         ('ppo.batch_size', 20, ['config.ppo.batch_size=20', '8 devices', '16 or 32']),
-        ('ppo.eval_batch_size', 20, ['config.ppo.eval_batch_size=20', 'use 24']),
+        ('ppo.eval_batch_size', 20, ['config.ppo.eval_batch_size=20', '16 or 24']),
         ('sft.num_epochs', 1.0, ['config.sft', 'either num_steps or num_epochs']),
         ('sft.train', 'jsonl:/nowhere/a.jsonl', ['/nowhere/a.jsonl']),
         ('sft.train', 'jsnl:a.jsonl', ['jsnl', 'jsonl']),

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from rlhf_jax.report import write_report
-from rlhf_jax.verdicts import judge, number, warnings
 
 STAGES = ('pretrain', 'sft', 'rm', 'ppo')
 
@@ -44,6 +43,20 @@ def metrics(rng, stage, gold):
             'eval/loss': curve(rng, n, 0.70, 0.56, 0.003),
             'eval/accuracy': curve(rng, n, 0.5, 0.72, 0.005),
             'train/grad_norm': np.exp(curve(rng, n, 1.0, 0.2, 0.2)),
+        }
+    elif stage == 'preference':
+        n = 200
+        columns = {
+            'train/loss': curve(rng, n, 0.7, 0.5, 0.02),
+            'train/rewards/accuracies': np.clip(curve(rng, n, 0.5, 0.75, 0.04), 0, 1),
+            'train/rewards/margins': curve(rng, n, 0, 0.9, 0.1),
+            'train/rewards/chosen': curve(rng, n, 0, 0.1, 0.05),
+            'train/rewards/rejected': curve(rng, n, 0, -0.8, 0.05),
+            'train/logps/chosen': curve(rng, n, -20, -19, 0.5),
+            'train/logps/rejected': curve(rng, n, -20, -28, 0.5),
+            'train/grad_norm': np.exp(curve(rng, n, 1.0, 0.2, 0.2)),
+            'eval/accuracy': curve(rng, n, 0.5, 0.72, 0.005),
+            'eval/margin': curve(rng, n, 0, 0.8, 0.01),
         }
     else:
         n = 150
@@ -102,6 +115,9 @@ def evaluation(stage, gold):
             'padding_gap': 2e-6,
         }
         return result | ({'accuracy_ceiling': 0.752} if gold else {})
+    if stage == 'preference':
+        both = evaluation('rm', gold) | evaluation('ppo', gold) | {'margin': 0.8}
+        return {k: v for k, v in both.items() if not k.startswith('proxy')}
     result = {'prompts': 512, 'kl': 10.8}
     result |= {'proxy_reward_before': -0.21, 'proxy_reward_after': 2.62}
     result |= {'length_before': 21.3, 'length_after': 26.1}
@@ -129,7 +145,7 @@ def samples(stage, gold):
         text = ' Landlord sells the flat; ask for a lease or look for another one now?'
         if i == 1:
             prompt, text = '<script>alert(0)</script>', ' <script>alert(1)</script>'
-        if stage != 'ppo':
+        if stage not in ('preference', 'ppo'):
             rows.append({'prompt': prompt, 'response': text})
             if stage == 'rm':
                 rows[-1]['score'] = 0.25 * i - 1
@@ -189,9 +205,7 @@ def make_run(root, stages=STAGES, gold=True):
             'stage': stage,
             'steps': len(rows),
             'seconds': seconds,
-            'init': 'random'
-            if stage == 'pretrain'
-            else STAGES[STAGES.index(stage) - 1],
+            'init': {'pretrain': 'random', 'ppo': 'rm'}.get(stage, 'sft'),
             'data': {'train': '40,000 examples of tiny_tldr', 'eval': '2,000 held out'},
         }
         write_json(root / stage / 'done.json', done)
@@ -256,71 +270,6 @@ def test_numbers_that_are_not_finite_become_null_and_a_dash(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------- verdicts
-
-CASES = [
-    # stage, changes to a passing evaluation, verdict
-    ('pretrain', {}, 'pass'),
-    ('pretrain', {'loss': 8.33}, 'fail'),  # below before, not below uniform
-    ('pretrain', {'loss_before': 3.0}, 'fail'),
-    ('sft', {}, 'pass'),
-    ('sft', {'loss': 3.39}, 'fail'),  # equal is not below
-    ('sft', {'loss': 9.0, 'loss_before': 9.5}, 'pass'),  # uniform does not matter here
-    ('sft', {'loss': None}, 'fail'),
-    ('rm', {}, 'pass'),
-    ('rm', {'interval': [0.58, 0.742]}, 'fail'),  # not above 'longer wins'
-    ('rm', {'interval': [0.49, 0.76], 'length_baseline': 0.4}, 'fail'),  # chance
-    ('rm', {'interval': [0.51, 0.76], 'length_baseline': 0.4}, 'pass'),
-    ('rm', {'accuracy_ceiling': 0.78}, 'fail'),  # 0.721 < 0.73
-    ('rm', {'accuracy_ceiling': 0.77}, 'pass'),  # 0.721 ≥ 0.72
-    ('rm', {'accuracy_ceiling': None}, 'pass'),
-    ('rm', {'accuracy': None, 'interval': [None, None]}, 'fail'),
-    ('ppo', {}, 'pass'),
-    ('ppo', {'win_rate_interval': [0.59, 0.8]}, 'fail'),  # expected 0.6
-    ('ppo', {'win_rate_interval': [0.51, 0.8], 'expected_win_rate': None}, 'pass'),
-    ('ppo', {'win_rate_interval': [0.49, 0.8], 'expected_win_rate': None}, 'fail'),
-    ('ppo', {'win_rate_interval': None}, 'unknown'),  # gold there, but not judged by it
-]
-
-
-@pytest.mark.parametrize(('stage', 'changes', 'expected'), CASES)
-def test_verdict(stage, changes, expected):
-    assert judge(stage, evaluation(stage, gold=True) | changes).verdict == expected
-
-
-@pytest.mark.parametrize(('after', 'expected'), [(0.1, 'pass'), (-0.21, 'fail')])
-def test_verdict_without_gold_is_the_proxy_and_says_so(after, expected):
-    got = judge('ppo', evaluation('ppo', gold=False) | {'proxy_reward_after': after})
-    assert got.verdict == expected
-    assert 'proves nothing' in got.expected
-
-
-def test_a_stage_without_evaluation_is_unknown():
-    assert {judge(stage, None).verdict for stage in STAGES} == {'unknown'}
-
-
-@pytest.mark.parametrize(
-    ('stage', 'changes', 'words'),
-    [
-        ('ppo', {'gold_reward_after': 0.11}, 'Reward hacking suspected'),
-        ('ppo', {'length_after': 32.0}, '1.5 times'),  # 1.5 × 21.3 = 31.95
-        ('ppo', {'ended_after': 0.89}, 'Fewer responses end'),  # by more than 0.01
-        ('ppo', {'kl': 50.1}, 'above 50'),
-        ('rm', {'padding_gap': 0.02}, 'side of the padding'),
-    ],
-)
-def test_warning(stage, changes, words):
-    good = evaluation(stage, gold=True)
-    assert warnings(stage, good) == []
-    (found,) = warnings(stage, good | changes)
-    assert words in found
-
-
-def test_no_hacking_warning_when_the_proxy_fell_too():
-    changes = {'gold_reward_after': 0.11, 'proxy_reward_after': -0.3}
-    assert warnings('ppo', evaluation('ppo', gold=True) | changes) == []
-
-
 def test_warnings_stand_in_both_files(tmp_path):
     root = make_run(tmp_path, stages=('ppo',))
     edit(root / 'ppo' / 'eval.json', kl=77.0)
@@ -375,6 +324,21 @@ def test_page_shows_cards_samples_time_and_config(full):
     assert '&#34;clip_eps&#34;: 0.2' in page
     assert 'started from rm' in page and '40,000 examples of tiny_tldr' in page
     assert '<h3>Not shown</h3>' not in page
+
+
+@pytest.mark.parametrize('gold', [True, False])
+def test_the_page_of_a_preference_stage(tmp_path, gold):
+    page, got = render(make_run(tmp_path, stages=('sft', 'preference'), gold=gold))
+    stage = got['stages']['preference']
+    assert stage['verdict'] == 'pass' and stage['margin'] == 0.8
+    names = ['accuracy', 'margin', 'panels', 'bars', 'length', 'calibration']
+    for name in names:  # every figure, with ids of its own
+        assert f'id="preference-{name}-' in page
+    assert 'implicit reward' in page and 'Responses before and after' in page
+    assert page.count('<b>after</b>') == 12
+    assert 'Not in metrics.jsonl' not in page.split('id="preference"')[1]
+    assert ('of the texts it says nothing' in page) != gold
+    assert ('ranks held-out responses as people did' in page) != gold
 
 
 def test_a_subset_of_stages(tmp_path):
@@ -466,22 +430,3 @@ def test_a_bin_must_be_complete(tmp_path):
     edit(root / 'rm' / 'eval.json', calibration=[{'predicted': 0.5, 'count': 3}])
     with pytest.raises(ValueError, match=r'calibration\[0\] lacks observed'):
         write_report(root)
-
-
-# --------------------------------------------------------------------- small pieces
-
-
-@pytest.mark.parametrize(
-    ('value', 'text'),
-    [
-        (None, '–'),
-        (math.inf, '–'),
-        (-0.21, '−0.21'),
-        (65_536, '65,536'),
-        (1234.5, '1,234'),
-        (0.12345, '0.123'),
-        (2e-6, '2e−06'),
-    ],
-)
-def test_number(value, text):
-    assert number(value) == text

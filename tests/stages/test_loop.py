@@ -1,6 +1,7 @@
 """What the loop does when numbers go bad, the disk is full, or a run is resumed."""
 
 import errno
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +116,35 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, writ
     assert saved(tmp_path) == ([2, 3], [3.0] * 3)
     state, _ = run(tmp_path, 6)
     assert saved(tmp_path) == ([5, 6], [6.0] * 3) and int(state.step) == 6
+
+
+@pytest.mark.parametrize('weight', [0.0, 1.0, np.nan])
+def test_a_mean_over_nothing_is_left_out_and_one_that_is_no_number_stops(
+    tmp_path, weight
+):
+    def one_step(state, done):
+        mean = Mean(jnp.float32(np.nan if weight else 0), jnp.float32(weight))
+        loss = Mean(jnp.float32(2), jnp.float32(1))
+        state = State(state.step + 1, state.params)
+        return state, {'loss': loss, 'rejected': mean}, {}
+
+    def go():
+        loop.run_loop(
+            tmp_path,
+            start(),
+            1,
+            one_step,
+            settings=LoopSettings(log_every_steps=1),
+            writers=('jsonl',),
+            shown={},
+            spent=lambda: {},
+        )
+
+    if weight == 0:
+        go()
+        [line] = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+        row = json.loads(line)
+        assert row['loss'] == 2 and 'rejected' not in row
+    else:
+        with pytest.raises(ValueError, match='rejected not finite at step 1'):
+            go()

@@ -1,0 +1,274 @@
+"""The preference stage: its losses by name, its reference, its resume, its results."""
+
+import dataclasses
+import json
+import math
+import pkgutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from rlhf_jax import checkpoint, preference
+from rlhf_jax.export import export
+from rlhf_jax.main import launch
+from rlhf_jax.sample import sample
+from tests.small_config import config_file
+from tests.test_main import command, fails, never_compiled  # noqa: F401
+
+
+def get_config(**values):
+    """Six updates of a small fresh policy, on a few comparisons."""
+    result = config_file('preference').get_config(
+        f'smoke,loss={values.pop("loss", "dpo")}'
+    )
+    result.stages = ('preference',)
+    stage = result.preference
+    stage.init = 'scratch'
+    stage.train, stage.eval = (
+        f'tfds:tiny_tldr/comparisons:{split}[:32]' for split in ('train', 'test')
+    )
+    stage.eval_prompts = 'tfds:tiny_tldr/prompts:test[:16]'
+    stage.eval_batch_size, stage.max_new_tokens = 16, 8
+    stage.num_steps = 6
+    stage.loop.update(log_every_steps=1, save_every_steps=2, eval_every_steps=3)
+    for name, value in values.items():
+        with stage.ignore_type():
+            stage[name] = value
+    return result
+
+
+def rows(workdir):
+    lines = (workdir / 'preference' / 'metrics.jsonl').read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def params(workdir, stage='preference'):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir / stage / 'params')
+
+
+@pytest.fixture(scope='module')
+def dpo(tmp_path_factory):
+    """A finished run and what its report says of it."""
+    workdir = tmp_path_factory.mktemp('runs') / 'dpo'
+    return workdir, launch(get_config(), workdir)['stages']['preference']
+
+
+# ----------------------------------------------------------------------- what it leaves
+
+
+def test_the_first_loss_is_that_of_a_policy_that_is_its_reference(dpo):
+    table = [row for row in rows(dpo[0]) if 'train/loss' in row]
+    assert [row['step'] for row in table] == [1, 2, 3, 4, 5, 6]
+    assert table[0]['train/loss'] == pytest.approx(math.log(2), abs=1e-5)
+    assert table[0]['train/rewards/chosen'] == pytest.approx(0, abs=1e-5)
+    assert table[-1]['train/loss'] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_it_is_measured_as_ppo_is_and_on_held_out_comparisons(dpo, finished):
+    workdir, report = dpo
+    assert report['finished'] and report['steps'] == 6
+    ppo = json.loads((finished / 'ppo' / 'eval.json').read_text())
+    # There is no reward model here: the proxy is all that is missing.
+    assert ppo.keys() - report.keys() == {'proxy_reward_before', 'proxy_reward_after'}
+    assert (
+        report['prompts'] == 16 and report['kl'] > 0 and 'win rate' in report['figure']
+    )
+    assert report['pairs'] == 32 and report['accuracy_ceiling'] > 0.5
+    held_out = [row for row in rows(workdir) if 'eval/accuracy' in row]
+    assert [row['step'] for row in held_out] == [3, 6]
+    assert held_out[-1]['eval/accuracy'] == pytest.approx(report['accuracy'])
+    assert held_out[-1]['eval/margin'] == pytest.approx(report['margin'])
+    samples = (workdir / 'preference' / 'samples.jsonl').read_text().splitlines()
+    assert len(samples) == 16
+    assert {'before', 'after', 'gold_after'} <= json.loads(samples[0]).keys()
+    assert 'proxy_after' not in json.loads(samples[0])
+    page = (workdir / 'report.html').read_text()
+    for part in ('preference-accuracy', 'preference-panels', 'preference-bars'):
+        assert part in page
+    assert 'Responses before and after' in page
+
+
+def test_its_policy_is_sampled_exported_and_started_from(dpo, tmp_path):
+    workdir, _ = dpo
+    [(text, *_)] = sample(workdir, 'preference', 'The mayor', num=1, max_new_tokens=4)
+    assert isinstance(text, str)
+    export(workdir, 'preference', tmp_path / 'exported')
+    assert (tmp_path / 'exported' / 'model.safetensors').exists()
+    later = config_file('quickstart').get_config('smoke')
+    ppo = later.ppo
+    ppo.rewards = {'length': dict(fn='tests.stages.test_preference:length')}
+    later = get_config()
+    later.stages, later.ppo = ('preference', 'ppo'), ppo
+    ppo.init = ppo.critic = 'preference'
+    ppo.num_rollouts, ppo.max_new_tokens, ppo.batch_size = 1, 8, 16
+    ppo.eval_prompts = 'tfds:tiny_tldr/prompts:test[:16]'
+    ppo.eval_batch_size = 16
+    ppo.gold = None
+    report = launch(later, tmp_path / 'run')['stages']['ppo']
+    assert report['finished'] and abs(report['kl']) < 20
+
+
+def length(prompts, responses):
+    """A reward to train on."""
+    return [float(len(response)) for response in responses]
+
+
+# ------------------------------------------------------------------------ the reference
+
+
+def test_a_resumed_run_is_bit_identical_and_computes_no_reference(
+    dpo, tmp_path, monkeypatch
+):
+    class Killed(Exception):
+        pass
+
+    save = checkpoint.save_state
+
+    def kill_behind_step_4(manager, step, state, seconds):
+        save(manager, step, state, seconds)
+        if step == 4:
+            manager.wait_until_finished()
+            raise Killed
+
+    monkeypatch.setattr(checkpoint, 'save_state', kill_behind_step_4)
+    with pytest.raises(Killed):
+        launch(get_config(), tmp_path)
+    monkeypatch.undo()
+
+    def refuse(*_):
+        raise AssertionError('the reference was computed again')
+
+    monkeypatch.setattr('rlhf_jax.stages.preference._reference', refuse)
+    report = launch(get_config(), tmp_path)['stages']['preference']
+    workdir, undisturbed = dpo
+    assert report == undisturbed
+    jax.tree.map(np.testing.assert_array_equal, params(tmp_path), params(workdir))
+    times = ('seconds', 'train/tokens_per_second')
+    both = (
+        [{k: v for k, v in row.items() if k not in times} for row in rows(place)]
+        for place in (tmp_path, workdir)
+    )
+    assert next(both) == next(both)
+
+
+@pytest.mark.parametrize('change', ['data', 'model'])
+def test_a_stale_reference_is_an_error(dpo, tmp_path, monkeypatch, change):
+    stage = tmp_path / 'preference'
+    stage.mkdir()
+    (stage / 'reference.npz').write_bytes(
+        (dpo[0] / 'preference' / 'reference.npz').read_bytes()
+    )
+    values = get_config()
+    if change == 'data':
+        values.preference.train = values.preference.train.replace('[:32]', '[1:33]')
+    else:
+        values.seed = 1  # another start from scratch
+    fails(values, tmp_path, str(stage / 'reference.npz'), 'another model, other data')
+
+
+def test_the_reference_is_what_the_start_says(dpo):
+    with np.load(dpo[0] / 'preference' / 'reference.npz') as file:
+        assert file['train.ref_logps'].shape == (32, 2)
+        assert file['eval.ref_shared_logps'].shape == (32, 2)
+        assert (file['train.ref_logps'] < -1).all()
+
+
+# --------------------------------------------------------------------------- the losses
+
+
+@pytest.mark.parametrize('data', ['comparisons', 'verdicts'])
+def test_kto_learns_from_single_responses(tmp_path, data):
+    values = get_config(loss='kto')
+    if data == 'verdicts':
+        path = tmp_path / 'a.jsonl'
+        records = [
+            {'prompt': f'p {i}', 'completion': ' yes' * (i % 3 + 1), 'label': i % 4 > 0}
+            for i in range(24)
+        ]
+        path.write_text(''.join(json.dumps(r) + '\n' for r in records))
+        values.preference.train = values.preference.eval = f'jsonl:{path}'
+    report = launch(values, tmp_path / 'run')['stages']['preference']
+    # Of 24 responses 6 are undesirable: each meets one other.
+    assert report['pairs'] == (32 if data == 'comparisons' else 6)
+    assert ('accuracy_ceiling' in report) == (data == 'comparisons')
+    table = rows(tmp_path / 'run')
+    assert table[0]['train/kl'] == 0 and table[-2]['train/rewards/chosen'] != 0
+    with np.load(tmp_path / 'run' / 'preference' / 'reference.npz') as file:
+        assert 'train.ref_mismatched_logps' in file
+
+
+def test_a_loss_of_ones_own_named_over_that_of_the_config(tmp_path):
+    report = launch(get_config(name='tests.own_loss', beta=3.0), tmp_path)
+    told = report['stages']['preference']['loss_settings']
+    # What was set holds; what the config had laid out for dpo and left alone does not.
+    assert told == {'name': 'tests.own_loss', 'beta': 3.0, 'target': 0.5}
+    assert not (tmp_path / 'preference' / 'reference.npz').exists()
+    assert rows(tmp_path)[0]['train/loss'] > 0.1
+
+
+def test_a_loss_of_ones_own_on_the_command_line(tmp_path):
+    arguments = ['--config', 'configs/preference.py:smoke', '--workdir', str(tmp_path)]
+    arguments += ["--config.stages=('preference',)", '--config.preference.init=scratch']
+    arguments += ['--config.preference.name=tests.own_loss']
+    arguments += ['--config.preference.num_steps=1']
+    arguments += ['--config.preference.train=tfds:tiny_tldr/comparisons:train[:8]']
+    code, text = command(*arguments, '--config.preference.divergence=js')
+    assert code == 1 and "config.preference.divergence='js' is no setting" in text
+    assert "config.preference.name='tests.own_loss'" in text
+    code, text = command(*arguments)
+    assert code == 0, text
+    told = json.loads((tmp_path / 'preference' / 'eval.json').read_text())
+    assert told['loss_settings']['beta'] == 7.0  # its own default, not that of dpo
+
+
+@pytest.mark.parametrize(
+    ('changes', 'parts'),
+    [
+        ({'name': 'dppo'}, ["config.preference.name='dppo'", "did you mean 'dpo'"]),
+        ({'name': 'no.such'}, ["config.preference.name='no.such'", 'imported']),
+        ({'name': 'ipo', 'label_smoothing': 0.1}, ['label_smoothing=0.1', "='ipo'"]),
+        ({'betta': 0.1}, ['config.preference.betta=0.1', "did you mean 'beta'"]),
+        ({'label_smoothing': 0.7}, ['label_smoothing=0.7 is not in [0, 0.5)']),
+        ({'beta': 'much'}, ["config.preference.beta='much'", 'float']),
+        ({'batch_size': 12}, ['config.preference.batch_size=12', '8 devices']),
+        ({'eval_batch_size': 12}, ['config.preference.eval_batch_size=12', 'use 8']),
+        ({'max_new_tokens': 2000}, ['config.preference.init', '1024 positions']),
+        ({'tokenizer': 'gpt2'}, ["config.preference.tokenizer='gpt2'", 'rm alone']),
+        ({'gold': {'fn': 'no.such:fn'}}, ['config.preference.gold.fn', 'no.such']),
+        ({'init': 'rm'}, ['rm']),
+    ],
+)
+def test_mistakes_are_named_before_compilation(
+    tmp_path,
+    never_compiled,  # noqa: F811
+    changes,
+    parts,
+):
+    values = get_config()
+    with values.unlocked(), values.ignore_type():
+        for name, value in changes.items():
+            values.preference[name] = value
+    fails(values, tmp_path, *parts)
+
+
+def test_unpaired_data_and_a_loss_on_pairs(tmp_path, never_compiled):  # noqa: F811
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"prompt": "a", "completion": " b", "label": true}\n' * 2)
+    values = get_config(train=f'jsonl:{path}')
+    fails(values, tmp_path / 'run', str(path), "config.preference.name='dpo'", "'kto'")
+
+
+LOSSES = [m.name for m in pkgutil.iter_modules(preference.__path__)]
+LOSSES.remove('bradley_terry')
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_every_loss_can_be_configured(name):
+    values = config_file('preference').get_config(f'loss={name}').preference
+    hp = preference.load(name, 'name').HParams()
+    for field in dataclasses.fields(hp):  # of the type that it has
+        assert values[field.name] is None
+        values[field.name] = getattr(hp, field.name)
