@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algos.ppo import policy_logprobs
+from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.generate import filter_logits, generate, sample_tokens, sampling
 
 V = 8  # vocabulary of the table policies

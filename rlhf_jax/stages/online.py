@@ -44,7 +44,7 @@ from rlhf_jax.types import (
     reduce_metrics,
 )
 
-# Purposes folded into the stage's key; algos.ppo.SHUFFLE is another.
+# Purposes folded into the stage's key; algos.updates.SHUFFLE is another.
 SAMPLE, EVALUATE, CRITIC = 11, 12, 13
 
 
