@@ -5,13 +5,14 @@ nothing reads a config or touches a disk. ``docs/library.md`` shows how they go
 together; read ``types.py`` next.
 """
 
+from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.rm import RMHParams, rm_step
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
-from rlhf_jax.rewards import reward_model_scores, shape_scores
+from rlhf_jax.rewards import overlong_penalty, reward_model_scores, shape_scores
 from rlhf_jax.types import (
     Generation,
     Metrics,
@@ -31,6 +32,7 @@ __all__ = [
     'PPOHParams',
     'PPOState',
     'PairBatch',
+    'PolicyHParams',
     'PromptBatch',
     'RMHParams',
     'Rollout',
@@ -41,8 +43,11 @@ __all__ = [
     'TrainState',
     'TransformerConfig',
     'generate',
+    'overlong_penalty',
+    'policy_step',
     'ppo_step',
     'prepare',
+    'prepare_policy',
     'reward_model_scores',
     'rm_step',
     'sampling',
