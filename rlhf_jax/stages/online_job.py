@@ -11,6 +11,7 @@ from rlhf_jax import sharding
 from rlhf_jax.algos.ppo import PPOHParams
 from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.tokenizer import stop_ids
 from rlhf_jax.evals.policy import GOLD
 from rlhf_jax.generate import Sampling, sampling
 from rlhf_jax.optim import make_schedule
@@ -154,8 +155,9 @@ def stop_rules(run: Run, job: Online, temperature: float) -> Sampling:
         top_k=settings.top_k,
         top_p=settings.top_p,
         stop_sequences=[
-            run.tokenizer.encode(text, add_special_tokens=False)
+            ids
             for text in settings.stop_sequences
+            for ids in stop_ids(run.tokenizer, text)
         ],
         stop_after=settings.stop_after,
     )

@@ -76,7 +76,9 @@ def test_a_bert_scores_a_gpt2_in_ppo(directories):
     # The base is the reference here, and the temperature 1.
     for when in ('before', 'after'):
         same = result[f'base_logprob_{when}']
-        assert same == pytest.approx(result[f'ref_logprob_{when}'], abs=1e-5) and same < 0
+        assert (
+            same == pytest.approx(result[f'ref_logprob_{when}'], abs=1e-5) and same < 0
+        )
     assert 'under the base model' in (workdir / 'report.html').read_text()
 
     export(workdir, 'ppo', directories / 'policy')
