@@ -5,6 +5,7 @@ nothing reads a config or touches a disk. ``docs/library.md`` shows how they go
 together; read ``types.py`` next.
 """
 
+from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.preference import (
     PreferenceHParams,
@@ -16,7 +17,7 @@ from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
-from rlhf_jax.rewards import reward_model_scores, shape_scores
+from rlhf_jax.rewards import overlong_penalty, reward_model_scores, shape_scores
 from rlhf_jax.types import (
     Generation,
     Metrics,
@@ -38,6 +39,7 @@ __all__ = [
     'PPOHParams',
     'PPOState',
     'PairBatch',
+    'PolicyHParams',
     'PreferenceHParams',
     'PreferencePairs',
     'PreferenceSingles',
@@ -51,9 +53,12 @@ __all__ = [
     'TrainState',
     'TransformerConfig',
     'generate',
+    'overlong_penalty',
+    'policy_step',
     'ppo_step',
     'preference_step',
     'prepare',
+    'prepare_policy',
     'reference_logps',
     'reward_model_scores',
     'rm_step',

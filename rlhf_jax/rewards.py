@@ -83,3 +83,30 @@ def shape_scores(
     if missing_eos_score is not None:
         scores = jnp.where(ended, scores, missing_eos_score)
     return scores
+
+
+def overlong_penalty(lengths: Array, *, max_length: int, buffer: int) -> Array:
+    """Marks long responses down, the more the nearer they come to the longest allowed.
+
+    0 up to L_max − L_buffer, then linearly down to −1 at L_max, −1 beyond.
+
+    Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, eq. 13, who add it to a score of
+    ±1, with a buffer of a fifth of L_max.
+
+    Args:
+        lengths: [B] tokens of the responses.
+        max_length: L_max, tokens.
+        buffer: L_buffer, tokens; 1 to ``max_length``.
+
+    Returns:
+        [B] float32 ≤ 0, to be added to the scores.
+
+    Raises:
+        ValueError: a buffer out of range.
+    """
+    if not 1 <= buffer <= max_length:
+        raise ValueError(
+            f'buffer={buffer} tokens of max_length={max_length}; use 1 to {max_length}'
+        )
+    beyond = lengths - (max_length - buffer)
+    return -jnp.clip(beyond / buffer, 0, 1).astype(jnp.float32)

@@ -164,20 +164,42 @@ class Generation:
 
 
 @struct.dataclass(kw_only=True)
+class Outcomes:
+    """What an advantage estimator sees: ``G`` responses to each of ``P`` prompts."""
+
+    # [P, G, T] float32, KL penalty (if any) everywhere, score at the last token
+    rewards: Array
+    mask: Array  # [P, G, T] bool, response tokens
+    baseline: Array | None = None  # [P, G] float32, score of the greedy response
+
+    @property
+    def returns(self) -> Array:
+        """[P, G] reward of a whole response."""
+        return jnp.sum(jnp.where(self.mask, self.rewards, 0), axis=-1)
+
+    @property
+    def equal(self) -> Array:
+        """[P] bool, all responses to the prompt have the same return."""
+        returns = self.returns
+        return jnp.all(returns == returns[:, :1], axis=-1)
+
+
+@struct.dataclass(kw_only=True)
 class Rollout:
-    """One batch of experience: everything ``ppo_step`` needs, computed once per
-    rollout.
+    """One batch of experience: everything that ``ppo_step`` or ``policy_step`` needs,
+    computed once per rollout. The critic's fields are None where there is no critic.
     """
 
     tokens: Array  # [B, T] int32
     mask: Array  # [B, T] bool
     response_mask: Array  # [B, T] bool, tokens the policy is trained on
-    value_mask: Array  # [B, T] bool, places the critic is trained at
     old_logprobs: Array  # [B, T] float32, log π_old of the response tokens
     ref_logprobs: Array  # [B, T] float32, log π_ref of the response tokens
-    old_values: Array  # [B, T] float32, critic before each response token
     advantages: Array  # [B, T] float32, whitened over the whole rollout when asked for
-    returns: Array  # [B, T] float32, from the unwhitened advantages
+    kept: Array | None = None  # [B] bool, rows that enter the loss; None for all
+    value_mask: Array | None = None  # [B, T] bool, places the critic is trained at
+    old_values: Array | None = None  # [B, T] float32, critic before each response token
+    returns: Array | None = None  # [B, T] float32, from the unwhitened advantages
 
 
 # ------------------------------------------------------------------------------- states
@@ -185,15 +207,15 @@ class Rollout:
 
 @struct.dataclass(kw_only=True)
 class TrainState:
-    """What ``sft_step`` and ``rm_step`` carry: arrays only, so that a checkpoint is
-    pure data.
+    """What every step but ``ppo_step`` carries: arrays only, so that a checkpoint is
+    pure data. ``params`` of ``policy_step`` is ``{'policy': …}``.
 
     ``rng`` is the base key of the stage and is never advanced: a step draws from
     ``fold_in(fold_in(rng, step), PURPOSE)``, so that resuming needs no other random
     state.
     """
 
-    step: Array  # [] int32, updates done
+    step: Array  # [] int32, steps done (of policy_step: rollouts)
     rng: PRNGKey  # base key of the stage
     params: Params
     opt_state: Any

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algos.ppo import policy_logprobs
+from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.generate import filter_logits, generate, sample_tokens, sampling
 
 V = 8  # vocabulary of the table policies
@@ -289,7 +289,7 @@ class _Counted:
     """A policy that reports every decoding step to the host."""
 
     def __init__(self, policy, calls):
-        self.policy, self.calls = policy, calls
+        self.policy, self.calls, self.config = policy, calls, policy.config
 
     def apply(self, variables, tokens, *rest, method='__call__'):
         if method == 'decode':

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rewards import reward_model_scores, shape_scores, weighted_sum
+from rlhf_jax.rewards import (
+    overlong_penalty,
+    reward_model_scores,
+    shape_scores,
+    weighted_sum,
+)
 
 SCORES = jnp.array([0.25, 3.5, -7.0, 0.5])
 ENDED = jnp.array([True, False, True, False])
@@ -88,3 +93,16 @@ def test_a_score_does_not_depend_on_the_side_of_the_padding(
     assert float(jnp.std(right)) > 0.1
     np.testing.assert_allclose(padded('left'), right, atol=1e-5)
     np.testing.assert_allclose(padded('middle'), right, atol=1e-5)
+
+
+def test_the_overlong_penalty_by_hand():
+    """L_max 10, buffer 4: free up to 6 tokens, a quarter for each one more."""
+    lengths = jnp.array([0, 5, 6, 7, 8, 10, 11, 50])
+    got = overlong_penalty(lengths, max_length=10, buffer=4)
+    assert got.tolist() == [0, 0, 0, -0.25, -0.5, -1, -1, -1]
+    assert got.dtype == jnp.float32
+    for buffer in (0, 11):
+        with pytest.raises(
+            ValueError, match=f'buffer={buffer} tokens of max_length=10'
+        ):
+            overlong_penalty(lengths, max_length=10, buffer=buffer)

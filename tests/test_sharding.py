@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.algos.estimators import dapo
+from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.rm import RMHParams, rm_step
+from rlhf_jax.algos.rollout import reference_logprobs
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.optim import OptimConfig, actor_critic_optimizer, make_optimizer
 from rlhf_jax.sharding import (
@@ -152,6 +155,58 @@ def test_ppo_step_agrees_with_one_device(
     _assert_same(one, other)
     assert float(one[0].kl_coef) == pytest.approx(float(other[0].kl_coef), rel=1e-6)
     assert float(one[0].kl_coef) != pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_policy_step_agrees_with_one_device(layout, policy, policy_params, generation):
+    """Pairs of responses, one of them without a difference; everything optional on."""
+    tx = make_optimizer(OPTIM, UPDATES)
+    scores = jnp.asarray(np.random.default_rng(3).normal(size=16), jnp.float32)
+    scores = scores.at[4].set(scores[5])
+    logprobs = reference_logprobs(
+        policy_params, generation, model=policy, temperature=1.0
+    )
+    generation = generation.replace(logprobs=logprobs)  # what it samples with
+
+    def run(layout):
+        mesh, backend, parts = _mesh(layout)
+        hp = PolicyHParams(
+            group_size=2,
+            ratio_level='sequence',
+            num_epochs=2,
+            num_minibatches=2,
+            num_microbatches=parts,
+            kl_loss_coef=0.1,
+            entropy_coef=0.01,
+        )
+        state = _state({'policy': policy_params}, tx)
+        state = place(jax.tree.map(jnp.array, state), mesh, 'params')
+        how = {'estimator': dapo, 'estimator_hp': dapo.HParams()}
+        ready = compile_step(
+            functools.partial(prepare_policy, model=policy, hp=hp, **how),
+            mesh=mesh,
+            backend=backend,
+            inputs=('params', 'batch', 'batch'),
+            outputs=('batch', 'replicated'),
+            donate=(),
+        )
+        step = compile_step(
+            functools.partial(policy_step, model=policy, tx=tx, hp=hp),
+            mesh=mesh,
+            backend=backend,
+            inputs=('params', 'batch'),
+        )
+        ref = place(policy_params, mesh, 'params')
+        rollout, before = ready(ref, generation, scores)
+        for _ in range(UPDATES):
+            state, metrics = step(state, rollout)
+        metrics = {**before, **metrics}
+        return state, {name: float(metric.value()) for name, metric in metrics.items()}
+
+    one = run(None)
+    _assert_same(one, run(layout))
+    assert one[1]['rollout/equal_groups'] == 1 / 8
+    assert one[1]['rollout/kept'] == 7 / 8
 
 
 def _ppo_state(policy_params, critic_params, tx):

@@ -12,6 +12,7 @@ Ouyang et al. 2022, arXiv 2203.02155; details: Huang et al. 2024, arXiv 2403.170
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,12 +20,13 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algos.gradients import mean_gradient
+from rlhf_jax.algos.rollout import objective_metrics, reference_logprobs, sampled_kl
 from rlhf_jax.algos.sft import sft_loss
+from rlhf_jax.algos.surrogate import surrogate_loss
+from rlhf_jax.algos.updates import update_epochs
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.ops.advantages import gae, token_rewards
-from rlhf_jax.ops.kl import KLEstimator, adapt_kl_coef, kl_estimate
-from rlhf_jax.ops.layout import over_batch
-from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.ops.kl import KLEstimator, adapt_kl_coef
 from rlhf_jax.ops.masked import masked_mean, masked_sum, whiten
 from rlhf_jax.ops.policy_loss import (
     Aggregation,
@@ -36,18 +38,14 @@ from rlhf_jax.types import (
     Array,
     Generation,
     Last,
-    Max,
     Mean,
     Metrics,
     Params,
     PPOState,
     Rollout,
     TokenBatch,
-    merge_metrics,
     reduce_metrics,
 )
-
-SHUFFLE = 1  # purpose folded into the key of the minibatch permutations
 
 
 class ActorCritic(NamedTuple):
@@ -83,6 +81,7 @@ class PPOHParams:
     value_clip_eps: float | None = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
+    kl_loss_coef: float = 0.0  # of the k3 estimate in the loss, beside the reward's β
     ptx_coef: float = 0.0  # weight of the language-model loss (InstructGPT: 27.8)
     aggregation: Aggregation = 'token_mean'
     # Optimisation of one rollout
@@ -104,17 +103,6 @@ class PPOHParams:
 
 
 # ----------------------------------------------------------------------------- prepare
-
-
-def policy_logprobs(
-    params: Params, tokens: Array, mask: Array, *, model: CausalLM, temperature: float
-) -> tuple[Array, Array]:
-    """Log-probabilities and entropies of a policy on whole sequences, each [B, T]
-    nats.
-    """
-    hidden = model.apply({'params': params}, tokens, mask)
-    how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
-    return token_logprobs(hidden, model.unembedding(params), tokens, **how)
 
 
 def critic_values(
@@ -164,17 +152,14 @@ def prepare(
         generation.mask,
         generation.response_mask,
     )
-    ref_logprobs, _ = policy_logprobs(
-        ref_params, tokens, mask, model=model.policy, temperature=hp.temperature
+    ref_logprobs = reference_logprobs(
+        ref_params, generation, model=model.policy, temperature=hp.temperature
     )
-    ref_logprobs = jnp.where(response, ref_logprobs, 0)
     value_mask = response if hp.score_at == 'last' else _after_last(response)
     values = critic_values(state.params['critic'], tokens, mask, model=model.critic)
     values = jnp.where(value_mask, values, 0)
 
-    kl = jnp.where(
-        response, kl_estimate(generation.logprobs, ref_logprobs, hp.kl_estimator), 0
-    )
+    kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
     rewards = token_rewards(scores, kl, value_mask, state.kl_coef)
     unwhitened = rewards
     if hp.whiten_rewards:
@@ -202,53 +187,28 @@ def prepare(
         returns=returns,
     )
 
-    metrics = _rollout_metrics(
-        rollout, generation.ended, scores, unwhitened, state.kl_coef, axis_name
+    metrics = objective_metrics(
+        generation, ref_logprobs, scores, unwhitened, value_mask
     )
-    return rollout, metrics
+    metrics['objective/kl_coef'] = Last(state.kl_coef)
+    metrics |= _value_metrics(rollout, axis_name)
+    return rollout, reduce_metrics(metrics, axis_name)
 
 
-def _rollout_metrics(
-    rollout: Rollout,
-    ended: Array,
-    scores: Array,
-    rewards: Array,
-    kl_coef: Array,
-    axis_name: str | None,
-) -> Metrics:
-    response, values, places = (
-        rollout.response_mask,
-        rollout.old_values,
-        rollout.value_mask,
-    )
-
-    def per_row(x: Array) -> Mean:
-        return Mean(jnp.sum(x.astype(jnp.float32)), jnp.float32(x.shape[0]))
+def _value_metrics(rollout: Rollout, axis_name: str | None) -> Metrics:
+    values, places = rollout.old_values, rollout.value_mask
 
     def mean(x: Array) -> Array:
         return masked_mean(x, places, axis_name=axis_name)
 
-    k1, k3 = (
-        kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, kind)
-        for kind in ('k1', 'k3')
-    )
     residual = mean(jnp.square(rollout.returns - values))
     spread = mean(jnp.square(rollout.returns - mean(rollout.returns)))
-    metrics: Metrics = {
-        'objective/scores': per_row(scores),
-        'objective/kl': per_row(masked_sum(k1, response, -1)),
-        'objective/kl_k3': per_row(masked_sum(k3, response, -1)),
-        'objective/entropy': per_row(masked_sum(-rollout.old_logprobs, response, -1)),
-        'objective/rlhf_reward': per_row(masked_sum(rewards, places, -1)),
-        'objective/kl_coef': Last(kl_coef),
-        'rollout/response_length': per_row(jnp.sum(response, axis=-1)),
-        'rollout/ended': per_row(ended),
+    return {
         'val/mean': Mean(
             masked_sum(values, places), masked_sum(jnp.ones_like(values), places)
         ),
         'val/explained_variance': Last(1 - residual / jnp.maximum(spread, 1e-8)),
     }
-    return reduce_metrics(metrics, axis_name)
 
 
 # --------------------------------------------------------------------------------
@@ -261,36 +221,19 @@ def policy_loss(
     """Sum of the clipped surrogate (minus the entropy bonus) with its weight and
     metrics.
     """
-    logprobs, entropy = policy_logprobs(
-        params, batch.tokens, batch.mask, model=model, temperature=hp.temperature
-    )
-    mask = batch.response_mask
-    # Masked before exp: outside the response both sides are 0 and the ratio is 1.
-    logprobs = jnp.where(mask, logprobs, 0)
-    loss, ratio, clipped = clipped_policy_loss(
-        logprobs,
-        batch.old_logprobs,
-        batch.advantages,
-        clip_eps=hp.clip_eps,
-        dual_clip=hp.dual_clip,
-    )
-    total, weight = aggregate(loss - hp.entropy_coef * entropy, mask, hp.aggregation)
-    tokens = jnp.sum(mask).astype(jnp.float32)
-
-    def mean(x: Array) -> Mean:
-        return Mean(masked_sum(x, mask), tokens)
-
-    return (
-        total,
-        weight,
-        {
-            'loss/policy': Mean(aggregate(loss, mask, hp.aggregation)[0], weight),
-            'policy/approxkl': mean(jnp.square(logprobs - batch.old_logprobs) / 2),
-            'policy/clipfrac': mean(clipped),
-            'policy/entropy': mean(entropy),
-            'policy/ratio': mean(ratio),
-            'policy/ratio_max': Max(jnp.max(jnp.where(mask, ratio, 0))),
-        },
+    return surrogate_loss(
+        params,
+        batch,
+        model=model,
+        temperature=hp.temperature,
+        objective=functools.partial(
+            clipped_policy_loss, clip_eps=hp.clip_eps, dual_clip=hp.dual_clip
+        ),
+        ratio_level='token',
+        kl_coef=hp.kl_loss_coef,
+        entropy_coef=hp.entropy_coef,
+        aggregation=hp.aggregation,
+        length=None,
     )
 
 
@@ -361,40 +304,6 @@ def _minibatch_update(
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
-def _minibatches(
-    state: PPOState, batch: Any, hp: PPOHParams, axis_name: str | None
-) -> Any:
-    """All minibatches of all epochs, [epochs·minibatches, rows, …], freshly shuffled.
-
-    Under ``pmap`` the permutation is that of the *global* batch too, of which each
-    device then takes its share, so that both backends train on the same minibatches.
-    """
-    if axis_name is not None:
-        batch = jax.tree.map(
-            lambda x: jax.lax.all_gather(x, axis_name, tiled=True), batch
-        )
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    if rows % (hp.num_minibatches * devices):
-        raise ValueError(
-            f'{rows} rollout rows do not divide into '
-            f'num_minibatches={hp.num_minibatches} '
-            f'on {devices} devices; use a multiple of {hp.num_minibatches * devices}'
-        )
-    key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), SHUFFLE)
-    orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(
-        jax.random.split(key, hp.num_epochs)
-    )
-    orders = orders.reshape(
-        hp.num_epochs * hp.num_minibatches, rows // hp.num_minibatches
-    )
-    if axis_name is not None:
-        share = orders.shape[1] // devices
-        first = jax.lax.axis_index(axis_name) * share
-        orders = jax.lax.dynamic_slice_in_dim(orders, first, share, axis=1)
-    return jax.tree.map(lambda x: over_batch(x[orders], axis=1), batch)
-
-
 def ppo_step(
     state: PPOState,
     batch: Rollout,
@@ -429,7 +338,6 @@ def ppo_step(
     """
     if (ptx is None) != (hp.ptx_coef == 0):
         raise ValueError(f'ptx_coef={hp.ptx_coef} and ptx={ptx is not None} disagree')
-    minibatches = _minibatches(state, (batch, ptx), hp, axis_name)
 
     def update(
         params: Params, opt_state: Any, minibatch: Any
@@ -438,21 +346,9 @@ def ppo_step(
             params, opt_state, minibatch, model=model, tx=tx, hp=hp, axis_name=axis_name
         )
 
-    def one(carry: Any, minibatch: Any) -> tuple[Any, tuple[Metrics, Array]]:
-        params, opt_state, stopped = carry
-        if hp.target_approxkl is None:
-            params, opt_state, metrics = update(params, opt_state, minibatch)
-            return (params, opt_state, stopped), (metrics, ~stopped)
-        new_params, new_opt_state, metrics = update(params, opt_state, minibatch)
-        stopped = stopped | (metrics['policy/approxkl'].value() > hp.target_approxkl)
-        keep = lambda new, old: jnp.where(stopped, old, new)  # noqa: E731
-        params = jax.tree.map(keep, new_params, params)
-        opt_state = jax.tree.map(keep, new_opt_state, opt_state)
-        return (params, opt_state, stopped), (metrics, ~stopped)
-
-    start = (state.params, state.opt_state, jnp.zeros((), bool))
-    (params, opt_state, _), (stacked, done) = jax.lax.scan(one, start, minibatches)
-    metrics = _over_updates(stacked, done)
+    params, opt_state, metrics = update_epochs(
+        state, (batch, ptx), update, hp=hp, axis_name=axis_name
+    )
     kl_coef = state.kl_coef
     if hp.kl_target is not None:
         kl_coef = _next_kl_coef(kl_coef, batch, hp, axis_name)
@@ -460,25 +356,6 @@ def ppo_step(
         step=state.step + 1, params=params, opt_state=opt_state, kl_coef=kl_coef
     )
     return state, metrics
-
-
-def _over_updates(stacked: Metrics, done: Array) -> Metrics:
-    """Merges the metrics of the updates that were done; the first always counts."""
-    first = jax.tree.map(lambda x: x[0], stacked)
-    count = jnp.sum(done).astype(jnp.float32)
-    rest = jax.tree.map(lambda x: x[1:], stacked)
-    done = done[1:]
-
-    def merge(carry: Metrics, item: tuple[Metrics, Array]) -> tuple[Metrics, None]:
-        more, did = item
-        merged = merge_metrics(carry, more)
-        return jax.tree.map(
-            lambda new, old: jnp.where(did, new, old), merged, carry
-        ), None
-
-    metrics, _ = jax.lax.scan(merge, first, (rest, done))
-    metrics['policy/updates'] = Last(count)
-    return metrics
 
 
 def _next_kl_coef(

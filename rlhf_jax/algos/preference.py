@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient, microbatches
-from rlhf_jax.algos.ppo import policy_logprobs
+from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss
 from rlhf_jax.types import (

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from rlhf_jax.algos.ppo import policy_logprobs
+from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.masked import masked_sum
 from rlhf_jax.rewards import weighted_sum

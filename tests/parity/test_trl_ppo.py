@@ -30,6 +30,7 @@ from flax import traverse_util
 from rlhf_jax import hf
 from rlhf_jax.algos import ppo
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams
+from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.optim import OptimConfig, actor_critic_optimizer
 from rlhf_jax.rewards import reward_model_scores, shape_scores
@@ -262,7 +263,7 @@ class OurRun:
 
 
 # Compiled once for all cases; ``prepare`` alone differs between them.
-policy_logprobs = jax.jit(ppo.policy_logprobs, static_argnames=('model', 'temperature'))
+logprobs_of = jax.jit(policy_logprobs, static_argnames=('model', 'temperature'))
 model_scores = jax.jit(reward_model_scores, static_argnames='model')
 prepare = jax.jit(ppo.prepare, static_argnames=('model', 'hp'))
 ppo_step = jax.jit(ppo.ppo_step, static_argnames=('model', 'tx', 'hp'))
@@ -280,7 +281,7 @@ def _generation(run: TRLRun, params: Params, model: CausalLM) -> Generation:
     response_mask = np.concatenate([np.zeros_like(prompt), response], 1)
     tokens = np.concatenate([run.queries, run.responses], 1).astype(np.int32)
     mask = np.concatenate([prompt, response], 1)
-    logprobs, _ = policy_logprobs(
+    logprobs, _ = logprobs_of(
         params, tokens, mask, model=model, temperature=HPARAMS['temperature']
     )
     return Generation(

@@ -1,0 +1,243 @@
+"""Policy gradients without a critic on the rollout and the updates of PPO.
+
+One iteration: ``generate``, G responses to each prompt → a score per response →
+:func:`prepare_policy` (advantages by a module of ``algos/estimators/``, once per
+rollout) → :func:`policy_step`. What makes RLOO, GRPO, Dr. GRPO, DAPO, REINFORCE++,
+ReMax, GSPO or CISPO is the estimator and the settings; ``docs/algorithms.md`` has the
+table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.algos.estimators import Estimator
+from rlhf_jax.algos.gradients import mean_gradient
+from rlhf_jax.algos.rollout import (
+    objective_metrics,
+    per_row,
+    reference_logprobs,
+    sampled_kl,
+)
+from rlhf_jax.algos.surrogate import surrogate_loss
+from rlhf_jax.algos.updates import update_epochs
+from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.ops import policy_loss
+from rlhf_jax.ops.advantages import token_rewards
+from rlhf_jax.ops.kl import KLEstimator
+from rlhf_jax.ops.policy_loss import Aggregation, RatioLevel
+from rlhf_jax.types import (
+    Array,
+    Generation,
+    Mean,
+    Metrics,
+    Outcomes,
+    Params,
+    Rollout,
+    TrainState,
+    reduce_metrics,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyHParams:
+    """Hyperparameters of ``policy_step``, beside the estimator's own.
+
+    The defaults are GRPO's where the paper has one; other methods set what they need.
+    """
+
+    temperature: float = 1.0  # of rollout, reference and training passes alike
+    group_size: int = 8  # G, responses to a prompt (Shao et al.: 64)
+    # KL in the reward: β of the per-token penalty
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator = 'k1'
+    # Loss
+    objective: Literal['clipped', 'cispo'] = 'clipped'  # X_policy_loss of ops
+    ratio_level: RatioLevel = 'token'  # GSPO: 'sequence'
+    clip_eps_low: float | None = 0.2  # None is no bound
+    clip_eps_high: float | None = 0.2  # DAPO: 0.28
+    kl_loss_coef: float = 0.0  # of k3 in the loss (Shao et al.: 0.04)
+    entropy_coef: float = 0.0
+    aggregation: Aggregation = 'sequence_mean'
+    fixed_length: int | None = None  # tokens; of the aggregation of that name alone
+    # Optimisation of one rollout
+    num_epochs: int = 1
+    num_minibatches: int = 1
+    num_microbatches: int = 1
+    target_approxkl: float | None = None  # above it the rest of the rollout is skipped
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(
+                f'temperature={self.temperature}: a policy needs one above 0'
+            )
+        if self.objective not in ('clipped', 'cispo'):
+            raise ValueError(
+                f"objective={self.objective!r} is unknown; use 'clipped' or 'cispo'"
+            )
+        if (self.aggregation == 'fixed_length') != (self.fixed_length is not None):
+            raise ValueError(
+                f'aggregation={self.aggregation!r} and fixed_length='
+                f"{self.fixed_length} disagree; 'fixed_length' needs a number of "
+                'tokens, the others None'
+            )
+
+
+def in_groups(x: Array, size: int) -> Array:
+    """[B, …] → [B/size, size, …]: the responses to a prompt stand next to each other.
+
+    Raises:
+        ValueError: rows that do not divide into groups.
+    """
+    if x.shape[0] % size:
+        raise ValueError(
+            f'{x.shape[0]} rollout rows on a device do not divide into groups of '
+            f'group_size={size}; use a multiple of {size}'
+        )
+    return x.reshape(-1, size, *x.shape[1:])
+
+
+def prepare_policy(
+    ref_params: Params,
+    generation: Generation,
+    scores: Array,
+    baseline: Array | None = None,
+    *,
+    model: CausalLM,
+    hp: PolicyHParams,
+    estimator: Estimator,
+    estimator_hp: Any,
+    axis_name: str | None = None,
+) -> tuple[Rollout, Metrics]:
+    """Turns scored responses into a rollout; runs once, before the epochs over it.
+
+    Args:
+        ref_params: of the frozen reference policy.
+        generation: responses with the log-probabilities they were sampled with; the
+            ``hp.group_size`` responses to a prompt are adjacent rows.
+        scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
+        baseline: [B] float32, for estimators that want it (``remax``).
+        model: the policy, static.
+        hp: hyperparameters, static.
+        estimator: a module of ``algos.estimators``, or one like it; static.
+        estimator_hp: ``estimator.HParams(…)``, static.
+        axis_name: mapped device axis under ``pmap``; statistics are global either way.
+
+    Returns:
+        (rollout, metrics; ``rollout/equal_groups`` is the share of prompts whose
+        responses have all the same reward, and ``rollout/kept`` that of prompts that
+        enter the loss).
+
+    Raises:
+        ValueError: rows that do not divide into groups, groups of one where others are
+            needed, or no baseline where one is.
+    """
+    ref_logprobs = reference_logprobs(
+        ref_params, generation, model=model, temperature=hp.temperature
+    )
+    response = generation.response_mask
+    kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
+    rewards = token_rewards(scores, kl, response, hp.kl_coef)
+    outcomes = jax.tree.map(
+        lambda x: in_groups(x, hp.group_size),
+        Outcomes(rewards=rewards, mask=response, baseline=baseline),
+    )
+    advantages = estimator.advantages(outcomes, estimator_hp, axis_name)
+    metrics = objective_metrics(generation, ref_logprobs, scores, rewards, response)
+    if hp.group_size > 1:
+        metrics['rollout/equal_groups'] = per_row(outcomes.equal)
+    kept = None
+    if hasattr(estimator, 'kept'):
+        prompts = estimator.kept(outcomes)
+        metrics['rollout/kept'] = per_row(prompts)
+        kept = jnp.repeat(prompts, hp.group_size)
+    rollout = Rollout(
+        tokens=generation.tokens,
+        mask=generation.mask,
+        response_mask=response,
+        old_logprobs=generation.logprobs,
+        ref_logprobs=ref_logprobs,
+        advantages=advantages.reshape(response.shape),
+        kept=kept,
+    )
+    return rollout, reduce_metrics(metrics, axis_name)
+
+
+def policy_gradient_loss(
+    params: Params, batch: Rollout, *, model: CausalLM, hp: PolicyHParams
+) -> tuple[Array, Array, Metrics]:
+    """Sum of the policy's loss on rollout rows, its weight and metrics; see
+    ``surrogate_loss``.
+    """
+    return surrogate_loss(
+        params,
+        batch,
+        model=model,
+        temperature=hp.temperature,
+        objective=functools.partial(
+            getattr(policy_loss, f'{hp.objective}_policy_loss'),
+            clip_eps=(hp.clip_eps_low, hp.clip_eps_high),
+        ),
+        ratio_level=hp.ratio_level,
+        kl_coef=hp.kl_loss_coef,
+        entropy_coef=hp.entropy_coef,
+        aggregation=hp.aggregation,
+        length=hp.fixed_length,
+    )
+
+
+def policy_step(
+    state: TrainState,
+    batch: Rollout,
+    *,
+    model: CausalLM,
+    tx: optax.GradientTransformation,
+    hp: PolicyHParams,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """All epochs and minibatches over one rollout.
+
+    The first minibatch sees ratio 1 and approxkl 0. A minibatch of which no row is kept
+    has gradient 0: parameters then move by the optimizer's momentum alone.
+
+    Args:
+        state: ``params`` is ``{'policy': …}``.
+        batch: the rollout rows of this device, or of all devices under ``jit``.
+        model: the policy, static.
+        tx: the optimizer over ``{'policy': …}``, static.
+        hp: hyperparameters, static.
+        axis_name: mapped device axis under ``pmap``.
+
+    Returns:
+        (new state, metrics: means over the updates done; ``policy/updates`` counts
+        them).
+
+    Raises:
+        ValueError: rows that do not divide into the minibatches.
+    """
+
+    def update(
+        params: Params, opt_state: Any, minibatch: Rollout
+    ) -> tuple[Params, Any, Metrics]:
+        gradient, metrics = mean_gradient(
+            lambda p, part: policy_gradient_loss(p, part, model=model, hp=hp),
+            params['policy'],
+            minibatch,
+            num_microbatches=hp.num_microbatches,
+            axis_name=axis_name,
+        )
+        metrics['policy/grad_norm'] = Mean(optax.tree.norm(gradient), jnp.float32(1))
+        updates, opt_state = tx.update({'policy': gradient}, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    params, opt_state, metrics = update_epochs(
+        state, batch, update, hp=hp, axis_name=axis_name
+    )
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    return state, metrics

@@ -1,0 +1,86 @@
+"""What every online algorithm does with the responses of a policy before it learns.
+
+Log-probabilities of a policy and of its reference, their KL, and the ``objective/…``
+metrics. Read ``algos/updates.py`` next.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.ops.kl import KLEstimator, kl_estimate
+from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.ops.masked import masked_sum
+from rlhf_jax.types import Array, Generation, Mean, Metrics, Params
+
+
+def policy_logprobs(
+    params: Params, tokens: Array, mask: Array, *, model: CausalLM, temperature: float
+) -> tuple[Array, Array]:
+    """Log-probabilities and entropies of a policy on whole sequences, each [B, T]
+    nats.
+    """
+    hidden = model.apply({'params': params}, tokens, mask)
+    how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
+    return token_logprobs(hidden, model.unembedding(params), tokens, **how)
+
+
+def reference_logprobs(
+    params: Params, generation: Generation, *, model: CausalLM, temperature: float
+) -> Array:
+    """Log-probabilities of the response tokens under a frozen policy, [B, T] nats; 0
+    elsewhere.
+    """
+    logprobs, _ = policy_logprobs(
+        params,
+        generation.tokens,
+        generation.mask,
+        model=model,
+        temperature=temperature,
+    )
+    return jnp.where(generation.response_mask, logprobs, 0)
+
+
+def sampled_kl(generation: Generation, ref_logprobs: Array, kind: KLEstimator) -> Array:
+    """KL of the sampling policy from the reference, [B, T] nats; 0 outside the
+    response.
+    """
+    kl = kl_estimate(generation.logprobs, ref_logprobs, kind)
+    return jnp.where(generation.response_mask, kl, 0)
+
+
+def per_row(x: Array) -> Mean:
+    """The mean over rows of one number per row, [B]."""
+    return Mean(jnp.sum(x.astype(jnp.float32)), jnp.float32(x.shape[0]))
+
+
+def objective_metrics(
+    generation: Generation,
+    ref_logprobs: Array,
+    scores: Array,
+    rewards: Array,
+    places: Array,
+) -> Metrics:
+    """What a rollout is worth, per response, not yet reduced over devices.
+
+    Args:
+        generation: the responses.
+        ref_logprobs: [B, T] of the reference, 0 outside the response.
+        scores: [B] reward units, shaped.
+        rewards: [B, T] score and KL penalty.
+        places: [B, T] bool, where rewards stand.
+    """
+    response = generation.response_mask
+    k1, k3 = (
+        kl_estimate(generation.logprobs, ref_logprobs, kind) for kind in ('k1', 'k3')
+    )
+    return {
+        'objective/scores': per_row(scores),
+        'objective/kl': per_row(masked_sum(k1, response, -1)),
+        'objective/kl_k3': per_row(masked_sum(k3, response, -1)),
+        'objective/entropy': per_row(masked_sum(-generation.logprobs, response, -1)),
+        'objective/rlhf_reward': per_row(masked_sum(rewards, places, -1)),
+        'rollout/response_length': per_row(jnp.sum(response, axis=-1)),
+        'rollout/ended': per_row(generation.ended),
+    }

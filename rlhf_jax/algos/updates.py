@@ -1,0 +1,142 @@
+"""The updates over one rollout: epochs × minibatches in one scan, for any loss.
+
+The rollout is fixed before the first update, so that every minibatch is compared with
+the policy that sampled it. Read ``algos/surrogate.py`` next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.ops.layout import over_batch
+from rlhf_jax.types import (
+    Array,
+    Last,
+    Metrics,
+    Params,
+    PPOState,
+    TrainState,
+    merge_metrics,
+)
+
+SHUFFLE = 1  # purpose folded into the key of the minibatch permutations
+
+# (params, optimizer state, minibatch) -> the same two after an update, and metrics,
+# 'policy/approxkl' among them
+Update = Callable[[Params, Any, Any], tuple[Params, Any, Metrics]]
+
+
+class UpdatePlan(Protocol):
+    """What hyperparameters say of the updates over a rollout."""
+
+    num_epochs: int
+    num_minibatches: int
+    target_approxkl: float | None
+
+
+def minibatches(
+    state: PPOState | TrainState, batch: Any, hp: UpdatePlan, axis_name: str | None
+) -> Any:
+    """All minibatches of all epochs, [epochs·minibatches, rows, …], freshly shuffled.
+
+    Under ``pmap`` the permutation is that of the *global* batch too, of which each
+    device then takes its share, so that both backends train on the same minibatches.
+
+    Raises:
+        ValueError: rows that do not divide into the minibatches.
+    """
+    if axis_name is not None:
+        batch = jax.tree.map(
+            lambda x: jax.lax.all_gather(x, axis_name, tiled=True), batch
+        )
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    if rows % (hp.num_minibatches * devices):
+        raise ValueError(
+            f'{rows} rollout rows do not divide into '
+            f'num_minibatches={hp.num_minibatches} '
+            f'on {devices} devices; use a multiple of {hp.num_minibatches * devices}'
+        )
+    key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), SHUFFLE)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(
+        jax.random.split(key, hp.num_epochs)
+    )
+    orders = orders.reshape(
+        hp.num_epochs * hp.num_minibatches, rows // hp.num_minibatches
+    )
+    if axis_name is not None:
+        share = orders.shape[1] // devices
+        first = jax.lax.axis_index(axis_name) * share
+        orders = jax.lax.dynamic_slice_in_dim(orders, first, share, axis=1)
+    return jax.tree.map(lambda x: over_batch(x[orders], axis=1), batch)
+
+
+def update_epochs(
+    state: PPOState | TrainState,
+    batch: Any,
+    update: Update,
+    *,
+    hp: UpdatePlan,
+    axis_name: str | None = None,
+) -> tuple[Params, Any, Metrics]:
+    """All epochs and minibatches over one batch.
+
+    With ``hp.target_approxkl`` the updates after the first minibatch that exceeds it
+    are skipped, that one included.
+
+    Args:
+        state: where the updates start; its ``rng`` and ``step`` give the shuffles.
+        batch: a pytree whose leaves have the rows of this device in front, or those of
+            all devices under ``jit``.
+        update: one optimizer update on a minibatch of it.
+        hp: hyperparameters, static.
+        axis_name: mapped device axis under ``pmap``.
+
+    Returns:
+        (params, optimizer state, metrics: means over the updates done;
+        ``policy/updates`` counts them).
+
+    Raises:
+        ValueError: rows that do not divide into the minibatches.
+    """
+
+    def one(carry: Any, minibatch: Any) -> tuple[Any, tuple[Metrics, Array]]:
+        params, opt_state, stopped = carry
+        if hp.target_approxkl is None:
+            params, opt_state, metrics = update(params, opt_state, minibatch)
+            return (params, opt_state, stopped), (metrics, ~stopped)
+        new_params, new_opt_state, metrics = update(params, opt_state, minibatch)
+        stopped = stopped | (metrics['policy/approxkl'].value() > hp.target_approxkl)
+        keep = lambda new, old: jnp.where(stopped, old, new)  # noqa: E731
+        params = jax.tree.map(keep, new_params, params)
+        opt_state = jax.tree.map(keep, new_opt_state, opt_state)
+        return (params, opt_state, stopped), (metrics, ~stopped)
+
+    start = (state.params, state.opt_state, jnp.zeros((), bool))
+    (params, opt_state, _), (stacked, done) = jax.lax.scan(
+        one, start, minibatches(state, batch, hp, axis_name)
+    )
+    return params, opt_state, _over_updates(stacked, done)
+
+
+def _over_updates(stacked: Metrics, done: Array) -> Metrics:
+    """Merges the metrics of the updates that were done; the first always counts."""
+    first = jax.tree.map(lambda x: x[0], stacked)
+    count = jnp.sum(done).astype(jnp.float32)
+    rest = jax.tree.map(lambda x: x[1:], stacked)
+    done = done[1:]
+
+    def merge(carry: Metrics, item: tuple[Metrics, Array]) -> tuple[Metrics, None]:
+        more, did = item
+        merged = merge_metrics(carry, more)
+        return jax.tree.map(
+            lambda new, old: jnp.where(did, new, old), merged, carry
+        ), None
+
+    metrics, _ = jax.lax.scan(merge, first, (rest, done))
+    metrics['policy/updates'] = Last(count)
+    return metrics
