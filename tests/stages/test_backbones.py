@@ -125,5 +125,7 @@ def test_an_encoder_is_no_policy(directories):
     config.ppo.init = str(directories / 'bert')
     config.ppo.critic = str(directories / 'gpt2')
     config.ppo.rewards.rm.model = str(directories / 'bert')
+    config.ppo.prompt_buckets = (8,)
+    config.ppo.max_new_tokens = 6
     with pytest.raises(ValueError, match='ppo.init=.*bert. is no language model'):
         launch(config, directories / 'run')
