@@ -125,6 +125,8 @@ def test_an_encoder_is_no_policy(directories):
     config.ppo.init = str(directories / 'bert')
     config.ppo.critic = str(directories / 'gpt2')
     config.ppo.rewards.rm.model = str(directories / 'bert')
+    prompts = f'jsonl:{directories}/prompts.jsonl'
+    config.ppo.prompts = config.ppo.eval_prompts = prompts
     config.ppo.prompt_buckets = (8,)
     config.ppo.max_new_tokens = 6
     with pytest.raises(ValueError, match='ppo.init=.*bert. is no language model'):
