@@ -2,7 +2,7 @@
 
     python -m rlhf_jax.main --config configs/hh.py:model=DIR,data=FILE --workdir runs/hh
 
-Arguments: ``model`` a directory or hub name of the Llama family; ``data`` a transcript
+Arguments: ``model`` a directory or hub name (docs/models.md); ``data`` a transcript
 file (``.jsonl`` or ``.jsonl.gz``, also of a hub data set), of which the last tenth is
 held out; ``length`` the longest dialogue in tokens, cut from the left;
 ``learning_rate`` of SFT, on which the others depend: the default suits the default

@@ -276,7 +276,7 @@ def _check_tensors(
     for weight in weights:
         stacked = '{layer}' in weight.name
         shapes = [expected[path].shape[stacked:] for path in weight.paths]
-        # A view of one number: the layout shows their shape and nothing is allocated.
+        # The layout itself shows their shape, on a byte for each number at most.
         ours = [np.broadcast_to(np.int8(0), shape) for shape in shapes]
         shape = LAYOUTS[weight.layout].write(ours).shape
         wanted.update(dict.fromkeys(tensor_names(weight, config.num_layers), shape))

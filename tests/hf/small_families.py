@@ -18,6 +18,7 @@ SIZES = {
     'pad_token_id': 0,
 }
 MHA = {name: size for name, size in SIZES.items() if name != 'num_key_value_heads'}
+LINEAR = {'rope_type': 'linear', 'rope_theta': 10_000.0, 'factor': 3.0}
 LLAMA3 = {
     'rope_type': 'llama3',
     'rope_theta': 10_000.0,
@@ -29,7 +30,10 @@ LLAMA3 = {
 
 # name → (config class, its arguments)
 FAMILIES = {
-    'llama': ('LlamaConfig', {**SIZES, 'attention_bias': True, 'mlp_bias': True}),
+    'llama': (
+        'LlamaConfig',
+        {**SIZES, 'attention_bias': True, 'mlp_bias': True, 'rope_parameters': LINEAR},
+    ),
     'llama3': (
         'LlamaConfig',
         {**SIZES, 'rope_parameters': LLAMA3, 'tie_word_embeddings': True},

@@ -1,14 +1,12 @@
 """Hugging Face directories against transformers: logits, scores, loading."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax import hf
 from rlhf_jax.hf.reader import INDEX
-from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
+from tests.hf.test_directories import make_config, make_params
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -22,33 +20,6 @@ VARIANTS = [
 variants = pytest.mark.parametrize(
     'options', VARIANTS, ids=['tied', 'untied', 'biases']
 )
-
-
-def make_config(*, tied, attention_bias=False, mlp_bias=False):
-    return TransformerConfig(
-        vocab_size=48,
-        num_layers=3,
-        width=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=6,  # not width / heads: the head size has its own entry
-        mlp_width=40,
-        max_positions=64,
-        norm_eps=1e-6,
-        rope_theta=5000.0,
-        tied_embeddings=tied,
-        attention_bias=attention_bias,
-        attention_out_bias=attention_bias,
-        mlp_bias=mlp_bias,
-    )
-
-
-def make_params(config, head, seed=0):
-    model = CausalLM(config) if head == 'lm' else ScalarModel(config)
-    tokens = jax.ShapeDtypeStruct((1, 4), np.int32)
-    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens, tokens)['params']
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)), shapes)
 
 
 @pytest.fixture
