@@ -87,17 +87,25 @@ def run_one(method: str, base: Path, workdir: Path, seed: int, smoke: bool) -> A
     config = module.get_config(arg)
     (stage,) = config.stages
     report = launch(config, workdir)
-    done = json.loads((workdir / stage / 'done.json').read_text(encoding='utf-8'))
     jax.clear_caches()  # the programs of the next run are others
-    learning = {k: v for k, v in done['seconds'].items() if k not in ('setup', 'eval')}
-    return {**report['stages'][stage], 'learning_seconds': sum(learning.values())}
+    seconds = learning_seconds(workdir / stage)
+    return {**report['stages'][stage], 'learning_seconds': seconds}
+
+
+def learning_seconds(stage_dir: Path) -> float:
+    """Steps times the median time of one: without compilation, saving, evaluation."""
+    lines = (stage_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    rows = [json.loads(line) for line in lines]
+    steps, seconds = np.array([[r['step'], r['seconds']] for r in rows]).T
+    paces = np.diff(seconds) / np.maximum(np.diff(steps), 1)
+    return float(steps[-1] * np.median(paces[np.diff(steps) > 0]))
 
 
 def summarise(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Means over seeds, and the lowest of the lower ends of the win rate's interval.
 
-    Time is that of learning alone, compilation included, as a ratio to PPO's of the
-    same seed; None where PPO was not run.
+    Time is that of learning alone (:func:`learning_seconds`), as a ratio to PPO's of
+    the same seed; None where PPO was not run.
     """
     table = {}
     for method, by_seed in results.items():
