@@ -7,6 +7,7 @@ Read ``models/transformer.py`` next.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -15,17 +16,23 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
+from rlhf_jax.ops.linear import linear
 from rlhf_jax.ops.logprobs import soft_cap
 from rlhf_jax.types import Array
 
-KV = tuple[Array, Array]  # keys and values, [B, S, K, H] each
+KV = tuple[Array, Array]  # keys and values, [B, K, S, H] each
+
+NEGATIVE = -1e30  # finite, so that a row without any key stays finite
+# Causal attention goes over blocks of queries: of at least so many tokens, and at most
+# so many blocks, which are unrolled.
+MIN_BLOCK, MAX_BLOCKS = 64, 8
 
 
 @struct.dataclass(kw_only=True)
 class View:
     """What a layer's attention may see, and where its tokens stand."""
 
-    bias: Array  # [B, 1, 1, T, S] float32, 0 or very negative
+    visible: Array  # [B, T, S] bool, keys that a token may see
     rotary: tuple[Array, Array] | None  # cos and sin, [B, T, 1, R/2] float32
 
 
@@ -103,7 +110,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array, cache: KV | None, view: View) -> tuple[Array, KV]:
         """Args: x [B, T, D]; cache of S slots, or None; view over S + T keys.
 
-        Returns: (output [B, T, D], (keys, values) of these tokens [B, T, K, H]).
+        Returns: (output [B, T, D], (keys, values) of these tokens [B, K, T, H]).
         """
         cfg = self.config
         q = self._project('query', cfg.num_heads, x)
@@ -115,16 +122,17 @@ class Attention(nn.Module):
             k = Norm(cfg, axes, name='key_norm')(k)
         if view.rotary is not None:
             q, k = rope(q, view.rotary), rope(k, view.rotary)
+        k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
         groups = cfg.num_heads // cfg.num_kv_heads
         q = q.reshape(*q.shape[:2], cfg.num_kv_heads, groups, cfg.head_dim)
         parts = [(k, v)] if cache is None else [cache, (k, v)]
-        out = self._attend(q, parts, view.bias)
-        out = out.reshape(*out.shape[:2], cfg.num_heads, cfg.head_dim)
+        out = self._attend(q, parts, view.visible)
+        out = out.reshape(*out.shape[:2], -1)
         # Residual outputs start smaller by √(2·layers), as in GPT-2.
         init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
         shape = (cfg.num_heads, cfg.head_dim, cfg.width)
         kernel = self.param('out_kernel', init, shape)
-        out = jnp.einsum('btnh,nhd->btd', out, kernel.astype(x.dtype))
+        out = linear(out, kernel.reshape(-1, cfg.width).astype(x.dtype))
         if cfg.attention_out_bias:
             offset = self.param('out_bias', nn.initializers.zeros, (cfg.width,))
             out = out + offset.astype(x.dtype)
@@ -134,33 +142,61 @@ class Attention(nn.Module):
         cfg = self.config
         init = nn.initializers.normal(cfg.init_std)
         kernel = self.param(f'{name}_kernel', init, (cfg.width, heads, cfg.head_dim))
-        y = jnp.einsum('btd,dnh->btnh', x, kernel.astype(x.dtype))
+        y = linear(x, kernel.reshape(cfg.width, -1).astype(x.dtype))
+        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.attention_bias:
             zeros = nn.initializers.zeros
             offset = self.param(f'{name}_bias', zeros, (heads, cfg.head_dim))
             y = y + offset.astype(x.dtype)
         return y
 
-    def _attend(self, q: Array, parts: list[KV], bias: Array) -> Array:
-        # With a cache the scores over old and new keys are joined, not the keys: the
-        # cache is then only read here, and written once for all layers by the caller.
-        cfg = self.config
-        scores = [
-            jnp.einsum('btkgh,bskh->bkgts', q, keys, preferred_element_type=jnp.float32)
-            for keys, _ in parts
-        ]
-        scores = jnp.concatenate(scores, axis=-1) * (
-            (cfg.query_scalar or cfg.head_dim) ** -0.5
-        )
-        scores = soft_cap(scores, cfg.attention_softcap) + bias
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out, start = 0, 0
-        for keys, values in parts:
-            stop = start + keys.shape[1]
-            part = weights[..., start:stop]
-            out = out + jnp.einsum('bkgts,bskh->btkgh', part, values)
-            start = stop
-        return out
+    def _attend(self, q: Array, parts: list[KV], visible: Array) -> Array:
+        """Args: q [B, T, K, G, H]; parts, keys and values [B, K, S, H] of the cache
+        and of these tokens; visible [B, T, S in all]. Returns [B, T, K, G, H].
+        """
+        q = jnp.moveaxis(q, 1, 3)  # [B, K, G, T, H]: XLA runs this order faster
+        visible = visible[:, None, None]
+        attend = functools.partial(_softmax_attention, cfg=self.config)
+        length = q.shape[3]
+        size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+        if len(parts) > 1 or self.config.attention != 'causal' or length <= size:
+            return jnp.moveaxis(attend(q, parts, visible), 3, 1)
+        # What lies behind the last query of a block is not computed at all, and the
+        # weights of a block are computed anew in its backward pass, not kept.
+        attend = jax.checkpoint(attend)
+        (keys, values), blocks = parts[0], []
+        for start in range(0, length, size):
+            here, seen = slice(start, start + size), slice(start + size)
+            part = keys[:, :, seen], values[:, :, seen]
+            block = visible[..., here, seen]
+            blocks.append(attend(q[..., here, :], [part], block))
+        return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1)
+
+
+def _softmax_attention(
+    q: Array, parts: list[KV], visible: Array, *, cfg: TransformerConfig
+) -> Array:
+    """softmax(q·kᵀ/√H)·v over all parts, [B, K, G, T, H]; keys and values [B, K, S, H].
+
+    The scores over old and new keys are joined, not the keys: a cache is only read
+    here, and written once for all layers by the caller.
+    """
+    scores = [
+        jnp.einsum('bkgth,bksh->bkgts', q, keys, preferred_element_type=jnp.float32)
+        for keys, _ in parts
+    ]
+    scores = jnp.concatenate(scores, axis=-1)
+    scores = soft_cap(
+        scores * (cfg.query_scalar or cfg.head_dim) ** -0.5, cfg.attention_softcap
+    )
+    scores = jnp.where(visible, scores, NEGATIVE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out, start = 0, 0
+    for keys, values in parts:
+        stop = start + keys.shape[2]
+        out = out + jnp.einsum('bkgts,bksh->bkgth', weights[..., start:stop], values)
+        start = stop
+    return out
 
 
 class MLP(nn.Module):
@@ -180,22 +216,22 @@ class MLP(nn.Module):
             'relu': nn.relu,
         }[cfg.activation]
 
-        def linear(
+        def project(
             name: str, y: Array, size: int, initializer: nn.initializers.Initializer
         ) -> Array:
             kernel = self.param(f'{name}_kernel', initializer, (y.shape[-1], size))
-            y = y @ kernel.astype(y.dtype)
+            y = linear(y, kernel.astype(y.dtype))
             if cfg.mlp_bias:
                 offset = self.param(f'{name}_bias', nn.initializers.zeros, (size,))
                 y = y + offset.astype(y.dtype)
             return y
 
-        hidden = linear('up', x, cfg.mlp_width, init)
+        hidden = project('up', x, cfg.mlp_width, init)
         if cfg.gated_mlp:
-            hidden = activate(linear('gate', x, cfg.mlp_width, init)) * hidden
+            hidden = activate(project('gate', x, cfg.mlp_width, init)) * hidden
         else:
             hidden = activate(hidden)
-        return linear('down', hidden, cfg.width, down_init)
+        return project('down', hidden, cfg.width, down_init)
 
 
 class Block(nn.Module):

@@ -9,6 +9,8 @@ next.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,7 @@ from rlhf_jax.models.layers import (
     rope_frequencies,
     rotary_tables,
 )
-from rlhf_jax.types import Array
-
-NEGATIVE = -1e30  # finite, so that a row without any key stays finite
-
+from rlhf_jax.types import Array, Params
 
 @struct.dataclass(kw_only=True)
 class KVCache:
@@ -34,8 +33,9 @@ class KVCache:
     time.
     """
 
-    keys: Array  # [L, B, S, K, H] compute dtype
-    values: Array  # [L, B, S, K, H]
+    # Compute dtype; [L, B, K, S, H], or of a listed config a list of [B, K, S, H]
+    keys: Array | list[Array]
+    values: Array | list[Array]
     mask: Array  # [B, S] bool, slots that hold a real token
     slot: Array  # [] int32, the next slot to write
     positions: Array  # [B] int32, position of the next token of each row
@@ -63,13 +63,25 @@ class Transformer(nn.Module):
     ) -> tuple[Array, KV | None]:
         """Args: tokens and positions [B, T]; allowed [B, T, S + T] bool, keys that a
         token may see; distance [B, T, S + T] int32, from a key to the token; cache
-        [L, B, S, K, H] × 2.
+        [L, B, K, S, H] × 2.
 
-        Returns: (hidden [B, T, D] compute dtype, (keys, values) [L, B, T, K, H] or
+        Returns: (hidden [B, T, D] compute dtype, (keys, values) [L, B, K, T, H] or
             None).
         """
         cfg = self.config
         x = Embed(cfg, name='embed')(tokens, positions)
+        views = make_views(cfg, positions, allowed, distance)
+        x, kv = (self._listed if cfg.is_listed else self._scanned)(
+            x, cache, views, keep_kv
+        )
+        if cfg.residual != 'outer':
+            x = Norm(cfg, name='final_norm')(x)
+        return x, kv
+
+    def _scanned(
+        self, x: Array, cache: KV | None, views: list[View], keep_kv: bool
+    ) -> tuple[Array, KV | None]:
+        cfg = self.config
         block = Block
         if cfg.remat:
             block = nn.remat(Block, prevent_cse=False)
@@ -82,11 +94,34 @@ class Transformer(nn.Module):
             unroll=min(cfg.scan_unroll, cfg.num_layers),
         )
         windowed = jnp.asarray(cfg.windowed) if cfg.mixes_windows else None
-        views = make_views(cfg, positions, allowed, distance)
-        x, kv = layers(cfg, keep_kv, name='layers')(x, cache, windowed, views)
-        if cfg.residual != 'outer':
-            x = Norm(cfg, name='final_norm')(x)
-        return x, kv
+        return layers(cfg, keep_kv, name='layers')(x, cache, windowed, views)
+
+    def _listed(
+        self, x: Array, cache: KV | None, views: list[View], keep_kv: bool
+    ) -> tuple[Array, KV | None]:
+        cfg, kvs = self.config, []
+        for i in range(cfg.num_layers):
+            block = Block(cfg, keep_kv, name=f'layers_{i}')
+            old = None if cache is None else jax.tree.map(
+                lambda part: part[i], cache, is_leaf=lambda part: isinstance(part, list)
+            )
+            windowed = cfg.windowed[i] if cfg.mixes_windows else None
+            x, kv = block(x, old, windowed, views)
+            kvs.append(kv)
+        return x, tuple(map(list, zip(*kvs))) if keep_kv else None
+
+
+def by_layer(config: TransformerConfig, params: Params) -> Params:
+    """Parameters of a backbone with every layer's by itself: ``layers_0``, ….
+
+    For a loop over tokens: cutting a layer's weights out of the stack at every token
+    reads and writes them once more. The config that goes with them has ``is_listed``.
+    """
+    rest = {name: value for name, value in params.items() if name != 'layers'}
+    return rest | {
+        f'layers_{i}': jax.tree.map(lambda x: x[i], params['layers'])
+        for i in range(config.num_layers)
+    }
 
 
 def make_views(
@@ -105,8 +140,7 @@ def make_views(
         if cfg.position == 'rope':
             frequencies = rope_frequencies(cfg.rotary_dim, theta, scaling)
             rotary = rotary_tables(positions, frequencies)
-        bias = jnp.where(visible, 0.0, NEGATIVE)[:, None, None]
-        return View(bias=bias, rotary=rotary)
+        return View(visible=visible, rotary=rotary)
 
     return [view(windowed) for windowed in sorted(set(cfg.windowed)) or [False]]
 
@@ -212,16 +246,27 @@ def prefill(
         *visible(mask, 'causal'),
         keep_kv=True,
     )
-    grow = cache_length - length
-    pad = ((0, 0), (0, 0), (0, grow), (0, 0), (0, 0))
     cache = KVCache(
-        keys=jnp.pad(keys, pad),
-        values=jnp.pad(values, pad),
-        mask=jnp.pad(mask, ((0, 0), (0, grow))),
+        keys=keys,
+        values=values,
+        mask=mask,
         slot=jnp.asarray(length, jnp.int32),
         positions=jnp.sum(mask, axis=-1, dtype=jnp.int32),
     )
-    return hidden, cache
+    return hidden, grow(cache, cache_length - length)
+
+
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """The cache with so many empty slots more."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, slots), (0, 0)))
+
+    return cache.replace(
+        keys=jax.tree.map(pad, cache.keys),
+        values=jax.tree.map(pad, cache.values),
+        mask=jnp.pad(cache.mask, ((0, 0), (0, slots))),
+    )
 
 
 def decode(
@@ -250,10 +295,14 @@ def decode(
         (cache.keys, cache.values),
         keep_kv=True,
     )
-    at = (0, 0, cache.slot, 0, 0)
+    # Written once all layers have read it: so the update can be made in place.
+    hidden, keys, values = jax.lax.optimization_barrier((hidden, keys, values))
+    write = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, start_index=cache.slot, axis=-2
+    )
     cache = KVCache(
-        keys=jax.lax.dynamic_update_slice(cache.keys, keys, at),
-        values=jax.lax.dynamic_update_slice(cache.values, values, at),
+        keys=jax.tree.map(write, cache.keys, keys),
+        values=jax.tree.map(write, cache.values, values),
         mask=jax.lax.dynamic_update_slice(cache.mask, real[:, None], (0, cache.slot)),
         slot=cache.slot + 1,
         positions=cache.positions + real,
