@@ -33,6 +33,7 @@ class View:
     """What a layer's attention may see, and where its tokens stand."""
 
     visible: Array  # [B, T, S] bool, keys that a token may see
+    slot: Array | None  # [] int32, where a cache takes these tokens
     rotary: tuple[Array, Array] | None  # cos and sin, [B, T, 1, R/2] float32
 
 
@@ -107,10 +108,14 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, cache: KV | None, view: View) -> tuple[Array, KV]:
-        """Args: x [B, T, D]; cache of S slots, or None; view over S + T keys.
+    def __call__(
+        self, x: Array, cache: KV | None, layer: Array | None, view: View
+    ) -> tuple[Array, KV]:
+        """Args: x [B, T, D]; cache that takes these tokens, or None; layer, see
+        :func:`write`; view over the keys of the cache, or of these tokens.
 
-        Returns: (output [B, T, D], (keys, values) of these tokens [B, K, T, H]).
+        Returns: (output [B, T, D], the cache, or without one the (keys, values)
+            [B, K, T, H] of these tokens).
         """
         cfg = self.config
         q = self._project('query', cfg.num_heads, x)
@@ -125,8 +130,10 @@ class Attention(nn.Module):
         k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
         groups = cfg.num_heads // cfg.num_kv_heads
         q = q.reshape(*q.shape[:2], cfg.num_kv_heads, groups, cfg.head_dim)
-        parts = [(k, v)] if cache is None else [cache, (k, v)]
-        out = self._attend(q, parts, view.visible)
+        kv = (k, v)
+        if cache is not None:
+            kv, (k, v) = write(cache, (k, v), layer, view.slot)
+        out = self._attend(q, k, v, view.visible)
         out = out.reshape(*out.shape[:2], -1)
         # Residual outputs start smaller by √(2·layers), as in GPT-2.
         init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
@@ -136,7 +143,7 @@ class Attention(nn.Module):
         if cfg.attention_out_bias:
             offset = self.param('out_bias', nn.initializers.zeros, (cfg.width,))
             out = out + offset.astype(x.dtype)
-        return out, (k, v)
+        return out, kv
 
     def _project(self, name: str, heads: int, x: Array) -> Array:
         cfg = self.config
@@ -150,53 +157,69 @@ class Attention(nn.Module):
             y = y + offset.astype(x.dtype)
         return y
 
-    def _attend(self, q: Array, parts: list[KV], visible: Array) -> Array:
-        """Args: q [B, T, K, G, H]; parts, keys and values [B, K, S, H] of the cache
-        and of these tokens; visible [B, T, S in all]. Returns [B, T, K, G, H].
+    def _attend(self, q: Array, keys: Array, values: Array, visible: Array) -> Array:
+        """Args: q [B, T, K, G, H]; keys and values [B, K, S, H]; visible [B, T, S].
+        Returns [B, T, K, G, H].
         """
         q = jnp.moveaxis(q, 1, 3)  # [B, K, G, T, H]: XLA runs this order faster
         visible = visible[:, None, None]
         attend = functools.partial(_softmax_attention, cfg=self.config)
         length = q.shape[3]
         size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-        if len(parts) > 1 or self.config.attention != 'causal' or length <= size:
-            return jnp.moveaxis(attend(q, parts, visible), 3, 1)
+        if self.config.attention != 'causal' or length <= size:
+            return jnp.moveaxis(attend(q, keys, values, visible), 3, 1)
         # What lies behind the last query of a block is not computed at all, and the
         # weights of a block are computed anew in its backward pass, not kept.
-        attend = jax.checkpoint(attend)
-        (keys, values), blocks = parts[0], []
+        attend, blocks = jax.checkpoint(attend), []
         for start in range(0, length, size):
             here, seen = slice(start, start + size), slice(start + size)
-            part = keys[:, :, seen], values[:, :, seen]
-            block = visible[..., here, seen]
-            blocks.append(attend(q[..., here, :], [part], block))
+            block = q[..., here, :], keys[:, :, seen], values[:, :, seen]
+            blocks.append(attend(*block, visible[..., here, seen]))
         return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1)
 
 
 def _softmax_attention(
-    q: Array, parts: list[KV], visible: Array, *, cfg: TransformerConfig
+    q: Array, keys: Array, values: Array, visible: Array, *, cfg: TransformerConfig
 ) -> Array:
-    """softmax(q·kᵀ/√H)·v over all parts, [B, K, G, T, H]; keys and values [B, K, S, H].
-
-    The scores over old and new keys are joined, not the keys: a cache is only read
-    here, and written once for all layers by the caller.
-    """
-    scores = [
-        jnp.einsum('bkgth,bksh->bkgts', q, keys, preferred_element_type=jnp.float32)
-        for keys, _ in parts
-    ]
-    scores = jnp.concatenate(scores, axis=-1)
+    """softmax(q·kᵀ/√H)·v, [B, K, G, T, H]; keys and values [B, K, S, H]."""
+    scores = jnp.einsum(
+        'bkgth,bksh->bkgts', q, keys, preferred_element_type=jnp.float32
+    )
     scores = soft_cap(
         scores * (cfg.query_scalar or cfg.head_dim) ** -0.5, cfg.attention_softcap
     )
-    scores = jnp.where(visible, scores, NEGATIVE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out, start = 0, 0
-    for keys, values in parts:
-        stop = start + keys.shape[2]
-        out = out + jnp.einsum('bkgts,bksh->bkgth', weights[..., start:stop], values)
-        start = stop
-    return out
+    weights = jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1)
+    return jnp.einsum('bkgts,bksh->bkgth', weights.astype(q.dtype), values)
+
+
+def write(cache: KV, kv: KV, layer: Array | None, slot: Array) -> tuple[KV, KV]:
+    """Puts keys and values into a cache before they are attended to.
+
+    A cache that is read first and written later is copied by XLA at every token.
+
+    Args:
+        cache: of a layer, [B, K, S, H] each, or of all layers, [L, B, K, S, H].
+        kv: of the new tokens, [B, K, T, H] each.
+        layer: [] int32 of a cache of all layers; None for one of this layer.
+        slot: [] int32, the first to write.
+
+    Returns:
+        (the new cache, the part of it that is this layer's).
+    """
+    if layer is None:
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
+        )
+        cache = tuple(map(put, cache, kv))
+        return cache, cache
+    at = (layer, 0, 0, slot, 0)
+    cache = tuple(
+        jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, kv)
+    )
+    take = functools.partial(
+        jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False
+    )
+    return cache, tuple(map(take, cache))
 
 
 class MLP(nn.Module):
@@ -242,12 +265,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: KV | None, windowed: Array | None, views: list[View]
-    ) -> tuple[Array, KV | None]:
-        """Args: x [B, T, D]; cache of this layer; windowed [] bool, which of two views
-        this layer has; views, one or [everything, window].
+        self,
+        carry: tuple[Array, KV | None],
+        layer: Array | None,
+        windowed: Array | None,
+        views: list[View],
+    ) -> tuple[tuple[Array, KV | None], KV | None]:
+        """Args: carry, x [B, T, D] and the cache (:func:`write`); layer [] int32;
+        windowed [] bool, which of two views this layer has; views, one or [everything,
+        window].
+
+        Returns: (x and the cache, keys and values where there is no cache and they are
+            to be kept).
         """
         cfg = self.config
+        x, cache = carry
         view = views[0]
         if len(views) > 1:
             view = jax.tree.map(lambda a, b: jnp.where(windowed, b, a), *views)
@@ -256,13 +288,16 @@ class Block(nn.Module):
             return Norm(cfg, name=name)(y) if cfg.residual in places else y
 
         y = norm('attention_norm', x, 'pre', 'parallel', 'both')
-        y, kv = Attention(cfg, name='attention')(y, cache, view)
+        y, kv = Attention(cfg, name='attention')(y, cache, layer, view)
+        if cache is not None:
+            cache, kv = kv, None
+        kv = kv if self.keep_kv else None
         y = norm('attention_out_norm', y, 'post', 'both')
         if cfg.residual == 'parallel':
             x = x + y + MLP(cfg, name='mlp')(Norm(cfg, name='mlp_norm')(x))
-            return x, kv if self.keep_kv else None
+            return (x, cache), kv
         x = norm('attention_out_norm', x + y, 'outer')
         y = norm('mlp_norm', x, 'pre', 'both')
         y = norm('mlp_out_norm', MLP(cfg, name='mlp')(y), 'post', 'both')
         x = norm('mlp_out_norm', x + y, 'outer')
-        return x, kv if self.keep_kv else None
+        return (x, cache), kv

@@ -10,6 +10,7 @@ next.
 from __future__ import annotations
 
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -26,6 +27,7 @@ from rlhf_jax.models.layers import (
     rotary_tables,
 )
 from rlhf_jax.types import Array, Params
+
 
 @struct.dataclass(kw_only=True)
 class KVCache:
@@ -59,21 +61,22 @@ class Transformer(nn.Module):
         allowed: Array,
         distance: Array,
         cache: KV | None = None,
+        slot: Array | None = None,
         keep_kv: bool = False,
     ) -> tuple[Array, KV | None]:
-        """Args: tokens and positions [B, T]; allowed [B, T, S + T] bool, keys that a
-        token may see; distance [B, T, S + T] int32, from a key to the token; cache
-        [L, B, K, S, H] × 2.
+        """Args: tokens and positions [B, T]; allowed [B, T, S] bool, keys that a token
+        may see; distance [B, T, S] int32, from a key to the token; cache, keys and
+        values of a KVCache, which takes these tokens at ``slot``, or None: S is its
+        length, or T.
 
-        Returns: (hidden [B, T, D] compute dtype, (keys, values) [L, B, K, T, H] or
-            None).
+        Returns: (hidden [B, T, D] compute dtype; the cache, or with ``keep_kv`` the
+            keys and values of these tokens, as a KVCache holds them; or None).
         """
         cfg = self.config
         x = Embed(cfg, name='embed')(tokens, positions)
-        views = make_views(cfg, positions, allowed, distance)
-        x, kv = (self._listed if cfg.is_listed else self._scanned)(
-            x, cache, views, keep_kv
-        )
+        views = make_views(cfg, positions, allowed, distance, slot)
+        run = self._listed if cfg.is_listed else self._scanned
+        x, kv = run(x, cache, views, keep_kv)
         if cfg.residual != 'outer':
             x = Norm(cfg, name='final_norm')(x)
         return x, kv
@@ -93,22 +96,27 @@ class Transformer(nn.Module):
             length=cfg.num_layers,
             unroll=min(cfg.scan_unroll, cfg.num_layers),
         )
+        number = jnp.arange(cfg.num_layers)
         windowed = jnp.asarray(cfg.windowed) if cfg.mixes_windows else None
-        return layers(cfg, keep_kv, name='layers')(x, cache, windowed, views)
+        (x, cache), kv = layers(cfg, keep_kv, name='layers')(
+            (x, cache), number, windowed, views
+        )
+        return x, kv if cache is None else cache
 
     def _listed(
         self, x: Array, cache: KV | None, views: list[View], keep_kv: bool
     ) -> tuple[Array, KV | None]:
-        cfg, kvs = self.config, []
+        cfg = self.config
+        kvs: list[KV | None] = []
         for i in range(cfg.num_layers):
-            block = Block(cfg, keep_kv, name=f'layers_{i}')
-            old = None if cache is None else jax.tree.map(
-                lambda part: part[i], cache, is_leaf=lambda part: isinstance(part, list)
-            )
+            old = None if cache is None else (cache[0][i], cache[1][i])
             windowed = cfg.windowed[i] if cfg.mixes_windows else None
-            x, kv = block(x, old, windowed, views)
-            kvs.append(kv)
-        return x, tuple(map(list, zip(*kvs))) if keep_kv else None
+            block = Block(cfg, keep_kv, name=f'layers_{i}')
+            (x, old), kv = block((x, old), None, windowed, views)
+            kvs.append(kv if old is None else old)
+        if cache is None and not keep_kv:
+            return x, None
+        return x, ([keys for keys, _ in kvs], [values for _, values in kvs])
 
 
 def by_layer(config: TransformerConfig, params: Params) -> Params:
@@ -117,15 +125,19 @@ def by_layer(config: TransformerConfig, params: Params) -> Params:
     For a loop over tokens: cutting a layer's weights out of the stack at every token
     reads and writes them once more. The config that goes with them has ``is_listed``.
     """
-    rest = {name: value for name, value in params.items() if name != 'layers'}
-    return rest | {
-        f'layers_{i}': jax.tree.map(lambda x: x[i], params['layers'])
-        for i in range(config.num_layers)
-    }
+    apart = dict(params)
+    stack = apart.pop('layers')
+    for i in range(config.num_layers):
+        apart[f'layers_{i}'] = jax.tree.map(operator.itemgetter(i), stack)
+    return apart
 
 
 def make_views(
-    cfg: TransformerConfig, positions: Array, allowed: Array, distance: Array
+    cfg: TransformerConfig,
+    positions: Array,
+    allowed: Array,
+    distance: Array,
+    slot: Array | None,
 ) -> list[View]:
     """The views of a model's layers: one, or [everything, window] where they differ."""
 
@@ -140,7 +152,7 @@ def make_views(
         if cfg.position == 'rope':
             frequencies = rope_frequencies(cfg.rotary_dim, theta, scaling)
             rotary = rotary_tables(positions, frequencies)
-        return View(visible=visible, rotary=rotary)
+        return View(visible=visible, rotary=rotary, slot=slot)
 
     return [view(windowed) for windowed in sorted(set(cfg.windowed)) or [False]]
 
@@ -283,27 +295,24 @@ def decode(
     Returns:
         (hidden [B, D], the cache with one slot more).
     """
-    # A token always sees itself, so the last column is allowed and 0 tokens away.
-    allowed = jnp.pad(cache.mask, ((0, 0), (0, 1)), constant_values=True)
-    distance = cache.positions[:, None] - positions_of(cache.mask)
-    distance = jnp.pad(distance, ((0, 0), (0, 1)))
+    # A token always sees itself, and only then is it known to the others.
+    here = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, start_index=cache.slot, axis=1
+    )
+    allowed = here(cache.mask, jnp.ones_like(real)[:, None])
+    distance = cache.positions[:, None] - positions_of(allowed)
     hidden, (keys, values) = backbone(
         jnp.where(real, tokens, 0)[:, None],
         cache.positions[:, None],
         allowed[:, None],
         distance[:, None],
         (cache.keys, cache.values),
-        keep_kv=True,
-    )
-    # Written once all layers have read it: so the update can be made in place.
-    hidden, keys, values = jax.lax.optimization_barrier((hidden, keys, values))
-    write = functools.partial(
-        jax.lax.dynamic_update_slice_in_dim, start_index=cache.slot, axis=-2
+        cache.slot,
     )
     cache = KVCache(
-        keys=jax.tree.map(write, cache.keys, keys),
-        values=jax.tree.map(write, cache.values, values),
-        mask=jax.lax.dynamic_update_slice(cache.mask, real[:, None], (0, cache.slot)),
+        keys=keys,
+        values=values,
+        mask=here(cache.mask, real[:, None]),
         slot=cache.slot + 1,
         positions=cache.positions + real,
     )
