@@ -8,6 +8,7 @@ next.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.models.transformer import KVCache
+from rlhf_jax.models.transformer import KVCache, by_layer
 from rlhf_jax.ops.logprobs import logits_of
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
 
@@ -193,9 +194,13 @@ def generate(
     """
     batch, prompt_length = tokens.shape
     length = prompt_length + max_new_tokens
+    unembedding = model.unembedding(params)
+    if model.config.is_unrolled:
+        backbone = by_layer(model.config, params['backbone'])
+        params = {**params, 'backbone': backbone}
+        model = CausalLM(dataclasses.replace(model.config, is_listed=True))
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, length, method='prefill')
-    unembedding = model.unembedding(params)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
     start = _Loop(
         i=jnp.int32(0),

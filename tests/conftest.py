@@ -127,7 +127,7 @@ class _Bigram:
     comes out of it can be worked out in NumPy.
     """
 
-    config = types.SimpleNamespace(logit_softcap=None)
+    config = types.SimpleNamespace(logit_softcap=None, is_unrolled=False)
 
     def apply(self, variables, tokens, *rest, method='__call__'):
         size = variables['params']['table'].shape[0]

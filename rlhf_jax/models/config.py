@@ -74,6 +74,7 @@ class TransformerConfig:
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
     remat: bool = False  # recompute each layer in the backward pass
     scan_unroll: int = 1  # layers per iteration of the scan
+    is_listed: bool = False  # parameters by layer, as models.transformer.by_layer gives
 
     def __post_init__(self) -> None:
         # A config that comes back from JSON holds lists and dicts.
@@ -101,6 +102,11 @@ class TransformerConfig:
     def rotary_dim(self) -> int:
         """Entries of a head that are rotated."""
         return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether no scan is left: every layer is compiled by itself."""
+        return self.scan_unroll >= self.num_layers
 
     @property
     def mixes_windows(self) -> bool:

@@ -7,6 +7,7 @@ Read ``models/transformer.py`` next.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -15,17 +16,24 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
+from rlhf_jax.ops.linear import linear
 from rlhf_jax.ops.logprobs import soft_cap
 from rlhf_jax.types import Array
 
-KV = tuple[Array, Array]  # keys and values, [B, S, K, H] each
+KV = tuple[Array, Array]  # keys and values, [B, K, S, H] each
+
+NEGATIVE = -1e30  # finite, so that a row without any key stays finite
+# Causal attention goes over blocks of queries: of at least so many tokens, and at most
+# so many blocks, which are unrolled.
+MIN_BLOCK, MAX_BLOCKS = 64, 8
 
 
 @struct.dataclass(kw_only=True)
 class View:
     """What a layer's attention may see, and where its tokens stand."""
 
-    bias: Array  # [B, 1, 1, T, S] float32, 0 or very negative
+    visible: Array  # [B, T, S] bool, keys that a token may see
+    slot: Array | None  # [] int32, where a cache takes these tokens
     rotary: tuple[Array, Array] | None  # cos and sin, [B, T, 1, R/2] float32
 
 
@@ -100,10 +108,14 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, cache: KV | None, view: View) -> tuple[Array, KV]:
-        """Args: x [B, T, D]; cache of S slots, or None; view over S + T keys.
+    def __call__(
+        self, x: Array, cache: KV | None, layer: Array | None, view: View
+    ) -> tuple[Array, KV]:
+        """Args: x [B, T, D]; cache that takes these tokens, or None; layer, see
+        :func:`write`; view over the keys of the cache, or of these tokens.
 
-        Returns: (output [B, T, D], (keys, values) of these tokens [B, T, K, H]).
+        Returns: (output [B, T, D], the cache, or without one the (keys, values)
+            [B, K, T, H] of these tokens).
         """
         cfg = self.config
         q = self._project('query', cfg.num_heads, x)
@@ -115,52 +127,99 @@ class Attention(nn.Module):
             k = Norm(cfg, axes, name='key_norm')(k)
         if view.rotary is not None:
             q, k = rope(q, view.rotary), rope(k, view.rotary)
+        k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
         groups = cfg.num_heads // cfg.num_kv_heads
         q = q.reshape(*q.shape[:2], cfg.num_kv_heads, groups, cfg.head_dim)
-        parts = [(k, v)] if cache is None else [cache, (k, v)]
-        out = self._attend(q, parts, view.bias)
-        out = out.reshape(*out.shape[:2], cfg.num_heads, cfg.head_dim)
+        kv = (k, v)
+        if cache is not None:
+            kv, (k, v) = write(cache, (k, v), layer, view.slot)
+        out = self._attend(q, k, v, view.visible)
+        out = out.reshape(*out.shape[:2], -1)
         # Residual outputs start smaller by √(2·layers), as in GPT-2.
         init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
         shape = (cfg.num_heads, cfg.head_dim, cfg.width)
         kernel = self.param('out_kernel', init, shape)
-        out = jnp.einsum('btnh,nhd->btd', out, kernel.astype(x.dtype))
+        out = linear(out, kernel.reshape(-1, cfg.width).astype(x.dtype))
         if cfg.attention_out_bias:
             offset = self.param('out_bias', nn.initializers.zeros, (cfg.width,))
             out = out + offset.astype(x.dtype)
-        return out, (k, v)
+        return out, kv
 
     def _project(self, name: str, heads: int, x: Array) -> Array:
         cfg = self.config
         init = nn.initializers.normal(cfg.init_std)
         kernel = self.param(f'{name}_kernel', init, (cfg.width, heads, cfg.head_dim))
-        y = jnp.einsum('btd,dnh->btnh', x, kernel.astype(x.dtype))
+        y = linear(x, kernel.reshape(cfg.width, -1).astype(x.dtype))
+        y = y.reshape(*x.shape[:2], heads, cfg.head_dim)
         if cfg.attention_bias:
             zeros = nn.initializers.zeros
             offset = self.param(f'{name}_bias', zeros, (heads, cfg.head_dim))
             y = y + offset.astype(x.dtype)
         return y
 
-    def _attend(self, q: Array, parts: list[KV], bias: Array) -> Array:
-        # With a cache the scores over old and new keys are joined, not the keys: the
-        # cache is then only read here, and written once for all layers by the caller.
-        cfg = self.config
-        scores = [
-            jnp.einsum('btkgh,bskh->bkgts', q, keys, preferred_element_type=jnp.float32)
-            for keys, _ in parts
-        ]
-        scores = jnp.concatenate(scores, axis=-1) * (
-            (cfg.query_scalar or cfg.head_dim) ** -0.5
+    def _attend(self, q: Array, keys: Array, values: Array, visible: Array) -> Array:
+        """Args: q [B, T, K, G, H]; keys and values [B, K, S, H]; visible [B, T, S].
+        Returns [B, T, K, G, H].
+        """
+        q = jnp.moveaxis(q, 1, 3)  # [B, K, G, T, H]: XLA runs this order faster
+        visible = visible[:, None, None]
+        attend = functools.partial(_softmax_attention, cfg=self.config)
+        length = q.shape[3]
+        size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+        if self.config.attention != 'causal' or length <= size:
+            return jnp.moveaxis(attend(q, keys, values, visible), 3, 1)
+        # What lies behind the last query of a block is not computed at all, and the
+        # weights of a block are computed anew in its backward pass, not kept.
+        attend, blocks = jax.checkpoint(attend), []
+        for start in range(0, length, size):
+            here, seen = slice(start, start + size), slice(start + size)
+            block = q[..., here, :], keys[:, :, seen], values[:, :, seen]
+            blocks.append(attend(*block, visible[..., here, seen]))
+        return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1)
+
+
+def _softmax_attention(
+    q: Array, keys: Array, values: Array, visible: Array, *, cfg: TransformerConfig
+) -> Array:
+    """softmax(q·kᵀ/√H)·v, [B, K, G, T, H]; keys and values [B, K, S, H]."""
+    scores = jnp.einsum(
+        'bkgth,bksh->bkgts', q, keys, preferred_element_type=jnp.float32
+    )
+    scores = soft_cap(
+        scores * (cfg.query_scalar or cfg.head_dim) ** -0.5, cfg.attention_softcap
+    )
+    weights = jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1)
+    return jnp.einsum('bkgts,bksh->bkgth', weights.astype(q.dtype), values)
+
+
+def write(cache: KV, kv: KV, layer: Array | None, slot: Array) -> tuple[KV, KV]:
+    """Puts keys and values into a cache before they are attended to.
+
+    A cache that is read first and written later is copied by XLA at every token.
+
+    Args:
+        cache: of a layer, [B, K, S, H] each, or of all layers, [L, B, K, S, H].
+        kv: of the new tokens, [B, K, T, H] each.
+        layer: [] int32 of a cache of all layers; None for one of this layer.
+        slot: [] int32, the first to write.
+
+    Returns:
+        (the new cache, the part of it that is this layer's).
+    """
+    if layer is None:
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2
         )
-        scores = soft_cap(scores, cfg.attention_softcap) + bias
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out, start = 0, 0
-        for keys, values in parts:
-            stop = start + keys.shape[1]
-            part = weights[..., start:stop]
-            out = out + jnp.einsum('bkgts,bskh->btkgh', part, values)
-            start = stop
-        return out
+        cache = tuple(map(put, cache, kv))
+        return cache, cache
+    at = (layer, 0, 0, slot, 0)
+    cache = tuple(
+        jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, kv)
+    )
+    take = functools.partial(
+        jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False
+    )
+    return cache, tuple(map(take, cache))
 
 
 class MLP(nn.Module):
@@ -180,22 +239,22 @@ class MLP(nn.Module):
             'relu': nn.relu,
         }[cfg.activation]
 
-        def linear(
+        def project(
             name: str, y: Array, size: int, initializer: nn.initializers.Initializer
         ) -> Array:
             kernel = self.param(f'{name}_kernel', initializer, (y.shape[-1], size))
-            y = y @ kernel.astype(y.dtype)
+            y = linear(y, kernel.astype(y.dtype))
             if cfg.mlp_bias:
                 offset = self.param(f'{name}_bias', nn.initializers.zeros, (size,))
                 y = y + offset.astype(y.dtype)
             return y
 
-        hidden = linear('up', x, cfg.mlp_width, init)
+        hidden = project('up', x, cfg.mlp_width, init)
         if cfg.gated_mlp:
-            hidden = activate(linear('gate', x, cfg.mlp_width, init)) * hidden
+            hidden = activate(project('gate', x, cfg.mlp_width, init)) * hidden
         else:
             hidden = activate(hidden)
-        return linear('down', hidden, cfg.width, down_init)
+        return project('down', hidden, cfg.width, down_init)
 
 
 class Block(nn.Module):
@@ -206,12 +265,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: KV | None, windowed: Array | None, views: list[View]
-    ) -> tuple[Array, KV | None]:
-        """Args: x [B, T, D]; cache of this layer; windowed [] bool, which of two views
-        this layer has; views, one or [everything, window].
+        self,
+        carry: tuple[Array, KV | None],
+        layer: Array | None,
+        windowed: Array | None,
+        views: list[View],
+    ) -> tuple[tuple[Array, KV | None], KV | None]:
+        """Args: carry, x [B, T, D] and the cache (:func:`write`); layer [] int32;
+        windowed [] bool, which of two views this layer has; views, one or [everything,
+        window].
+
+        Returns: (x and the cache, keys and values where there is no cache and they are
+            to be kept).
         """
         cfg = self.config
+        x, cache = carry
         view = views[0]
         if len(views) > 1:
             view = jax.tree.map(lambda a, b: jnp.where(windowed, b, a), *views)
@@ -220,13 +288,16 @@ class Block(nn.Module):
             return Norm(cfg, name=name)(y) if cfg.residual in places else y
 
         y = norm('attention_norm', x, 'pre', 'parallel', 'both')
-        y, kv = Attention(cfg, name='attention')(y, cache, view)
+        y, kv = Attention(cfg, name='attention')(y, cache, layer, view)
+        if cache is not None:
+            cache, kv = kv, None
+        kv = kv if self.keep_kv else None
         y = norm('attention_out_norm', y, 'post', 'both')
         if cfg.residual == 'parallel':
             x = x + y + MLP(cfg, name='mlp')(Norm(cfg, name='mlp_norm')(x))
-            return x, kv if self.keep_kv else None
+            return (x, cache), kv
         x = norm('attention_out_norm', x + y, 'outer')
         y = norm('mlp_norm', x, 'pre', 'both')
         y = norm('mlp_out_norm', MLP(cfg, name='mlp')(y), 'post', 'both')
         x = norm('mlp_out_norm', x + y, 'outer')
-        return x, kv if self.keep_kv else None
+        return (x, cache), kv

@@ -9,6 +9,9 @@ next.
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,9 +26,7 @@ from rlhf_jax.models.layers import (
     rope_frequencies,
     rotary_tables,
 )
-from rlhf_jax.types import Array
-
-NEGATIVE = -1e30  # finite, so that a row without any key stays finite
+from rlhf_jax.types import Array, Params
 
 
 @struct.dataclass(kw_only=True)
@@ -34,8 +35,9 @@ class KVCache:
     time.
     """
 
-    keys: Array  # [L, B, S, K, H] compute dtype
-    values: Array  # [L, B, S, K, H]
+    # Compute dtype; [L, B, K, S, H], or of a listed config a list of [B, K, S, H]
+    keys: Array | list[Array]
+    values: Array | list[Array]
     mask: Array  # [B, S] bool, slots that hold a real token
     slot: Array  # [] int32, the next slot to write
     positions: Array  # [B] int32, position of the next token of each row
@@ -59,17 +61,30 @@ class Transformer(nn.Module):
         allowed: Array,
         distance: Array,
         cache: KV | None = None,
+        slot: Array | None = None,
         keep_kv: bool = False,
     ) -> tuple[Array, KV | None]:
-        """Args: tokens and positions [B, T]; allowed [B, T, S + T] bool, keys that a
-        token may see; distance [B, T, S + T] int32, from a key to the token; cache
-        [L, B, S, K, H] × 2.
+        """Args: tokens and positions [B, T]; allowed [B, T, S] bool, keys that a token
+        may see; distance [B, T, S] int32, from a key to the token; cache, keys and
+        values of a KVCache, which takes these tokens at ``slot``, or None: S is its
+        length, or T.
 
-        Returns: (hidden [B, T, D] compute dtype, (keys, values) [L, B, T, K, H] or
-            None).
+        Returns: (hidden [B, T, D] compute dtype; the cache, or with ``keep_kv`` the
+            keys and values of these tokens, as a KVCache holds them; or None).
         """
         cfg = self.config
         x = Embed(cfg, name='embed')(tokens, positions)
+        views = make_views(cfg, positions, allowed, distance, slot)
+        run = self._listed if cfg.is_listed else self._scanned
+        x, kv = run(x, cache, views, keep_kv)
+        if cfg.residual != 'outer':
+            x = Norm(cfg, name='final_norm')(x)
+        return x, kv
+
+    def _scanned(
+        self, x: Array, cache: KV | None, views: list[View], keep_kv: bool
+    ) -> tuple[Array, KV | None]:
+        cfg = self.config
         block = Block
         if cfg.remat:
             block = nn.remat(Block, prevent_cse=False)
@@ -81,16 +96,48 @@ class Transformer(nn.Module):
             length=cfg.num_layers,
             unroll=min(cfg.scan_unroll, cfg.num_layers),
         )
+        number = jnp.arange(cfg.num_layers)
         windowed = jnp.asarray(cfg.windowed) if cfg.mixes_windows else None
-        views = make_views(cfg, positions, allowed, distance)
-        x, kv = layers(cfg, keep_kv, name='layers')(x, cache, windowed, views)
-        if cfg.residual != 'outer':
-            x = Norm(cfg, name='final_norm')(x)
-        return x, kv
+        (x, cache), kv = layers(cfg, keep_kv, name='layers')(
+            (x, cache), number, windowed, views
+        )
+        return x, kv if cache is None else cache
+
+    def _listed(
+        self, x: Array, cache: KV | None, views: list[View], keep_kv: bool
+    ) -> tuple[Array, KV | None]:
+        cfg = self.config
+        kvs: list[KV | None] = []
+        for i in range(cfg.num_layers):
+            old = None if cache is None else (cache[0][i], cache[1][i])
+            windowed = cfg.windowed[i] if cfg.mixes_windows else None
+            block = Block(cfg, keep_kv, name=f'layers_{i}')
+            (x, old), kv = block((x, old), None, windowed, views)
+            kvs.append(kv if old is None else old)
+        if cache is None and not keep_kv:
+            return x, None
+        return x, ([keys for keys, _ in kvs], [values for _, values in kvs])
+
+
+def by_layer(config: TransformerConfig, params: Params) -> Params:
+    """Parameters of a backbone with every layer's by itself: ``layers_0``, ….
+
+    For a loop over tokens: cutting a layer's weights out of the stack at every token
+    reads and writes them once more. The config that goes with them has ``is_listed``.
+    """
+    apart = dict(params)
+    stack = apart.pop('layers')
+    for i in range(config.num_layers):
+        apart[f'layers_{i}'] = jax.tree.map(operator.itemgetter(i), stack)
+    return apart
 
 
 def make_views(
-    cfg: TransformerConfig, positions: Array, allowed: Array, distance: Array
+    cfg: TransformerConfig,
+    positions: Array,
+    allowed: Array,
+    distance: Array,
+    slot: Array | None,
 ) -> list[View]:
     """The views of a model's layers: one, or [everything, window] where they differ."""
 
@@ -105,8 +152,7 @@ def make_views(
         if cfg.position == 'rope':
             frequencies = rope_frequencies(cfg.rotary_dim, theta, scaling)
             rotary = rotary_tables(positions, frequencies)
-        bias = jnp.where(visible, 0.0, NEGATIVE)[:, None, None]
-        return View(bias=bias, rotary=rotary)
+        return View(visible=visible, rotary=rotary, slot=slot)
 
     return [view(windowed) for windowed in sorted(set(cfg.windowed)) or [False]]
 
@@ -212,16 +258,27 @@ def prefill(
         *visible(mask, 'causal'),
         keep_kv=True,
     )
-    grow = cache_length - length
-    pad = ((0, 0), (0, 0), (0, grow), (0, 0), (0, 0))
     cache = KVCache(
-        keys=jnp.pad(keys, pad),
-        values=jnp.pad(values, pad),
-        mask=jnp.pad(mask, ((0, 0), (0, grow))),
+        keys=keys,
+        values=values,
+        mask=mask,
         slot=jnp.asarray(length, jnp.int32),
         positions=jnp.sum(mask, axis=-1, dtype=jnp.int32),
     )
-    return hidden, cache
+    return hidden, grow(cache, cache_length - length)
+
+
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """The cache with so many empty slots more."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, slots), (0, 0)))
+
+    return cache.replace(
+        keys=jax.tree.map(pad, cache.keys),
+        values=jax.tree.map(pad, cache.values),
+        mask=jnp.pad(cache.mask, ((0, 0), (0, slots))),
+    )
 
 
 def decode(
@@ -238,23 +295,24 @@ def decode(
     Returns:
         (hidden [B, D], the cache with one slot more).
     """
-    # A token always sees itself, so the last column is allowed and 0 tokens away.
-    allowed = jnp.pad(cache.mask, ((0, 0), (0, 1)), constant_values=True)
-    distance = cache.positions[:, None] - positions_of(cache.mask)
-    distance = jnp.pad(distance, ((0, 0), (0, 1)))
+    # A token always sees itself, and only then is it known to the others.
+    here = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, start_index=cache.slot, axis=1
+    )
+    allowed = here(cache.mask, jnp.ones_like(real)[:, None])
+    distance = cache.positions[:, None] - positions_of(allowed)
     hidden, (keys, values) = backbone(
         jnp.where(real, tokens, 0)[:, None],
         cache.positions[:, None],
         allowed[:, None],
         distance[:, None],
         (cache.keys, cache.values),
-        keep_kv=True,
+        cache.slot,
     )
-    at = (0, 0, cache.slot, 0, 0)
     cache = KVCache(
-        keys=jax.lax.dynamic_update_slice(cache.keys, keys, at),
-        values=jax.lax.dynamic_update_slice(cache.values, values, at),
-        mask=jax.lax.dynamic_update_slice(cache.mask, real[:, None], (0, cache.slot)),
+        keys=keys,
+        values=values,
+        mask=here(cache.mask, real[:, None]),
         slot=cache.slot + 1,
         positions=cache.positions + real,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops.linear import linear
 from rlhf_jax.types import Array
 
 # The largest float32 block of logits that is built at once: 2²⁶ entries are 256 MiB.
@@ -76,12 +77,7 @@ def soft_cap(x: Array, cap: float | None) -> Array:
 
 def logits_of(states: Array, unembedding: Array, softcap: float | None) -> Array:
     """Logits [..., V] float32 of hidden states [..., D]; see :func:`token_logprobs`."""
-    logits = jnp.einsum(
-        '...d,dv->...v',
-        states,
-        unembedding.astype(states.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    logits = linear(states, unembedding.astype(states.dtype), jnp.float32)
     return soft_cap(logits, softcap)
 
 
