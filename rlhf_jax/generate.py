@@ -8,7 +8,6 @@ next.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -17,10 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.models.transformer import KVCache, by_layer
+from rlhf_jax.models.heads import CausalLM, take_apart
+from rlhf_jax.models.transformer import KVCache, grow, repeat_rows
 from rlhf_jax.ops.logprobs import logits_of
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
+
+# A cache grows with the response in stretches of at least so many tokens, each of which
+# compiles the decoding of a token once more.
+MIN_STRETCH, MAX_STRETCHES = 64, 4
 
 
 @struct.dataclass(kw_only=True)
@@ -87,30 +90,84 @@ def sampling(
     )
 
 
-def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Sets the logits outside top-k, then outside top-p of what is left, to −∞.
+def draw_from(weights: Array, keys: PRNGKey) -> Array:
+    """Draws one token per row in proportion to its weight.
 
-    Source: top-k: Fan et al. 2018, arXiv 1805.04833; top-p: Holtzman et al. 2020, arXiv
-    1904.09751. The token that crosses ``top_p`` is kept; ties with the last kept token
-    are too.
+    First a block of about √V tokens by the Gumbel trick, then a token in it: that takes
+    2·√V random numbers per row, where one per token would take V.
 
     Args:
-        logits: [B, V] float32.
-        top_k: [] int32, 0 for off.
-        top_p: [] float32, 1 for off.
+        weights: [B, V] float32, at least 0, not all 0 in a row.
+        keys: [B, 2] uint32, one key per row.
 
     Returns:
-        [B, V] float32.
+        [B] int32.
     """
-    vocabulary = logits.shape[-1]
-    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    rank = jnp.arange(vocabulary)
-    within_k = rank < jnp.where(top_k > 0, top_k, vocabulary)
-    probabilities = jax.nn.softmax(jnp.where(within_k, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    keep = within_k & ((before < top_p) | (top_p >= 1) | (rank == 0))
-    threshold = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)
+    rows, vocabulary = weights.shape
+    size = 1 << (vocabulary.bit_length() // 2)
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocabulary % size)))
+    blocks = blocks.reshape(rows, -1, size)
+    keys = jax.vmap(jax.random.split)(keys)
+    choose = jax.vmap(jax.random.categorical)
+    block = choose(keys[:, 0], jnp.log(jnp.sum(blocks, axis=-1)))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * size + choose(keys[:, 1], jnp.log(inside))).astype(jnp.int32)
+
+
+def _keep_top_k(weights: Array, top_k: Array) -> Array:
+    """Weights [B, V] with those below the k-th highest set to 0; ties with it stay."""
+    ordered = jnp.flip(jnp.sort(weights, axis=-1), axis=-1)
+    return jnp.where(weights >= ordered[:, top_k - 1, None], weights, 0)
+
+
+def _draw_filtered(weights: Array, keys: PRNGKey, top_k: Array, top_p: Array) -> Array:
+    """One token per row out of its top-k, and of what that leaves out of its top-p.
+
+    Draws, and draws again among the more likely tokens where a token is outside, which
+    it is when those above it are k or have the weight p. That gives the distribution
+    that sorting gives: what is kept keeps its proportions, and a refused token refuses
+    all below it.
+
+    Source: top-k: Fan et al. 2018, arXiv 1805.04833; top-p: Holtzman et al. 2020, arXiv
+    1904.09751; drawing again instead of sorting: FlashInfer (Ye et al. 2025, arXiv
+    2501.01005). The token that crosses ``top_p`` is kept; ties with it, or with the
+    k-th, are too.
+    """
+    vocabulary = weights.shape[-1]
+    top_k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
+    # Which share p is of depends on what top-k leaves.
+    weights = jax.lax.cond(
+        (top_k < vocabulary) & (top_p < 1),
+        _keep_top_k,
+        lambda weights, _: weights,
+        weights,
+        top_k,
+    )
+    mass = jnp.where(top_p < 1, top_p, jnp.inf) * jnp.sum(weights, axis=-1)
+
+    def draw_again(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        trial, floor, tokens, refused = carry
+        trial_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, trial)
+        drawn = draw_from(jnp.where(weights > floor[:, None], weights, 0), trial_keys)
+        own = jnp.take_along_axis(weights, drawn[:, None], axis=-1)
+        above = weights > own
+        outside = jnp.sum(above, axis=-1) >= top_k
+        outside |= jnp.sum(jnp.where(above, weights, 0), axis=-1) >= mass
+        return (
+            trial + 1,
+            jnp.where(refused & outside, own[:, 0], floor),
+            jnp.where(refused, drawn, tokens),
+            refused & outside,
+        )
+
+    rows = weights.shape[:1]
+    start = (
+        jnp.int32(0),
+        jnp.zeros(rows),
+        jnp.zeros(rows, jnp.int32),
+        jnp.ones(rows, bool),
+    )
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[3]), draw_again, start)[2]
 
 
 def sample_tokens(
@@ -131,18 +188,18 @@ def sample_tokens(
     """
     greedy = params.temperature <= 0
     scaled = logits / jnp.where(greedy, 1.0, params.temperature)
-    kept = jax.lax.cond(
-        (params.top_k > 0) | (params.top_p < 1),
-        lambda x: filter_logits(x, params.top_k, params.top_p),
-        lambda x: x,
-        scaled,
+    highest = jnp.max(scaled, axis=-1, keepdims=True)
+    weights = jnp.exp(scaled - highest)
+    tokens = jax.lax.switch(
+        jnp.where(greedy, 0, 1 + ((params.top_k > 0) | (params.top_p < 1))),
+        (
+            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            lambda: draw_from(weights, keys),
+            lambda: _draw_filtered(weights, keys, params.top_k, params.top_p),
+        ),
     )
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    tokens = jnp.argmax(jnp.where(greedy, kept, kept + noise), axis=-1).astype(
-        jnp.int32
-    )
-    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
+    chosen = jnp.take_along_axis(scaled - highest, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jnp.log(jnp.sum(weights, axis=-1))
 
 
 @struct.dataclass(kw_only=True)
@@ -183,38 +240,40 @@ def generate(
         params: of ``model``.
         tokens: [B, P] int32, left-padded prompts.
         mask: [B, P] bool; every row holds a real token, at its last place.
-        row_ids: [B] int32; row i draws from ``fold_in(key, row_ids[i])`` alone.
+        row_ids: [B·G] int32, G samples for every prompt, in adjacent rows; sample i
+            draws from ``fold_in(key, row_ids[i])`` alone. A prompt is run once.
         key: of this batch of samples.
         how: traced sampling parameters.
         model: the language model.
         max_new_tokens: R, static.
 
     Returns:
-        A Generation of length P + R.
+        A Generation of B·G rows and length P + R.
+
+    Raises:
+        ValueError: row ids that are not a multiple of the prompts.
     """
-    batch, prompt_length = tokens.shape
-    length = prompt_length + max_new_tokens
+    prompts, prompt_length = tokens.shape
+    batch = row_ids.shape[0]
+    if batch % prompts:
+        raise ValueError(f'{batch} row ids do not divide over {prompts} prompts')
+    samples = batch // prompts
     unembedding = model.unembedding(params)
     if model.config.is_unrolled:
-        backbone = by_layer(model.config, params['backbone'])
-        params = {**params, 'backbone': backbone}
-        model = CausalLM(dataclasses.replace(model.config, is_listed=True))
+        model, params = take_apart(model, params, 0)
     apply = functools.partial(model.apply, {'params': params})
-    hidden, cache = apply(tokens, mask, length, method='prefill')
+    hidden, cache = apply(tokens, mask, prompt_length, method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
-    start = _Loop(
+    loop = _Loop(
         i=jnp.int32(0),
-        hidden=hidden[:, -1],
+        hidden=jnp.repeat(hidden[:, -1], samples, axis=0),
         tail=jnp.full((batch, how.stop_sequences.shape[1]), -2, jnp.int32),
         ended=jnp.zeros(batch, bool),
         response=jnp.zeros((batch, max_new_tokens), jnp.int32),
         response_mask=jnp.zeros((batch, max_new_tokens), bool),
         logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32),
-        cache=cache,
+        cache=repeat_rows(cache, samples),
     )
-
-    def unfinished(loop: _Loop) -> Array:
-        return (loop.i < max_new_tokens) & ~jnp.all(loop.ended)
 
     def one_token(loop: _Loop) -> _Loop:
         logits = logits_of(loop.hidden, unembedding, model.config.logit_softcap)
@@ -236,12 +295,32 @@ def generate(
             cache=cache,
         )
 
-    end = jax.lax.while_loop(unfinished, one_token, start)
-    before = ((0, 0), (prompt_length, 0))
+    for begin, end in _stretches(max_new_tokens):
+        loop = loop.replace(cache=grow(loop.cache, end - begin))
+        loop = jax.lax.while_loop(
+            lambda loop, end=end: (loop.i < end) & ~jnp.all(loop.ended), one_token, loop
+        )
+    tokens, mask = (jnp.repeat(x, samples, axis=0) for x in (tokens, mask))
+    return _as_generation(tokens, mask, loop)
+
+
+def _as_generation(tokens: Array, mask: Array, end: _Loop) -> Generation:
+    """Prompts [B, P] with the responses behind them."""
+    before = ((0, 0), (tokens.shape[1], 0))
     return Generation(
         tokens=jnp.concatenate([jnp.where(mask, tokens, 0), end.response], axis=1),
         mask=jnp.concatenate([mask, end.response_mask], axis=1),
         response_mask=jnp.pad(end.response_mask, before),
         logprobs=jnp.pad(end.logprobs, before),
         ended=end.ended,
+        response_length=end.response.shape[1],
     )
+
+
+def _stretches(length: int) -> list[tuple[int, int]]:
+    """A response in stretches, (begin, end), before each of which the cache grows: a
+    token attends to no slot behind its stretch.
+    """
+    count = min(MAX_STRETCHES, max(length // MIN_STRETCH, 1))
+    ends = [length * i // count for i in range(count + 1)]
+    return list(zip(ends, ends[1:]))

@@ -202,6 +202,9 @@ class Generation:
         Array  # [B, T] float32, behaviour log-probabilities; 0 outside the response
     )
     ended: Array  # [B] bool, the response ended by EOS or a stop sequence
+    # R of T = P + R: all prompts are in front of it. None where that is not known, and
+    # then models are run to the end at every place.
+    response_length: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass(kw_only=True)
@@ -241,6 +244,8 @@ class Rollout:
     value_mask: Array | None = None  # [B, T] bool, places the critic is trained at
     old_values: Array | None = None  # [B, T] float32, critic before each response token
     returns: Array | None = None  # [B, T] float32, from the unwhitened advantages
+    # As in Generation
+    response_length: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass(kw_only=True)

@@ -25,6 +25,7 @@ import pytest
 
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.models.transformer import KVCache
 from rlhf_jax.types import Generation, PairBatch, TokenBatch
 from tests import small_config
 
@@ -132,7 +133,19 @@ class _Bigram:
     def apply(self, variables, tokens, *rest, method='__call__'):
         size = variables['params']['table'].shape[0]
         hidden = jax.nn.one_hot(tokens, size)
-        return hidden if method == '__call__' else (hidden, ())
+        if method == '__call__':
+            return hidden
+        if method == 'decode':
+            return hidden, rest[-1]
+        rows = tokens.shape[0]
+        nothing = jnp.zeros((1, rows, 1, 0, 1))
+        return hidden, KVCache(
+            keys=nothing,
+            values=nothing,
+            mask=jnp.zeros((rows, 0), bool),
+            slot=jnp.int32(0),
+            positions=jnp.zeros(rows, jnp.int32),
+        )
 
     def unembedding(self, params):
         return params['table']

@@ -1,6 +1,8 @@
 """Sampling: what is drawn, where it stops, what it depends on and what it compiles."""
 
+import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algos.rollout import policy_logprobs
-from rlhf_jax.generate import filter_logits, generate, sample_tokens, sampling
+from rlhf_jax.generate import draw_from, generate, sample_tokens, sampling
 
 V = 8  # vocabulary of the table policies
 # Token t is followed by t + 1 with near certainty: 0 → 1 → 2 → … → 7 → 0.
@@ -91,31 +93,65 @@ def _slow_allowed(logits, top_k, top_p):
     return allowed
 
 
-@pytest.mark.parametrize('top_k', [0, 1, 3, 10, 50])
-@pytest.mark.parametrize('top_p', [1.0, 0.9, 0.5, 1e-6])
+def _frequencies(logits, count, **how):
+    """Shares [V] of so many draws from one row of logits."""
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    tokens, _ = _draw(rows, keys, sampling(eos_ids=[], **how))
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+_draw = jax.jit(sample_tokens)
+
+
+@pytest.mark.parametrize('top_k', [None, 1, 3, 10, 50])
+@pytest.mark.parametrize('top_p', [None, 0.9, 0.5, 1e-6])
 def test_top_k_and_top_p_against_a_slow_reference(top_k, top_p):
-    logits = np.random.default_rng(0).normal(0, 2, size=(20, 10)).astype(np.float32)
-    kept = filter_logits(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
-    for row, ours in zip(logits, np.asarray(kept)):
-        allowed = _slow_allowed(row, top_k, top_p)
-        assert set(np.flatnonzero(np.isfinite(ours))) == allowed
-        np.testing.assert_array_equal(ours[list(allowed)], row[list(allowed)])
+    """What is drawn are the allowed tokens, in their own proportions."""
+    count = 4000
+    for logits in np.random.default_rng(0).normal(0, 2, size=(4, 37)):
+        allowed = list(_slow_allowed(logits, top_k, top_p or 2.0))
+        expected = np.zeros(37)
+        expected[allowed] = np.exp(logits[allowed])
+        expected /= expected.sum()
+        seen = _frequencies(logits, count, top_k=top_k, top_p=top_p)
+        assert not seen[expected == 0].any()
+        error = np.sqrt(expected * (1 - expected) / count)
+        assert np.all(np.abs(seen - expected) <= 4.5 * error)
 
 
 def test_top_p_by_hand():
-    logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
+    logits = np.log([0.15, 0.5, 0.05, 0.3])
 
     def kept(top_k, top_p):
-        finite = jnp.isfinite(
-            filter_logits(logits, jnp.int32(top_k), jnp.float32(top_p))
-        )
-        return np.flatnonzero(finite[0]).tolist()
+        drawn = _frequencies(logits, 2000, top_k=top_k, top_p=top_p)
+        return np.flatnonzero(drawn).tolist()
 
-    assert kept(0, 0.45) == [1]  # the token that crosses is kept
-    assert kept(0, 0.7) == [1, 3]  # 0.5 < 0.7 ≤ 0.8
-    assert kept(0, 0.9) == [0, 1, 3]
+    assert kept(None, 0.45) == [1]  # the token that crosses is kept
+    assert kept(None, 0.7) == [1, 3]  # 0.5 < 0.7 ≤ 0.8
+    assert kept(None, 0.9) == [0, 1, 3]
     assert kept(2, 0.7) == [1, 3]  # of what top-k left, token 1 is 0.625 < 0.7
     assert kept(2, 0.6) == [1]  # 0.5 alone would not have reached 0.6; 0.625 does
+
+
+def test_ties_with_the_last_kept_token_are_kept():
+    logits = np.log([0.4, 0.2, 0.2, 0.2])
+    for how in ({'top_k': 2}, {'top_p': 0.5}):
+        np.testing.assert_allclose(
+            _frequencies(logits, 4000, **how), np.exp(logits), atol=0.03
+        )
+
+
+def test_a_large_vocabulary_is_drawn_from_in_proportion():
+    """Blocks that the vocabulary does not fill, weights from 0 to very large."""
+    weights = np.random.default_rng(0).gamma(0.3, size=1003).astype(np.float32)
+    weights[::7] = 0
+    keys = jax.random.split(jax.random.PRNGKey(1), 100_000)
+    rows = jnp.broadcast_to(weights, (100_000, 1003))
+    seen = np.bincount(jax.jit(draw_from)(rows, keys), minlength=1003)
+    expected = 100_000 * weights / weights.sum()
+    assert not seen[weights == 0].any()
+    assert np.all(np.abs(seen - expected) <= 4.5 * np.sqrt(expected) + 1)
 
 
 def test_sampled_frequencies_are_the_tempered_probabilities():
@@ -223,6 +259,40 @@ def test_a_sample_depends_on_its_row_id_alone(write, prompts):
         alone = write(tokens[i : i + 1], mask[i : i + 1], rows[i : i + 1])
         np.testing.assert_array_equal(alone.tokens[0], out.tokens[i])
         np.testing.assert_allclose(alone.logprobs[0], out.logprobs[i], atol=1e-5)
+
+
+@pytest.mark.parametrize('unroll', [1, 2])
+def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(
+    policy, policy_params, prompts, unroll
+):
+    """One prefill for all of them, under scanned layers and under layers apart."""
+    model = policy.clone(config=dataclasses.replace(policy.config, scan_unroll=unroll))
+    run = jax.jit(functools.partial(generate, model=model, max_new_tokens=7))
+    tokens, mask, _ = prompts
+    how, rows = sampling(eos_ids=[63]), jnp.arange(12)
+    out = run(policy_params, tokens, mask, rows, KEY, how)
+    each = run(
+        policy_params, np.repeat(tokens, 3, 0), np.repeat(mask, 3, 0), rows, KEY, how
+    )
+    assert out.tokens.shape == (12, 12) and out.response_length == 7
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(each)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match='6 row ids do not divide over 4 prompts'):
+        run(policy_params, tokens, mask, jnp.arange(6), KEY, how)
+
+
+def test_a_cache_that_grows_changes_nothing(
+    policy, policy_params, prompts, write, monkeypatch
+):
+    module = importlib.import_module('rlhf_jax.generate')
+    expected = write(*prompts, eos_ids=[])
+    monkeypatch.setattr(module, 'MIN_STRETCH', 2)
+    assert module._stretches(7) == [(0, 2), (2, 4), (4, 7)]
+    run = jax.jit(functools.partial(generate, model=policy, max_new_tokens=7))
+    how = sampling(eos_ids=[], temperature=0.7)
+    out = run(policy_params, *prompts, KEY, how)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_other_rows_and_other_keys_give_other_samples(write, prompts):

@@ -177,6 +177,7 @@ def prepare_policy(
         ref_logprobs=ref_logprobs,
         advantages=advantages.reshape(response.shape) * weights,
         kept=kept,
+        response_length=generation.response_length,
     )
     return rollout, reduce_metrics(metrics, axis_name)
 

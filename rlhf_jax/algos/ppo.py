@@ -29,7 +29,7 @@ from rlhf_jax.algos.rollout import (
 from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.algos.surrogate import surrogate_loss
 from rlhf_jax.algos.updates import apply_update, update_epochs
-from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.models.heads import CausalLM, ScalarModel, apply_to_last
 from rlhf_jax.ops.advantages import gae, token_rewards
 from rlhf_jax.ops.kl import KLEstimator, adapt_kl_coef
 from rlhf_jax.ops.masked import masked_mean, masked_sum, whiten
@@ -126,13 +126,16 @@ class CriticTargets(NamedTuple):
 
 
 def critic_values(
-    params: Params, tokens: Array, mask: Array, *, model: ScalarModel
+    params: Params, batch: Generation | Rollout, *, model: ScalarModel
 ) -> Array:
     """Values *before* each token: ``values[:, t]`` is read at token t − 1. [B, T]
-    float32.
+    float32; 0 in front of the responses where their length is known.
     """
-    values = model.apply({'params': params}, tokens, mask)
-    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+    length = batch.response_length
+    last = None if length is None else length + 1
+    values = apply_to_last(model, params, batch.tokens, batch.mask, last)
+    before = batch.tokens.shape[1] - values.shape[1]
+    return jnp.pad(values[:, :-1], ((0, 0), (before + 1, 0)))
 
 
 def _after_last(mask: Array) -> Array:
@@ -168,7 +171,7 @@ def critic_targets(
     mask = generation.response_mask
     if hp.score_at == 'after_last':
         mask = _after_last(mask)
-    values = critic_values(params, generation.tokens, generation.mask, model=model)
+    values = critic_values(params, generation, model=model)
     values = jnp.where(mask, values, 0)
     rewards = whitened = token_rewards(scores, kl, mask, kl_coef)
     if hp.whiten_rewards:
@@ -276,6 +279,7 @@ def make_rollout(
         old_values=targets.values,
         advantages=advantages,
         returns=targets.returns,
+        response_length=generation.response_length,
     )
 
 
@@ -326,7 +330,7 @@ def value_loss(
     params: Params, batch: Rollout, *, model: ScalarModel, hp: PPOHParams
 ) -> tuple[Array, Array, Metrics]:
     """Sum of the clipped value loss over the places the critic is trained at."""
-    values = critic_values(params, batch.tokens, batch.mask, model=model)
+    values = critic_values(params, batch, model=model)
     # Masked before the loss, so that no gradient of what lies in padding exists.
     values = jnp.where(batch.value_mask, values, 0)
     loss, clipped = clipped_value_loss(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.models.heads import CausalLM, apply_to_last
 from rlhf_jax.ops.kl import KLEstimator, kl_estimate
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.ops.masked import masked_sum
@@ -17,14 +17,33 @@ from rlhf_jax.types import Array, Generation, Mean, Metrics, Params
 
 
 def policy_logprobs(
-    params: Params, tokens: Array, mask: Array, *, model: CausalLM, temperature: float
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    *,
+    model: CausalLM,
+    temperature: float,
+    response_length: int | None = None,
 ) -> tuple[Array, Array]:
-    """Log-probabilities and entropies of a policy on whole sequences, each [B, T]
-    nats.
+    """Log-probabilities and entropies of a policy on sequences, each [B, T] nats.
+
+    Args:
+        params: of ``model``.
+        tokens: [B, T] int32.
+        mask: [B, T] bool.
+        model: the policy, static.
+        temperature: of the policy.
+        response_length: last places that are wanted, static; the others are then 0.
+            None for all.
     """
-    hidden = model.apply({'params': params}, tokens, mask)
+    # The token before a response predicts its first one.
+    last = None if response_length is None else response_length + 1
+    hidden = apply_to_last(model, params, tokens, mask, last)
+    rows = slice(tokens.shape[1] - hidden.shape[1], None)
     how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
-    return token_logprobs(hidden, model.unembedding(params), tokens, **how)
+    scored = token_logprobs(hidden, model.unembedding(params), tokens[:, rows], **how)
+    before = ((0, 0), (rows.start, 0))
+    return jnp.pad(scored[0], before), jnp.pad(scored[1], before)
 
 
 def reference_logprobs(
@@ -39,6 +58,7 @@ def reference_logprobs(
         generation.mask,
         model=model,
         temperature=temperature,
+        response_length=generation.response_length,
     )
     return jnp.where(generation.response_mask, logprobs, 0)
 

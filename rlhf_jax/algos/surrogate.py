@@ -56,7 +56,12 @@ def surrogate_loss(
         (sum [], weight [], metrics; ``loss/policy`` is the objective alone).
     """
     logprobs, entropy = policy_logprobs(
-        params, batch.tokens, batch.mask, model=model, temperature=temperature
+        params,
+        batch.tokens,
+        batch.mask,
+        model=model,
+        temperature=temperature,
+        response_length=batch.response_length,
     )
     mask = batch.response_mask
     # Masked before exp: outside the response both sides are 0 and the ratio is 1.

@@ -123,6 +123,7 @@ def row_statistics(
         generation.mask,
         model=policy,
         temperature=temperature,
+        response_length=generation.response_length,
     )
     response = generation.response_mask
     return {
@@ -140,7 +141,12 @@ def base_likelihood(
     pure function to compile.
     """
     logprobs, _ = policy_logprobs(
-        params, generation.tokens, generation.mask, model=model, temperature=1.0
+        params,
+        generation.tokens,
+        generation.mask,
+        model=model,
+        temperature=1.0,
+        response_length=generation.response_length,
     )
     return {'base_logprobs': masked_sum(logprobs, generation.response_mask, -1)}
 

@@ -74,7 +74,9 @@ class TransformerConfig:
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
     remat: bool = False  # recompute each layer in the backward pass
     scan_unroll: int = 1  # layers per iteration of the scan
-    is_listed: bool = False  # parameters by layer, as models.transformer.by_layer gives
+    # First layers whose parameters are stacked, None for all; models.heads.take_apart
+    # puts those of the others by themselves.
+    num_stacked: int | None = None
 
     def __post_init__(self) -> None:
         # A config that comes back from JSON holds lists and dicts.

@@ -8,7 +8,12 @@ one starts from another by copying that subtree. Read ``generate.py`` next.
 
 from __future__ import annotations
 
+import dataclasses
+import operator
+from typing import TypeVar
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
@@ -25,10 +30,11 @@ class CausalLM(nn.Module):
     """
 
     config: TransformerConfig
+    last: int | None = None  # see :func:`apply_to_last`
 
     def setup(self) -> None:
         cfg = self.config
-        self.backbone = Transformer(cfg)
+        self.backbone = Transformer(cfg, self.last)
         if not cfg.tied_embeddings:
             init = nn.initializers.normal(cfg.init_std)
             self.lm_head = self.param('lm_head', init, (cfg.width, cfg.vocab_size))
@@ -78,6 +84,7 @@ class ScalarModel(nn.Module):
 
     config: TransformerConfig
     heads: tuple[str, ...] = ()  # e.g. ('helpfulness', 'safety'); () for the one score
+    last: int | None = None  # see :func:`apply_to_last`
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array) -> Array:
@@ -85,7 +92,8 @@ class ScalarModel(nn.Module):
         the caller picks where to read.
         """
         cfg = self.config
-        hidden = transformer.forward(Transformer(cfg, name='backbone'), tokens, mask)
+        backbone = Transformer(cfg, self.last, name='backbone')
+        hidden = transformer.forward(backbone, tokens, mask)
         return ScalarHead(cfg, self.heads, name='head')(hidden)
 
 
@@ -111,6 +119,54 @@ class ScalarHead(nn.Module):
         kernel = self.param('kernel', init, (width, *shape))
         bias = self.param('bias', nn.initializers.zeros, shape)
         return jnp.tensordot(hidden, kernel, axes=1) + bias
+
+
+Model = TypeVar('Model', CausalLM, ScalarModel)
+
+
+def take_apart(model: Model, params: Params, num_stacked: int) -> tuple[Model, Params]:
+    """The same model, with the layers behind the first ones by themselves.
+
+    For a loop over tokens, where cutting the weights of a layer out of the stack at
+    every token reads and writes them once more; and for a last layer that is run for
+    fewer tokens than the others.
+
+    Args:
+        model: with all layers stacked.
+        params: of ``model``.
+        num_stacked: layers that stay in the stack.
+
+    Returns:
+        (model, its parameters: ``backbone/layers_<i>`` beside ``backbone/layers``).
+    """
+    backbone = dict(params['backbone'])
+    stack = backbone.pop('layers')
+    if num_stacked:
+        backbone['layers'] = jax.tree.map(lambda x: x[:num_stacked], stack)
+    for i in range(num_stacked, model.config.num_layers):
+        backbone[f'layers_{i}'] = jax.tree.map(operator.itemgetter(i), stack)
+    config = dataclasses.replace(model.config, num_stacked=num_stacked)
+    return model.clone(config=config), {**params, 'backbone': backbone}
+
+
+def apply_to_last(
+    model: Model, params: Params, tokens: Array, mask: Array, last: int | None
+) -> Array:
+    """What a model says at the last places of sequences, [B, T] → [B, last, …].
+
+    The last layer is run for them alone.
+
+    Args:
+        model: a decoder.
+        params: of ``model``.
+        tokens: [B, T] int32.
+        mask: [B, T] bool.
+        last: ≥ 1, static; None for all T.
+    """
+    if last is None or last >= tokens.shape[1]:
+        return model.apply({'params': params}, tokens, mask)
+    model, params = take_apart(model, params, model.config.num_layers - 1)
+    return model.clone(last=last).apply({'params': params}, tokens, mask)
 
 
 def start_from(params: Params, source: Params) -> Params:

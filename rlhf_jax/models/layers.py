@@ -106,6 +106,7 @@ class Attention(nn.Module):
     """Grouped-query attention over the cache (if any) and the tokens given."""
 
     config: TransformerConfig
+    last: int | None = None  # tokens, from the end, that ask; None for all
 
     @nn.compact
     def __call__(
@@ -114,11 +115,12 @@ class Attention(nn.Module):
         """Args: x [B, T, D]; cache that takes these tokens, or None; layer, see
         :func:`write`; view over the keys of the cache, or of these tokens.
 
-        Returns: (output [B, T, D], the cache, or without one the (keys, values)
-            [B, K, T, H] of these tokens).
+        Returns: (output [B, T, D] or of the last tokens, the cache, or without one the
+            (keys, values) [B, K, T, H] of these tokens).
         """
         cfg = self.config
-        q = self._project('query', cfg.num_heads, x)
+        asking = slice(None if self.last is None else -self.last, None)
+        q = self._project('query', cfg.num_heads, x[:, asking])
         k = self._project('key', cfg.num_kv_heads, x)
         v = self._project('value', cfg.num_kv_heads, x)
         if cfg.qk_norm is not None:
@@ -126,14 +128,15 @@ class Attention(nn.Module):
             q = Norm(cfg, axes, name='query_norm')(q)
             k = Norm(cfg, axes, name='key_norm')(k)
         if view.rotary is not None:
-            q, k = rope(q, view.rotary), rope(k, view.rotary)
+            tables = tuple(table[:, asking] for table in view.rotary)
+            q, k = rope(q, tables), rope(k, view.rotary)
         k, v = (jnp.moveaxis(x, 2, 1) for x in (k, v))
         groups = cfg.num_heads // cfg.num_kv_heads
         q = q.reshape(*q.shape[:2], cfg.num_kv_heads, groups, cfg.head_dim)
         kv = (k, v)
         if cache is not None:
             kv, (k, v) = write(cache, (k, v), layer, view.slot)
-        out = self._attend(q, k, v, view.visible)
+        out = self._attend(q, k, v, view.visible[:, asking])
         out = out.reshape(*out.shape[:2], -1)
         # Residual outputs start smaller by √(2·layers), as in GPT-2.
         init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
@@ -158,13 +161,13 @@ class Attention(nn.Module):
         return y
 
     def _attend(self, q: Array, keys: Array, values: Array, visible: Array) -> Array:
-        """Args: q [B, T, K, G, H]; keys and values [B, K, S, H]; visible [B, T, S].
-        Returns [B, T, K, G, H].
+        """Args: q [B, T, K, G, H], of the last tokens of S; keys and values
+        [B, K, S, H]; visible [B, T, S]. Returns [B, T, K, G, H].
         """
         q = jnp.moveaxis(q, 1, 3)  # [B, K, G, T, H]: XLA runs this order faster
         visible = visible[:, None, None]
         attend = functools.partial(_softmax_attention, cfg=self.config)
-        length = q.shape[3]
+        length, before = q.shape[3], keys.shape[2] - q.shape[3]
         size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
         if self.config.attention != 'causal' or length <= size:
             return jnp.moveaxis(attend(q, keys, values, visible), 3, 1)
@@ -172,7 +175,7 @@ class Attention(nn.Module):
         # weights of a block are computed anew in its backward pass, not kept.
         attend, blocks = jax.checkpoint(attend), []
         for start in range(0, length, size):
-            here, seen = slice(start, start + size), slice(start + size)
+            here, seen = slice(start, start + size), slice(before + start + size)
             block = q[..., here, :], keys[:, :, seen], values[:, :, seen]
             blocks.append(attend(*block, visible[..., here, seen]))
         return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1)
@@ -261,7 +264,8 @@ class Block(nn.Module):
     """One layer; the signature is that of a scan body over the layers."""
 
     config: TransformerConfig
-    keep_kv: bool
+    keep_kv: bool = False
+    last: int | None = None  # tokens, from the end, that the layer is run for
 
     @nn.compact
     def __call__(
@@ -288,7 +292,9 @@ class Block(nn.Module):
             return Norm(cfg, name=name)(y) if cfg.residual in places else y
 
         y = norm('attention_norm', x, 'pre', 'parallel', 'both')
-        y, kv = Attention(cfg, name='attention')(y, cache, layer, view)
+        y, kv = Attention(cfg, self.last, name='attention')(y, cache, layer, view)
+        if self.last is not None:
+            x = x[:, -self.last :]
         if cache is not None:
             cache, kv = kv, None
         kv = kv if self.keep_kv else None

@@ -10,7 +10,6 @@ next.
 from __future__ import annotations
 
 import functools
-import operator
 
 import flax.linen as nn
 import jax
@@ -26,7 +25,7 @@ from rlhf_jax.models.layers import (
     rope_frequencies,
     rotary_tables,
 )
-from rlhf_jax.types import Array, Params
+from rlhf_jax.types import Array
 
 
 @struct.dataclass(kw_only=True)
@@ -35,7 +34,7 @@ class KVCache:
     time.
     """
 
-    # Compute dtype; [L, B, K, S, H], or of a listed config a list of [B, K, S, H]
+    # Compute dtype; [L, B, K, S, H], or of layers apart a list of [B, K, S, H]
     keys: Array | list[Array]
     values: Array | list[Array]
     mask: Array  # [B, S] bool, slots that hold a real token
@@ -48,10 +47,12 @@ class Transformer(nn.Module):
 
     Parameters: ``embed/tokens`` [V, D] (and ``embed/positions``, ``embed/types``,
     ``embed/norm``), ``layers/…`` stacked [L, …], ``final_norm/scale`` [D] unless the
-    last layer ends in a norm.
+    last layer ends in a norm. ``last`` wants the last layer by itself
+    (``models.heads.take_apart``).
     """
 
     config: TransformerConfig
+    last: int | None = None  # tokens, from the end, whose states are wanted
 
     @nn.compact
     def __call__(
@@ -67,24 +68,41 @@ class Transformer(nn.Module):
         """Args: tokens and positions [B, T]; allowed [B, T, S] bool, keys that a token
         may see; distance [B, T, S] int32, from a key to the token; cache, keys and
         values of a KVCache, which takes these tokens at ``slot``, or None: S is its
-        length, or T.
+        length, or T. Cache and ``keep_kv`` want all layers stacked, or none.
 
-        Returns: (hidden [B, T, D] compute dtype; the cache, or with ``keep_kv`` the
+        Returns: (hidden [B, T or last, D] compute dtype; cache, or with ``keep_kv`` the
             keys and values of these tokens, as a KVCache holds them; or None).
         """
         cfg = self.config
         x = Embed(cfg, name='embed')(tokens, positions)
         views = make_views(cfg, positions, allowed, distance, slot)
-        run = self._listed if cfg.is_listed else self._scanned
-        x, kv = run(x, cache, views, keep_kv)
+        stacked = cfg.num_layers if cfg.num_stacked is None else cfg.num_stacked
+        windowed = cfg.windowed if cfg.mixes_windows else (None,) * cfg.num_layers
+        kvs: list[KV | None] = []
+        if stacked:
+            x, kv = self._scan(x, cache, windowed[:stacked], views, keep_kv)
+            kvs.append(kv)
+        for i in range(stacked, cfg.num_layers):
+            old = None if cache is None else (cache[0][i], cache[1][i])
+            last = self.last if i == cfg.num_layers - 1 else None
+            block = Block(cfg, keep_kv, last, name=f'layers_{i}')
+            (x, new), kv = block((x, old), None, windowed[i], views)
+            kvs.append(kv if old is None else new)
         if cfg.residual != 'outer':
             x = Norm(cfg, name='final_norm')(x)
-        return x, kv
+        if kvs[0] is None or stacked:
+            return x, kvs[0]
+        return x, ([keys for keys, _ in kvs], [values for _, values in kvs])
 
-    def _scanned(
-        self, x: Array, cache: KV | None, views: list[View], keep_kv: bool
+    def _scan(
+        self,
+        x: Array,
+        cache: KV | None,
+        windowed: tuple[bool | None, ...],
+        views: list[View],
+        keep_kv: bool,
     ) -> tuple[Array, KV | None]:
-        cfg = self.config
+        cfg, count = self.config, len(windowed)
         block = Block
         if cfg.remat:
             block = nn.remat(Block, prevent_cse=False)
@@ -93,43 +111,14 @@ class Transformer(nn.Module):
             variable_axes={'params': 0},
             split_rngs={'params': True},
             in_axes=(0, 0, nn.broadcast),
-            length=cfg.num_layers,
-            unroll=min(cfg.scan_unroll, cfg.num_layers),
+            length=count,
+            unroll=min(cfg.scan_unroll, count),
         )
-        number = jnp.arange(cfg.num_layers)
-        windowed = jnp.asarray(cfg.windowed) if cfg.mixes_windows else None
+        which = jnp.asarray(windowed) if cfg.mixes_windows else None
         (x, cache), kv = layers(cfg, keep_kv, name='layers')(
-            (x, cache), number, windowed, views
+            (x, cache), jnp.arange(count), which, views
         )
         return x, kv if cache is None else cache
-
-    def _listed(
-        self, x: Array, cache: KV | None, views: list[View], keep_kv: bool
-    ) -> tuple[Array, KV | None]:
-        cfg = self.config
-        kvs: list[KV | None] = []
-        for i in range(cfg.num_layers):
-            old = None if cache is None else (cache[0][i], cache[1][i])
-            windowed = cfg.windowed[i] if cfg.mixes_windows else None
-            block = Block(cfg, keep_kv, name=f'layers_{i}')
-            (x, old), kv = block((x, old), None, windowed, views)
-            kvs.append(kv if old is None else old)
-        if cache is None and not keep_kv:
-            return x, None
-        return x, ([keys for keys, _ in kvs], [values for _, values in kvs])
-
-
-def by_layer(config: TransformerConfig, params: Params) -> Params:
-    """Parameters of a backbone with every layer's by itself: ``layers_0``, ….
-
-    For a loop over tokens: cutting a layer's weights out of the stack at every token
-    reads and writes them once more. The config that goes with them has ``is_listed``.
-    """
-    apart = dict(params)
-    stack = apart.pop('layers')
-    for i in range(config.num_layers):
-        apart[f'layers_{i}'] = jax.tree.map(operator.itemgetter(i), stack)
-    return apart
 
 
 def make_views(
@@ -266,6 +255,20 @@ def prefill(
         positions=jnp.sum(mask, axis=-1, dtype=jnp.int32),
     )
     return hidden, grow(cache, cache_length - length)
+
+
+def repeat_rows(cache: KVCache, count: int) -> KVCache:
+    """Every row ``count`` times, in adjacent rows."""
+
+    def repeat(x: Array) -> Array:
+        return jnp.repeat(x, count, axis=x.ndim - 4)
+
+    return cache.replace(
+        keys=jax.tree.map(repeat, cache.keys),
+        values=jax.tree.map(repeat, cache.values),
+        mask=jnp.repeat(cache.mask, count, axis=0),
+        positions=jnp.repeat(cache.positions, count, axis=0),
+    )
 
 
 def grow(cache: KVCache, slots: int) -> KVCache:

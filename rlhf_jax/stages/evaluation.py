@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.data import pipeline
@@ -140,8 +141,9 @@ def stop_rules(run: Run, job: Evaluation) -> Sampling:
 
 
 def make_writer(run: Run, job: Evaluation, policy: CausalLM) -> Any:
-    """(params, prompt batch, key, temperature=None) -> Generation, compiled once per
-    prompt bucket; a temperature takes the place of the stage's, 0 is greedy.
+    """(params, prompt batch, key, temperature=None, samples=1) -> Generation, compiled
+    once per prompt bucket; a temperature takes the place of the stage's, 0 is greedy;
+    the samples of a prompt are adjacent rows.
     """
     compiled = run.compile(
         lambda params, batch, row_ids, key, how: generate(
@@ -165,16 +167,36 @@ def make_writer(run: Run, job: Evaluation, policy: CausalLM) -> Any:
         batch: PromptBatch,
         key: PRNGKey,
         temperature: float | None = None,
+        samples: int = 1,
     ) -> Generation:
-        rows = np.arange(len(batch.index), dtype=np.int32)
+        rows = np.arange(len(batch.index) * samples, dtype=np.int32)
         # A sample does not depend on how many processes share the work.
         rows += jax.process_index() * len(rows)
+        copies = _copies(len(batch.index) * jax.process_count(), samples, run.mesh)
+        batch = repeat_rows(batch, copies)
         drawn = how
         if temperature is not None:
             drawn = how.replace(temperature=jnp.float32(temperature))
         return compiled(params, batch, rows, key, drawn)
 
     return write
+
+
+def _copies(prompts: int, samples: int, mesh: Mesh) -> int:
+    """How often every prompt is run, so that prompts divide over the devices: once
+    where that can be.
+    """
+    devices = mesh.shape['data'] * mesh.shape['fsdp']
+    return next(
+        copies
+        for copies in range(1, samples + 1)
+        if copies == samples or not (samples % copies or prompts * copies % devices)
+    )
+
+
+def repeat_rows(prompts: PromptBatch, count: int) -> PromptBatch:
+    """Every prompt ``count`` times, in adjacent rows."""
+    return jax.tree.map(lambda x: np.repeat(x, count, axis=0), prompts)
 
 
 def evaluate_policy(

@@ -30,7 +30,7 @@ from rlhf_jax.rewards import (
     weighted_sum,
 )
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.evaluation import evaluate_policy, make_writer
+from rlhf_jax.stages.evaluation import evaluate_policy, make_writer, repeat_rows
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.online_job import Judged, Method, Online, data_of
 from rlhf_jax.stages.run import Run, finish, load_policy
@@ -297,11 +297,10 @@ class _Rollouts:
         if method.max_draws > 1:
             samples, known = self._draw(params, prompts, key)
         else:
-            several = _repeat(prompts[0], method.group_size)
-            samples, known = self._respond(params, several, key)
+            samples, known = self._respond(params, prompts[0], key, method.group_size)
         greedy = None
         if method.wants_baseline:
-            greedy, _ = self._respond(params, prompts[0], key, temperature=0.0)
+            greedy, _ = self._respond(params, prompts[0], key, 1, temperature=0.0)
         return samples, greedy, known
 
     def _respond(
@@ -309,17 +308,21 @@ class _Rollouts:
         params: Params,
         prompts: PromptBatch,
         key: PRNGKey,
+        size: int,
         temperature: float | None = None,
     ) -> tuple[Scored, dict[str, float]]:
-        """One response to every row; the share of texts that a scorer had cut,
+        """So many responses to every prompt; the share of texts that a scorer had cut,
         and how far the members of an ensemble differ.
         """
         clock = time.monotonic()
-        generation = self.write(params, prompts, key, temperature)
+        generation = self.write(params, prompts, key, temperature, size)
         self.timed('generate', clock, generation)
         clock = time.monotonic()
         responses = policy_eval.Responses(
-            self.run.tokenizer, self.job.prompts.records, prompts, generation
+            self.run.tokenizer,
+            self.job.prompts.records,
+            repeat_rows(prompts, size),
+            generation,
         )
         scored = {name: scorer(responses) for name, scorer in self.scorers.items()}
         known = {}
@@ -346,8 +349,8 @@ class _Rollouts:
         seen = found = draws = 0
         known: dict[str, float] = {}
         while found * size < rows and draws < self.method.max_draws:
-            several = _repeat(prompts[draws], size)
-            drawn, more = self._respond(params, several, jax.random.fold_in(key, draws))
+            again = jax.random.fold_in(key, draws)
+            drawn, more = self._respond(params, prompts[draws], again, size)
             drawn, draws = jax.device_get(drawn), draws + 1
             differ = self._differ(drawn, size)
             seen, found = seen + len(differ), found + int(differ.sum())
@@ -373,11 +376,6 @@ class _Rollouts:
         )
         groups = np.asarray(scores).reshape(-1, size)
         return (groups != groups[:, :1]).any(-1)
-
-
-def _repeat(prompts: PromptBatch, size: int) -> PromptBatch:
-    """Every prompt ``size`` times, in adjacent rows."""
-    return jax.tree.map(lambda x: np.repeat(x, size, axis=0), prompts)
 
 
 def _rows(samples: Scored, chosen: np.ndarray) -> Scored:

@@ -31,7 +31,8 @@ def sampled(bigram):
     )
     lengths = out.response_mask.sum(-1)
     assert lengths.min() < 4 and lengths.max() == 5 and len(set(lengths.tolist())) > 2
-    return out
+    # The table has no layers, of which the last could be run for the responses alone.
+    return out.replace(response_length=None)
 
 
 @pytest.fixture(scope='session')

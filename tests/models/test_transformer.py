@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from rlhf_jax import hf
-from rlhf_jax.models import presets
+from rlhf_jax.models import layers, presets
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
+from rlhf_jax.models.heads import CausalLM, ScalarModel, apply_to_last, start_from
 from rlhf_jax.ops.logprobs import token_logprobs
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -233,6 +233,58 @@ def test_remat_and_unrolling_change_nothing_but_speed():
     same = gradient(params, dataclasses.replace(ROPE, remat=True, scan_unroll=2))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(same)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+WINDOWS = dataclasses.replace(
+    ROPE,
+    num_layers=3,
+    sliding_window=5,
+    windowed=(True, False, True),
+    attention_softcap=20.0,
+    scan_unroll=2,
+)
+
+
+@pytest.mark.parametrize('config', [ROPE, WINDOWS], ids=['rope', 'windows'])
+@pytest.mark.parametrize('size', [4, 5])
+def test_attention_in_blocks_is_attention(config, size, monkeypatch):
+    """Values and gradients, with padding on both sides and a last block not full."""
+    model = CausalLM(config)
+    params = random_params(model)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 14)).astype(np.int32)
+    mask = np.ones((2, 14), bool)
+    mask[0, :6], mask[1, 11:] = False, False
+
+    def loss(params):
+        hidden = model.apply({'params': params}, tokens, mask)
+        return jnp.sum(jnp.where(mask[..., None], jnp.sin(hidden), 0))
+
+    expected = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(layers, 'MIN_BLOCK', size)
+    blocks = jax.value_and_grad(loss)(params)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(blocks)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('config', [*CONFIGS.values(), WINDOWS])
+@pytest.mark.parametrize('kind', [CausalLM, ScalarModel])
+def test_the_last_places_alone_are_those_of_all(kind, config, monkeypatch):
+    model = kind(config)
+    params = random_params(model)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 11)).astype(np.int32)
+    mask = np.arange(11) >= np.array([[4], [0]])
+
+    def loss(params, last):
+        out = apply_to_last(model, params, tokens, mask, last)
+        assert out.shape[1] == (last or 11)
+        return jnp.sum(jnp.sin(out[:, -5:]))
+
+    expected = jax.value_and_grad(loss)(params, None)
+    for block in (layers.MIN_BLOCK, 2):
+        monkeypatch.setattr(layers, 'MIN_BLOCK', block)
+        alone = jax.value_and_grad(loss)(params, 5)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(alone)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_start_from_takes_the_backbone_and_checks_its_shape():

@@ -1,0 +1,55 @@
+"""The matrix product against JAX's own, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.ops.linear import linear
+
+
+def _plain(x, kernel):
+    return jnp.einsum('...d,df->...f', x, kernel)
+
+
+@pytest.mark.parametrize('shape', [(5,), (2, 5), (2, 3, 5)])
+@pytest.mark.parametrize('outputs', [3, 5, 11])
+def test_value_and_gradient_are_those_of_einsum(shape, outputs):
+    x, kernel, weight = (
+        jax.random.normal(jax.random.PRNGKey(i), size)
+        for i, size in enumerate([shape, (5, outputs), (*shape[:-1], outputs)])
+    )
+
+    def both(product):
+        return jax.value_and_grad(
+            lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel)) * weight), (0, 1)
+        )(x, kernel)
+
+    for ours, plain in zip(
+        jax.tree.leaves(both(linear)), jax.tree.leaves(both(_plain))
+    ):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_factors_give_a_float32_product():
+    x = jnp.asarray([[1.0, 2.0**-9]], jnp.bfloat16)
+    kernel = jnp.asarray([[1.0], [1.0]], jnp.bfloat16)
+    # 1 + 2⁻⁹ needs 10 bits, of which bfloat16 has 8.
+    assert float(linear(x, kernel, jnp.float32)[0, 0]) == 1 + 2**-9
+    assert float(linear(x, kernel)[0, 0]) == 1.0
+    gradient = jax.grad(lambda k: linear(x, k, jnp.float32).sum())(kernel)
+    assert gradient.dtype == jnp.bfloat16
+
+
+def test_members_of_an_ensemble_are_mapped():
+    x = jax.random.normal(jax.random.PRNGKey(0), (3, 4, 5))
+    kernels = jax.random.normal(jax.random.PRNGKey(1), (3, 5, 2))
+
+    def loss(kernel, x):
+        return jnp.sum(linear(x, kernel) ** 2)
+
+    mapped = jax.vmap(jax.grad(loss))(kernels, x)
+    for i in range(3):
+        np.testing.assert_allclose(
+            mapped[i], jax.grad(loss)(kernels[i], x[i]), rtol=1e-5
+        )
