@@ -7,11 +7,11 @@ counted are embeddings, norms, softmax, the scalar head and the optimizer.
     forward of n tokens that begin at position s, with logits at k of them
         2·M·n  +  4·L·H·K·Σ_{i=s+1..s+n} i  +  2·D·V·k
 
-M is the number of parameters in the matrices of the layers, L their number, H heads of K
-entries, D the width, V the vocabulary; a token at position i attends to i keys (the causal
-half: on average (T + 1)/2 of T). A backward pass is twice its forward pass. Source: Kaplan
-et al. 2020, arXiv 2001.08361, §2.1; MFU: Chowdhery et al. 2022, arXiv 2204.02311, app. B.
-Read ``tables.py`` next.
+M is the number of parameters in the matrices of the layers, L their number, H heads of
+K entries, D the width, V the vocabulary; a token at position i attends to i keys (the
+causal half: on average (T + 1)/2 of T). A backward pass is twice its forward pass.
+Source: Kaplan et al. 2020, arXiv 2001.08361, §2.1; MFU: Chowdhery et al. 2022, arXiv
+2204.02311, app. B. Read ``tables.py`` next.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def forward(model: Model, tokens: int, logits: int) -> int:
 
 
 def generation(model: Model, work: Work) -> int:
-    """FLOPs of sampling one sequence with a cache: every token but the last goes through
-    the layers once, and a response token is drawn from logits of its own.
+    """FLOPs of sampling one sequence with a cache: every token but the last goes
+    through the layers once, and a response token is drawn from logits of its own.
     """
     return forward(model, work.prompt + work.response - 1, work.response)
 
@@ -40,7 +40,8 @@ def flops(model: Model, work: Work) -> int:
 
     * sft: forward and backward (3×), logits before every token but the first.
     * rm: 3× two sequences a pair, no logits.
-    * dpo: 3× two sequences a pair for the policy and 1× for the reference, logits before
+    * dpo: 3× two sequences a pair for the policy and 1× for the reference, logits
+      before
       the response tokens.
     * generate: prompt and response once.
     * rloo, grpo: generate; the reference once; 3× the policy each epoch.
@@ -68,9 +69,9 @@ def flops(model: Model, work: Work) -> int:
 def decode_bytes(model: Model, work: Work) -> int:
     """Bytes that the decoding of a batch reads at least.
 
-    Every response token reads the matrices of the layers and the head once for the whole
-    batch, and for every sequence the keys and values that are there: 2·L·K·H_kv entries a
-    position. All in the dtype of the matrix products.
+    Every response token reads the matrices of the layers and the head once for the
+    whole batch, and for every sequence the keys and values that are there: 2·L·K·H_kv
+    entries a position. All in the dtype of the matrix products.
     """
     size = BYTES[model.dtype]
     weights = work.response * (model.layer_matrices + model.head)

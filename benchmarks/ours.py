@@ -67,7 +67,9 @@ class Bench:
 
         return init_sharded(init, self.mesh, jax.random.fold_in(self.key, number))
 
-    def state(self, params: Any, tx: Any, of: Any = rj.TrainState, **fields: Any) -> Any:
+    def state(
+        self, params: Any, tx: Any, of: Any = rj.TrainState, **fields: Any
+    ) -> Any:
         """Where training starts. ``params`` stay as they are."""
 
         def start(params: Any) -> Any:
@@ -164,8 +166,8 @@ def rm(bench: Bench) -> None:
 
 
 def dpo_work(bench: Bench) -> None:
-    """The reference is asked inside the step, as the peers do. A run of ours asks it once
-    per example, before training.
+    """The reference is asked inside the step, as the peers do. A run of ours asks it
+    once per example, before training.
     """
     work = bench.work
     tokens = bench.tokens(work.batch, 2, work.length)

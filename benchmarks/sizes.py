@@ -1,7 +1,7 @@
 """What is measured: models, and the works done with them.
 
-A ``Model`` and a ``Work`` together are all that a worker is told, as JSON, so that every
-system does the same. Read ``flops.py`` next.
+A ``Model`` and a ``Work`` together are all that a worker is told, as JSON, so that
+every system does the same. Read ``flops.py`` next.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Work:
     """One thing that is timed.
 
     ``batch`` counts sequences, of ``rm`` and ``dpo`` pairs. What is not sampled has
-    ``length`` tokens, of ``dpo`` half of them prompt; what is sampled has ``prompt`` and
-    then exactly ``response`` tokens: nothing stops early.
+    ``length`` tokens, of ``dpo`` half of them prompt; what is sampled has ``prompt``
+    and then exactly ``response`` tokens: nothing stops early.
     """
 
     kind: Kind
@@ -80,9 +80,7 @@ class Work:
 
 
 def _small(vocab: int, layers: int = 4) -> Model:
-    return Model(
-        vocab=vocab, layers=layers, width=256, heads=4, kv_heads=4, mlp=1024
-    )
+    return Model(vocab=vocab, layers=layers, width=256, heads=4, kv_heads=4, mlp=1024)
 
 
 MODELS = {
@@ -159,6 +157,7 @@ class Probe:
 
 
 PROBES = {
+    'tiny': Probe(side=256, dtype='float32', copied=2**22),
     'cpu': Probe(side=2048, dtype='float32', copied=2**28),
     'gpu': Probe(side=8192, dtype='bfloat16', copied=2**32),
 }
@@ -177,7 +176,5 @@ def scaling(model: Model) -> dict[str, dict[int, tuple[Model, Work]]]:
         'vocabulary': {
             n: (replace(model, vocab=n), sft) for n in (512, 2048, 8192, 32_768)
         },
-        'response': {
-            n: (model, replace(write, response=n)) for n in (16, 32, 64, 128)
-        },
+        'response': {n: (model, replace(write, response=n)) for n in (16, 32, 64, 128)},
     }

@@ -1,9 +1,11 @@
-"""TRL behind the gate: its trainers for every work, transformers' ``generate`` to sample.
+"""TRL behind the gate: its trainers for every work, transformers' ``generate`` to
+sample.
 
 Its trainers own their loops; callbacks time a step from where the trainer says that it
-begins, its batch already read, to where it says that it has ended. Gradient checkpointing
-and bfloat16, on by default, are off (bfloat16 follows the model); dropout is 0; nothing is
-logged or saved. No tokenizer here has an EOS that the model could write.
+begins, its batch already read, to where it says that it has ended. Gradient
+checkpointing and bfloat16, on by default, are off (bfloat16 follows the model); dropout
+is 0; nothing is logged or saved. No tokenizer here has an EOS that the model could
+write.
 """
 
 import os
@@ -159,8 +161,8 @@ class Steps(transformers.TrainerCallback):
 
 
 def sft(gate, spec):
-    """SFTTrainer. Its loss is cut into chunks where logits of 256 MiB do not hold it all;
-    its default does so always, which a small model pays for.
+    """SFTTrainer. Its loss is cut into chunks where logits of 256 MiB do not hold it
+    all; its default does so always, which a small model pays for.
     """
     work, rows = spec['work'], Rows(spec).ids(spec['work']['length'])
     logits = work['batch'] // work['microbatches'] * work['length']
@@ -239,7 +241,9 @@ def generate(gate, spec):
     while True:
         gate.begin()
         with torch.no_grad():
-            out = model.generate(prompts, attention_mask=torch.ones_like(prompts), **how)
+            out = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), **how
+            )
         if device == 'cuda':
             torch.cuda.synchronize()
         gate.end()
@@ -279,7 +283,9 @@ def group_method(trainer_class, config_class):
             model=directory,
             reward_funcs=constant_reward,
             args=config_class(**how, **arguments(spec)),
-            train_dataset=Dataset.from_dict({'prompt': Rows(spec).words(work['prompt'])}),
+            train_dataset=Dataset.from_dict(
+                {'prompt': Rows(spec).words(work['prompt'])}
+            ),
             processing_class=tokenizer,
             callbacks=[Steps(gate)],
         )
@@ -290,8 +296,8 @@ def group_method(trainer_class, config_class):
 
 
 def ppo(gate, spec):
-    """The experimental PPOTrainer. An iteration ends with its ``on_step_end`` and begins
-    where it samples; no optimizer state and no model is left out.
+    """The experimental PPOTrainer. An iteration ends with its ``on_step_end`` and
+    begins where it samples; no optimizer state and no model is left out.
     """
     import trl.experimental.ppo.ppo_trainer as ppo_trainer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
