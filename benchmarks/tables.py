@@ -68,6 +68,14 @@ def slope(points: Mapping[float, float]) -> float:
     return above / sum((x - x_mean) ** 2 for x in xs)
 
 
+def compile_seconds(result: Result) -> float:
+    """What the steps before the first round took beyond as many others: compilation,
+    mostly.
+    """
+    usual = median_of(result)
+    return sum(max(s - usual, 0.0) for s in result['warm'])
+
+
 def peak_bytes(result: Result) -> int:
     """Greatest memory while steps ran: the accelerator's where there is one, which
     counts from the start of the process; resident memory of the host otherwise.
@@ -153,8 +161,8 @@ def share_table(
 
 
 def cost_table(results: Mapping[str, Mapping[str, Result]], names: list[str]) -> str:
-    """What the first step takes beyond another one (compilation, mostly), and memory."""
-    header = ['work', *(f'{name}, first step, s' for name in names)]
+    """Seconds of compilation, and memory."""
+    header = ['work', *(f'{name}, compile s' for name in names)]
     header += [f'{name}, peak MiB' for name in names]
     rows = []
     for label, by_system in results.items():
@@ -165,7 +173,7 @@ def cost_table(results: Mapping[str, Mapping[str, Result]], names: list[str]) ->
                 row.append('–')
                 memory.append('–')
                 continue
-            row.append(number(max(result['first'] - median_of(result), 0.0)))
+            row.append(number(compile_seconds(result)))
             memory.append(f'{peak_bytes(result) / 2**20:,.0f}')
         rows.append(row + memory)
     return markdown(header, rows)
@@ -202,11 +210,11 @@ def reasons(results: Mapping[str, Mapping[str, Result]]) -> str:
 def scaling_table(
     what: str, results: Mapping[int, Mapping[str, Result]], names: list[str]
 ) -> str:
-    """Seconds of a step and of the first one over one quantity, and the exponent of the
+    """Seconds of a step and of compilation over one quantity, and the exponent of the
     power law through the steps.
     """
     header = [what, *(f'{name}, s' for name in names)]
-    header += [f'{name}, first step, s' for name in names]
+    header += [f'{name}, compile s' for name in names]
     rows = []
     points: dict[str, dict[float, float]] = {name: {} for name in names}
     for value, by_system in results.items():
@@ -219,7 +227,7 @@ def scaling_table(
                 continue
             points[name][value] = median_of(result)
             row.append(number(median_of(result)))
-            first.append(number(result['first']))
+            first.append(number(compile_seconds(result)))
         rows.append(row + first)
     powers = [f'{slope(p):.2f}' if len(p) > 1 else '–' for p in points.values()]
     rows.append(['log–log slope', *powers, *['' for _ in names]])

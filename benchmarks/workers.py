@@ -185,7 +185,7 @@ class Plan:
     threads: int
     rounds: int  # of all systems in turn
     steps: int  # in a turn
-    warmup: int  # steps before the first round, the first of which compiles
+    warmup: int  # steps before the first round, which compile
     limit: float  # seconds that a worker may take to answer
 
 
@@ -200,7 +200,7 @@ def measure(
     """Runs one work on all systems, A B A B …, and the probe before every round.
 
     Returns:
-        By system: its facts, seconds of the first step, and by round its answers; or
+        By system: its facts, seconds of the first steps, and by round its answers; or
         why it has none ('error'), or what it lacks ('lacks'). Under 'machine' the
         probe's.
     """
@@ -221,8 +221,11 @@ def measure(
             results[name] = {'error': str(error)}
             continue
         workers.append(worker)
-        first = warm['seconds'][0]
-        results[name] = {'facts': worker.facts, 'first': first, 'rounds': []}
+        results[name] = {
+            'facts': worker.facts,
+            'warm': warm['seconds'],
+            'rounds': [],
+        }
     results['machine'] = {'rounds': []}
     for _ in range(plan.rounds):
         results['machine']['rounds'].append(probe.steps(1))

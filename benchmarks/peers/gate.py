@@ -1,14 +1,14 @@
 """The worker's side of a benchmark: one JSON object a line, on stdin and stdout.
 
-    parent → worker   {"steps": 5}                   run five steps and say how long each took
-    worker → parent   {"ready": {...}}               once, when the work is set up
-                      {"seconds": [...], "phases": {"generate": [...]}, "memory": {...}}
-                      {"error": "..."}               and the worker ends
+    parent → worker   {"steps": 5}            run five steps and say how long each took
+    worker → parent   {"ready": {…}}          once, when the work is set up
+                      {"seconds": […], "phases": {"generate": […]}, "memory": {…}}
+                      {"error": "…"}          and the worker ends
 
 A trainer that owns its loop calls the gate from inside it, by a callback or from the
-iterator that it reads its batches from: ``begin`` waits there until steps are asked for.
-So a worker uses no processor while another one is measured. The standard library alone is
-imported here: this file runs in every peer's environment.
+iterator that it reads its batches from: ``begin`` waits there until steps are asked
+for. So a worker uses no processor while another one is measured. The standard library
+alone is imported here: this file runs in every peer's environment.
 """
 
 import json
@@ -31,12 +31,12 @@ class Gate:
         self._start = self._mark = None
 
     def ready(self, **facts):
-        """Says that the work is set up: versions, parameters, whatever is worth keeping."""
+        """Says that the work is set up: versions, parameters, what is worth keeping."""
         self._say({'ready': facts})
 
     def begin(self):
-        """Before a step: waits for a request if none is being answered; ends the process
-        when the parent is done.
+        """Before a step: waits for a request if none is being answered; ends the
+        process when the parent is done.
         """
         while self._left == 0:
             line = self._requests.readline()
@@ -56,8 +56,8 @@ class Gate:
             self._mark = now
 
     def end(self):
-        """After a step, whose results have been waited for. Without a ``begin`` before it
-        nothing happens, so that an iterator can call it first.
+        """After a step, whose results have been waited for. Without a ``begin`` before
+        it nothing happens, so that an iterator can call it first.
         """
         if self._start is None:
             return
@@ -90,7 +90,7 @@ def host_memory():
 
 
 def reset_peak():
-    """Lets the kernel count the peak anew; where it refuses, the peak is the process's."""
+    """Lets the kernel count the peak anew; if it refuses, that is the process's."""
     try:
         with open('/proc/self/clear_refs', 'w') as file:
             file.write('5')

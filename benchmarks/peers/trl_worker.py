@@ -263,12 +263,13 @@ def constant_reward(completions, **_):
 
 
 def group_method(trainer_class, config_class):
-    """A work of GRPOTrainer or RLOOTrainer. Both read their reference from a directory."""
+    """A work of GRPOTrainer or RLOOTrainer, which load their reference by its path."""
 
     def work_of(gate, spec):
         work, vocab = spec['work'], spec['model']['vocab']
         # Its id is none of the model's, so that no response ends before its last token.
         tokenizer = tokenizer_of(vocab, vocab)
+        data = Dataset.from_dict({'prompt': Rows(spec).words(work['prompt'])})
         directory = tempfile.mkdtemp()
         policy_of(spec, 0).save_pretrained(directory)
         how = {
@@ -283,9 +284,7 @@ def group_method(trainer_class, config_class):
             model=directory,
             reward_funcs=constant_reward,
             args=config_class(**how, **arguments(spec)),
-            train_dataset=Dataset.from_dict(
-                {'prompt': Rows(spec).words(work['prompt'])}
-            ),
+            train_dataset=data,
             processing_class=tokenizer,
             callbacks=[Steps(gate)],
         )
