@@ -33,15 +33,15 @@ PAD, BOS, EOS = 0, 1, 2
 
 
 class Llama(llama.Llama3):
-    """What scores a text hands every model the segments of packed rows, of which there
-    are none here and of which this family knows nothing.
+    """PPO hands its models ``segment_ids``, which this family does not take. Where rows
+    are not packed, the attention mask says the same.
     """
 
     def __call__(
         self, input_tokens, positions, cache, attention_mask, segment_ids=None
     ):
-        if segment_ids is not None:
-            raise ValueError('these rows are not packed')
+        if attention_mask is None:
+            raise ValueError('rows are packed')
         return super().__call__(input_tokens, positions, cache, attention_mask)
 
 
@@ -213,7 +213,7 @@ def dpo(gate, spec):
 
 
 def generate(gate, spec):
-    """Its sampler, which takes texts and compiles a step for every sampling parameter."""
+    """Its sampler, which takes texts."""
     work, shape = spec['work'], spec['model']
     model = model_of(spec, 0)
     cache = sampling.CacheConfig(
