@@ -257,9 +257,16 @@ def check_length(tokens, spec):
         raise RuntimeError(f'generated {tuple(tokens.shape)}, not {expected}')
 
 
-def constant_reward(completions, **_):
-    """A trivial function of the texts."""
-    return [float(len(text) % 7) for text in completions]
+def trivial_reward(response):
+    """A function of the texts, which also sees that nothing has stopped early."""
+
+    def reward(completions, completion_ids, **_):
+        lengths = {len(ids) for ids in completion_ids}
+        if lengths != {response}:
+            raise RuntimeError(f'{lengths} tokens a response, not {response}')
+        return [float(len(text) % 7) for text in completions]
+
+    return reward
 
 
 def group_method(trainer_class, config_class):
@@ -282,7 +289,7 @@ def group_method(trainer_class, config_class):
         }
         trainer = trainer_class(
             model=directory,
-            reward_funcs=constant_reward,
+            reward_funcs=trivial_reward(work['response']),
             args=config_class(**how, **arguments(spec)),
             train_dataset=data,
             processing_class=tokenizer,
@@ -331,9 +338,10 @@ def ppo(gate, spec):
     }
     options = arguments(spec)
     del options['max_steps']  # it counts episodes
+    vocab = spec['model']['vocab']
     trainer = PPOTrainer(
         args=PPOConfig(**how, **options),
-        processing_class=tokenizer_of(spec['model']['vocab'], 3),
+        processing_class=tokenizer_of(vocab, vocab),
         train_dataset=data,
         eval_dataset=data.select(range(work['batch'])),
         callbacks=[Steps(gate)],
