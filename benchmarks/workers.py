@@ -7,7 +7,6 @@ to it stands in ``peers/gate.py``. Read ``ours.py`` next.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import select
@@ -85,12 +84,12 @@ class Worker:
         """
         self.name, self._log, self._limit = system.name, log, limit
         environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE='false')
-        cores = sorted(os.sched_getaffinity(0))
         if spec['device'] == 'cpu':
             threads = str(spec['threads'])
             environment |= {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
             environment |= {'OMP_NUM_THREADS': threads, 'MKL_NUM_THREADS': threads}
-            cores = cores[: spec['threads']]
+            cores = sorted(os.sched_getaffinity(0))[: spec['threads']]
+            spec = {**spec, 'cores': cores}
         with log.open('w') as errors:
             self._process = subprocess.Popen(
                 [*system.command, json.dumps(spec)],
@@ -99,7 +98,6 @@ class Worker:
                 stderr=errors,
                 cwd=ROOT,
                 env=environment,
-                preexec_fn=functools.partial(os.sched_setaffinity, 0, cores),
             )
         self.facts = self._answer()['ready']
 

@@ -107,6 +107,8 @@ def serve(begin_work, device_memory=dict):
         device_memory: () -> {'device_peak_bytes': …} on an accelerator.
     """
     spec = json.loads(sys.argv[1])
+    if 'cores' in spec:  # threads that are made from here on stay there
+        os.sched_setaffinity(0, spec['cores'])
     # Libraries print; what they print must not be taken for an answer.
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
