@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--peers', default='', help='trl, tunix or trl,tunix')
-    parser.add_argument('--peers_dir', type=Path, default=Path('peers'))
+    parser.add_argument('--peers_dir', type=Path, default=Path('runs/peers'))
     parser.add_argument('--device', choices=sorted(SIZES_OF_DEVICE), default='cpu')
     parser.add_argument('--size', help=f'of {", ".join(MODELS)}; several by commas')
     parser.add_argument('--work', help='of those of the size; several by commas')
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--warmup', type=int, default=3, help='steps before them')
     parser.add_argument('--threads', type=int, default=2, help='of a worker on the CPU')
     parser.add_argument('--limit', type=float, default=1800.0, help='s to an answer')
-    parser.add_argument('--out', type=Path, default=Path('results'))
+    parser.add_argument('--out', type=Path, default=Path('runs/benchmarks'))
     args = parser.parse_args(argv)
     args.size = args.size.split(',') if args.size else SIZES_OF_DEVICE[args.device]
     args.work = args.work.split(',') if args.work else None
