@@ -18,13 +18,30 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.sizes import MODELS, PROBES, SIZES_OF_DEVICE, WORKS, scaling
-from benchmarks.workers import Plan, System, Worker, machine, measure, ours, peer
+from benchmarks.sizes import (
+    MODELS,
+    PROBES,
+    SIZES_OF_DEVICE,
+    WORKS,
+    Model,
+    Work,
+    scaling,
+)
+from benchmarks.workers import (
+    Plan,
+    System,
+    Worker,
+    WorkerError,
+    machine,
+    measure,
+    ours,
+    peer,
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -90,40 +107,45 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def measure_sizes(
-    args: argparse.Namespace, systems: list[System], probe: Worker, plan: Plan
-) -> dict[str, Any]:
-    """size → work → system → result."""
-    results: dict[str, Any] = {}
-    for size in args.size:
-        results[size] = {}
-        for label in args.work or WORKS[size]:
-            say(f'{size}: {label}')
-            logs = args.out / 'logs' / size / label
-            logs.mkdir(parents=True, exist_ok=True)
-            results[size][label] = measure(
-                systems, probe, MODELS[size], WORKS[size][label], plan, logs
-            )
-    return results
+# The place of a work in the results and in the logs, and what it is.
+Jobs = Iterator[tuple[tuple[str, ...], Model, Work]]
 
 
-def measure_scaling(
-    args: argparse.Namespace, systems: list[System], probe: Worker, plan: Plan
-) -> dict[str, Any]:
-    """size → what varies → value → system → result."""
-    results: dict[str, Any] = {}
+def jobs_of(args: argparse.Namespace) -> Jobs:
+    """Everything that is to be measured, in order: (size, work), or with ``--scaling``
+    (size, what varies, its value).
+    """
     for size in args.size:
-        results[size] = {}
-        for what, variations in scaling(MODELS[size]).items():
-            results[size][what] = {}
-            for value, (model, work) in variations.items():
-                say(f'{size}: {what} {value}')
-                logs = args.out / 'logs' / size / what / str(value)
-                logs.mkdir(parents=True, exist_ok=True)
-                results[size][what][value] = measure(
-                    systems, probe, model, work, plan, logs
-                )
-    return results
+        if args.scaling:
+            for what, variations in scaling(MODELS[size]).items():
+                for value, (model, work) in variations.items():
+                    yield (size, what, str(value)), model, work
+        else:
+            for label in args.work or WORKS[size]:
+                yield (size, label), MODELS[size], WORKS[size][label]
+
+
+def measure_all(
+    args: argparse.Namespace,
+    systems: list[System],
+    probe: Worker,
+    plan: Plan,
+    save: Callable[[Any], None],
+) -> None:
+    """Measures job after job, and saves the results so far behind each: nested by the
+    parts of the place, and below them by system.
+    """
+    results: dict[str, Any] = {}
+    for place, model, work in jobs_of(args):
+        say(': '.join(place))
+        logs = args.out.joinpath('logs', *place)
+        logs.mkdir(parents=True, exist_ok=True)
+        *path, label = place
+        branch = results
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[label] = measure(systems, probe, model, work, plan, logs)
+        save(results)
 
 
 def rounds_of_probe(results: Any) -> list[Any]:
@@ -161,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ValueError: what is wrong with the command line.
+        WorkerError: the machine could not be probed.
     """
     args = parse(argv)
     directory = args.peers_dir.resolve()
@@ -179,28 +202,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = PROBES['tiny' if args.size == ['tiny'] else args.device]
     spec = {'device': args.device, 'threads': args.threads}
     spec['probe'] = dataclasses.asdict(size)
-    load = [os.getloadavg()[0]]
+    what, before = 'scaling' if args.scaling else 'works', os.getloadavg()[0]
     probe = Worker(machine(), spec, args.out / 'machine.log', args.limit)
     probe.steps(1)  # compiles
-    what = 'scaling' if args.scaling else 'works'
-    run = measure_scaling if args.scaling else measure_sizes
-    results = run(args, systems, probe, plan)
+
+    def save(results: Any) -> None:
+        report = {
+            'circumstances': circumstances(args),
+            'device': probe.facts['device'],
+            'load': [before, os.getloadavg()[0]],
+            'peak': tables.peak_of(rounds_of_probe(results), size),
+            what: results,
+        }
+        (args.out / 'results.json').write_text(json.dumps(report, indent=1) + '\n')
+        (args.out / 'tables.md').write_text(render(report, names))
+
+    measure_all(args, systems, probe, plan, save)
     probe.close()
-    report = {
-        'circumstances': circumstances(args),
-        'device': probe.facts['device'],
-        'load': [*load, os.getloadavg()[0]],
-        'peak': tables.peak_of(rounds_of_probe(results), size),
-        what: results,
-    }
-    text = render(report, names)
-    (args.out / 'results.json').write_text(json.dumps(report, indent=1) + '\n')
-    (args.out / 'tables.md').write_text(text)
-    say(text)
+    say((args.out / 'tables.md').read_text())
 
 
 if __name__ == '__main__':
     try:
         main()
-    except ValueError as error:
+    except (ValueError, WorkerError) as error:
         sys.exit(str(error))

@@ -208,7 +208,7 @@ def reasons(results: Mapping[str, Mapping[str, Result]]) -> str:
 
 
 def scaling_table(
-    what: str, results: Mapping[int, Mapping[str, Result]], names: list[str]
+    what: str, results: Mapping[str, Mapping[str, Result]], names: list[str]
 ) -> str:
     """Seconds of a step and of compilation over one quantity, and the exponent of the
     power law through the steps.
@@ -218,17 +218,17 @@ def scaling_table(
     rows = []
     points: dict[str, dict[float, float]] = {name: {} for name in names}
     for value, by_system in results.items():
-        row, first = [str(value)], []
+        row, compiled = [value], []
         for name in names:
             result = by_system.get(name)
             if not has_figures(result):
                 row.append('–')
-                first.append('–')
+                compiled.append('–')
                 continue
-            points[name][value] = median_of(result)
+            points[name][float(value)] = median_of(result)
             row.append(number(median_of(result)))
-            first.append(number(compile_seconds(result)))
-        rows.append(row + first)
+            compiled.append(number(compile_seconds(result)))
+        rows.append(row + compiled)
     powers = [f'{slope(p):.2f}' if len(p) > 1 else '–' for p in points.values()]
     rows.append(['log–log slope', *powers, *['' for _ in names]])
     return markdown(header, rows)

@@ -137,6 +137,7 @@ class Worker:
             silent = 'ended without an answer'
             if not is_there:
                 silent = f'did not answer in {self._limit:.0f} seconds'
+                self._process.kill()
             self.close()
             why = answer.get('error', silent)
             raise WorkerError(f'{self.name}: {why}; see {self._log}')

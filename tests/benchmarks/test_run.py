@@ -139,6 +139,17 @@ def test_the_works_of_a_size_are_those_of_ours():
     assert kinds == ours.WORKS.keys()
 
 
+def test_scaling_varies_one_thing_at_a_time():
+    args = run.parse(['--size', 'tiny', '--scaling'])
+    by_place = {place: (model, work) for place, model, work in run.jobs_of(args)}
+    places = {place[1] for place in by_place}
+    assert places == {'batch', 'length', 'depth', 'vocabulary', 'response'}
+    model, work = by_place['tiny', 'depth', '28']
+    assert (model.layers, model.width, work.kind) == (28, TINY.width, 'sft')
+    model, work = by_place['tiny', 'response', '16']
+    assert (model, work.kind, work.response) == (TINY, 'generate', 16)
+
+
 def test_the_command_on_a_tiny_model(tmp_path, capsys):
     argv = '--size tiny --work generate --rounds 2 --steps 2 --warmup 1 --out'
     run.main([*argv.split(), str(tmp_path)])

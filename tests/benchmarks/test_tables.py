@@ -115,7 +115,11 @@ def test_the_table_of_scaling():
     def steady(seconds):
         return {'rlhf_jax': {'rounds': [answer(seconds)], 'warm': [seconds + 1]}}
 
-    results = {8: steady(1.0), 16: steady(2.0), 32: {'rlhf_jax': {'error': 'no'}}}
+    results = {
+        '8': steady(1.0),
+        '16': steady(2.0),
+        '32': {'rlhf_jax': {'error': 'no'}},
+    }
     table = tables.scaling_table('batch', results, ['rlhf_jax']).splitlines()
     assert table[2] == '| 8 | 1.00 | 1.00 |'
     assert table[4] == '| 32 | – | – |'
