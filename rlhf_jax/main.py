@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)
     workdir = Path(flags.FLAGS.workdir)
     try:
-        launch(flags.FLAGS.config, workdir)
+        launch(flags.FLAGS.config, workdir, flags.FLAGS.profile)
     except ValueError as error:
         _stop(error, str(error))
     except OSError as error:
@@ -70,12 +70,13 @@ def _stop(error: Exception, message: str) -> NoReturn:
     sys.exit(1)
 
 
-def launch(config: Any, workdir: Path) -> dict[str, Any]:
+def launch(config: Any, workdir: Path, profile: bool = False) -> dict[str, Any]:
     """Runs the stages of a config in a work directory and writes its report.
 
     Args:
         config: ``ml_collections.ConfigDict`` of a file in ``configs/``.
         workdir: created when missing; resumed when it holds the same config.
+        profile: leave a trace and the time per phase in every stage's ``profile/``.
 
     Returns:
         The contents of ``report.json``.
@@ -97,7 +98,7 @@ def launch(config: Any, workdir: Path) -> dict[str, Any]:
     from rlhf_jax.report import write_report
 
     if unfinished:
-        _run_stages(config, workdir, unfinished, resolved)
+        _run_stages(config, workdir, unfinished, resolved, profile)
     else:
         checkpoint.write_json(workdir / 'config.json', _description(resolved))
     report = write_report(workdir)
@@ -106,7 +107,7 @@ def launch(config: Any, workdir: Path) -> dict[str, Any]:
 
 
 def _run_stages(
-    config: Any, workdir: Path, unfinished: list[str], resolved: Any
+    config: Any, workdir: Path, unfinished: list[str], resolved: Any, profile: bool
 ) -> None:
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
@@ -128,7 +129,8 @@ def _run_stages(
 
     check_writers(tuple(config.metrics))
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
-    run = Run(workdir, config, make_mesh(parallel), load_tokenizer(config.tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer)
+    run = Run(workdir, config, make_mesh(parallel), tokenizer, profile)
     if (workdir / 'config.json').exists():
         check_saved(run.tokenizer, workdir / 'tokenizer')
     loaders = {
@@ -149,6 +151,7 @@ def _run_stages(
         'ppo': (ppo.load_ppo, online.train_online),
         'ppo_lagrangian': (ppo_lagrangian.load_ppo_lagrangian, online.train_online),
     }
+    _keep_compiled()
     # Everything is read and checked before the first stage compiles anything.
     jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
     # Only now does the directory belong to this config: after a corrected mistake in
@@ -168,6 +171,20 @@ def _run_stages(
                 'room or mend it, and give the same command again: it goes on from the '
                 'last checkpoint'
             ) from error
+
+
+def _keep_compiled() -> None:
+    """Keeps what XLA compiles for the next start, in JAX_COMPILATION_CACHE_DIR or else
+    in the user's cache. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        folder = str(Path(cache) / 'rlhf_jax' / 'xla')
+        jax.config.update('jax_compilation_cache_dir', folder)
+    # Many small programs make a start slow too.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def _check_top_level(config: Any) -> None:
@@ -332,6 +349,7 @@ def run() -> None:
         sys.argv.insert(1, f'--config={_DEFAULT}')
     config_flags.DEFINE_config_file('config', None, 'The recipe to run.')
     flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
+    flags.DEFINE_bool('profile', False, 'Trace some steps of every stage.')
     app.run(main, flags_parser=_parse_flags)
 
 

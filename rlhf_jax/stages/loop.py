@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import checkpoint
 from rlhf_jax.metrics import Writers, open_writers, progress
+from rlhf_jax.stages.profiling import tracing, write_phases
 from rlhf_jax.stages.settings import LoopSettings
 from rlhf_jax.types import Mean, Metrics
 
@@ -53,6 +54,7 @@ def run_loop(
     shown: dict[str, str],
     spent: Callable[[], dict[str, float]],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    profile: bool = False,
 ) -> tuple[Any, dict[str, float]]:
     """Runs ``one_step`` from the last checkpoint, or from ``state``, to ``num_steps``.
 
@@ -67,6 +69,7 @@ def run_loop(
         shown: metric name -> name in the progress bar.
         spent: seconds that this process has taken for the stage so far, by phase.
         evaluate: numbers to log every ``eval_every_steps``.
+        profile: leave a trace and the time per phase in ``stage_dir/profile``.
 
     Returns:
         The final state, which is saved as a checkpoint too, and the seconds of all
@@ -88,9 +91,11 @@ def run_loop(
         with (
             open_writers(stage_dir, writers, done if done else None) as log,
             progress(stage_dir.name, num_steps, done) as show,
+            tracing(stage_dir / 'profile' if profile else None, done) as trace,
         ):
             journal = _Journal(stage_dir, manager, log, show, shown, done)
             while done < num_steps:
+                trace(done, state)
                 state, metrics, known = one_step(state, done)
                 journal.flush()  # the step before: the device is at work on this one
                 done += 1
@@ -111,7 +116,10 @@ def run_loop(
             manager.wait_until_finished()
         if terminated():
             raise SystemExit(128 + signal.SIGTERM)
-    return state, _total(earlier, spent())
+    seconds = _total(earlier, spent())
+    if profile:
+        write_phases(stage_dir / 'profile', seconds)
+    return state, seconds
 
 
 def _total(*parts: dict[str, float]) -> dict[str, float]:

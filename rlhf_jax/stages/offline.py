@@ -239,6 +239,7 @@ def fit(
         shown=shown,
         spent=lambda: {**spent, 'train': time.monotonic() - clock},
         evaluate=lambda s: {f'eval/{k}': v for k, v in evaluate(s.params).items()},
+        profile=run.profile,
     )
 
 

@@ -84,6 +84,7 @@ def train_online(run: Run, job: Online) -> None:
             'train/tokens_per_second': 'tokens_per_second',
         },
         spent=lambda: phases,
+        profile=run.profile,
     )
     clock = time.monotonic()
     params = dict(state.params)

@@ -36,6 +36,7 @@ class Run:
     config: ConfigDict
     mesh: Mesh
     tokenizer: Any
+    profile: bool = False  # of every stage, see stages/profiling.py
 
     def stage_dir(self, stage: str) -> Path:
         """The folder of a stage, created when missing."""
