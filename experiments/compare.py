@@ -8,7 +8,9 @@ comparisons see the same number of them; methods that sample write the same numb
 responses and ask the same reward model. All are judged by the gold reward of their
 answers to the held-out prompts against those of the SFT policy, in
 ``stages/evaluation.py``. Writes ``compare.json``, ``compare.md`` and ``compare.png``;
-finished runs in DIR are not run again, so that methods and seeds can be added.
+what ``compare.json`` in DIR holds, and finished runs there, are not run again, so that
+methods and seeds can be added: those of docs/recipes.md are in
+experiments/results/compare.json.
 """
 
 from __future__ import annotations
@@ -190,19 +192,25 @@ def main(argv: list[str]) -> None:
     unknown = sorted(set(_METHODS.value) - METHODS.keys())
     if unknown:
         raise app.UsageError(f'--methods={unknown}: known are {", ".join(METHODS)}')
+    path = workdir / 'compare.json'
     results: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        results = json.loads(path.read_text(encoding='utf-8'))['runs']
     for seed in _SEEDS.value:
         base = Path(_BASE.value.format(seed=seed)).absolute()
         for method in _METHODS.value:
+            if seed in results.get(method, {}):
+                continue
             run_dir = workdir / f'{method}_{seed}'
             run = run_one(method, base, run_dir, int(seed), _SMOKE.value)
             results.setdefault(method, {})[seed] = run
             table = summarise(results)
             text = json.dumps({'table': table, 'runs': results}, indent=1)
-            (workdir / 'compare.json').write_text(text, encoding='utf-8')
-            (workdir / 'compare.md').write_text(to_markdown(table), encoding='utf-8')
+            path.write_text(text, encoding='utf-8')
+    text = to_markdown(summarise(results))
+    (workdir / 'compare.md').write_text(text, encoding='utf-8')
     plot(results, workdir / 'compare.png')
-    print(to_markdown(table))
+    print(text)
 
 
 if __name__ == '__main__':

@@ -39,6 +39,8 @@ class TokenBatch:
     tokens: Array  # [B, T] int32, right-padded
     mask: Array  # [B, T] bool, real tokens
     loss_mask: Array  # [B, T] bool, tokens whose log-probability enters the loss
+    # [B, T] int32, ascending: the document of each token, where rows hold several
+    segments: Array | None = None
 
 
 @struct.dataclass(kw_only=True)

@@ -128,6 +128,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('parallel.backend', 'pmapp', ['pmapp', 'pmap']),
         ('tokenizer', '/nowhere', ['/nowhere', 'cannot be loaded']),
         ('pretrain.on_bad', 'skp', ['on_bad', 'skp', 'skip']),
+        ('sft.packing', 'first', ["config.sft.packing='first'", "'best_fit'"]),
+        ('rm.packing', 'best_fit', ["config.rm.packing='best_fit'", 'only pretrain']),
+        ('rm.sort_batches', 1, ['config.rm.sort_batches=1', 'use 2 or more']),
     ],
 )
 def test_mistakes_are_named_before_compilation(

@@ -43,7 +43,8 @@ def sft_loss(
     Returns:
         (sum [] nats, weight [] tokens, metrics with ``loss`` in nats per token).
     """
-    hidden = model.apply({'params': params}, batch.tokens, batch.mask)
+    packed = () if batch.segments is None else (batch.segments,)
+    hidden = model.apply({'params': params}, batch.tokens, batch.mask, *packed)
     logprobs, _ = token_logprobs(
         hidden,
         model.unembedding(params),
@@ -52,6 +53,9 @@ def sft_loss(
     )
     # A token is predicted only from a real one: behind left padding the first has none.
     predicted = jnp.pad(batch.mask[:, :-1], ((0, 0), (1, 0)))
+    if batch.segments is not None:  # nor from another document
+        same = batch.segments[:, 1:] == batch.segments[:, :-1]
+        predicted = predicted & jnp.pad(same, ((0, 0), (1, 0)))
     counted = batch.loss_mask & batch.mask & predicted
     total, weight = masked_sum(-logprobs, counted), jnp.sum(counted).astype(jnp.float32)
     return total, weight, {'loss': Mean(total, weight)}

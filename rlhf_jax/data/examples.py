@@ -44,6 +44,7 @@ class TokenExample(NamedTuple):
 
     tokens: np.ndarray  # [T] int32
     loss: np.ndarray  # [T] bool, the tokens in the loss; the first is never one
+    segments: np.ndarray | None = None  # [T] int32, of a packed row: which document
 
 
 class PairExample(NamedTuple):
@@ -132,6 +133,8 @@ class Counts:
     skipped_bad: int = 0
     first_bad: str | None = None  # why and where
     taken: int | None = None  # the first so many examples alone are used
+    rows: int | None = None  # that the kept were packed into (packing.py)
+    row_length: int | None = None  # tokens
 
     def describe(self) -> str:
         """A sentence for people."""
@@ -148,6 +151,8 @@ class Counts:
             text += f', {self.skipped_bad} skipped as bad (first: {self.first_bad})'
         if self.taken is not None:
             text += f'; the first {self.taken} are used'
+        if self.rows is not None:
+            text += f'; packed into {self.rows} rows of {self.row_length} tokens'
         return text
 
 
@@ -250,7 +255,15 @@ def _tokens(rows: list[TokenExample], index: np.ndarray, length: int) -> TokenBa
     tokens, mask = _pad([row.tokens for row in rows], length)
     loss_mask = np.zeros_like(mask)
     loss_mask[mask] = np.concatenate([row.loss for row in rows])
-    return TokenBatch(tokens=tokens, mask=mask, loss_mask=loss_mask)
+    segments = None
+    if any(row.segments is not None for row in rows):
+        # Padding belongs to a document of its own, behind the others.
+        segments = np.full(mask.shape, np.iinfo(np.int32).max, np.int32)
+        of = [
+            np.zeros_like(r.tokens) if r.segments is None else r.segments for r in rows
+        ]
+        segments[mask] = np.concatenate(of)
+    return TokenBatch(tokens=tokens, mask=mask, loss_mask=loss_mask, segments=segments)
 
 
 def _prompts(rows: list[PromptExample], index: np.ndarray, length: int) -> PromptBatch:

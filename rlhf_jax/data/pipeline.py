@@ -8,6 +8,8 @@ needs no data state; :func:`eval_batches` goes through it once. Read ``rows.py``
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -303,6 +305,7 @@ def batches(
     seed: int,
     buckets: tuple[int, ...],
     start_step: int = 0,
+    sort_batches: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -319,6 +322,8 @@ def batches(
         buckets: lengths in tokens, ascending; a batch is padded to the first that fits
             its longest row (over all processes, so that all see the same shape).
         start_step: the first batch to give, to resume a run.
+        sort_batches: batches whose rows are sorted by length together, so that a batch
+            has rows of similar length; their order is random. None sorts nothing.
         process_index: of this process.
         process_count: every process yields its contiguous share of the rows.
 
@@ -361,9 +366,34 @@ def batches(
         )
 
     order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
-    steps = order.batch(batch_size, drop_remainder=True, batch_fn=rows_of)[start_step:]
+    if sort_batches is None:
+        steps = order.batch(batch_size, drop_remainder=True, batch_fn=rows_of)
+    else:
+        steps = _sorted(order, lengths, batch_size, sort_batches, seed).map(rows_of)
+    steps = steps[start_step:]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(steps.to_iter_dataset(options))
+
+
+def _sorted(
+    order: grain.MapDataset,
+    lengths: np.ndarray,
+    batch_size: int,
+    window: int,
+    seed: int,
+) -> grain.MapDataset:
+    """The rows [batch_size] of every step, sorted by length within ``window`` steps."""
+
+    @functools.lru_cache(maxsize=2)  # steps are asked for about in order
+    def batches_of(number: int) -> np.ndarray:
+        first = number * window * batch_size
+        rows = [order[i] for i in range(first, first + window * batch_size)]
+        rows = np.asarray(rows)[np.argsort(lengths[rows], kind='stable')]
+        shuffle = np.random.default_rng((seed, number)).permutation(window)
+        return rows.reshape(window, batch_size)[shuffle]
+
+    steps = grain.MapDataset.range(sys.maxsize // (window * batch_size))
+    return steps.map(lambda step: batches_of(step // window)[step % window])
 
 
 def eval_batches(

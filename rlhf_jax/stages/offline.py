@@ -23,6 +23,8 @@ from rlhf_jax.algos.ensemble import member_seed, stack_batches
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.examples import TokenExample
+from rlhf_jax.data.packing import pack
 from rlhf_jax.evals import language_model
 from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.sharding import check_batch_size, init_sharded
@@ -111,6 +113,13 @@ def check_offline(
             f'{config.max_positions} positions; use shorter buckets'
         )
     train, held_out = read(settings.train), read(settings.eval)
+    if settings.sort_batches is not None and settings.sort_batches < 2:
+        raise ValueError(
+            f'{where}.sort_batches={settings.sort_batches} sorts nothing; use 2 or '
+            'more, or None'
+        )
+    if settings.packing is not None:
+        train = _packed(train, settings, where)
     if (settings.num_steps is None) == (settings.num_epochs is None):
         raise ValueError(f'{where}: set either num_steps or num_epochs')
     num_steps = settings.num_steps
@@ -122,6 +131,21 @@ def check_offline(
     return Offline(
         stage, settings, hp, tokenizer, train, held_out, references, num_steps
     )
+
+
+def _packed(
+    train: pipeline.Dataset, settings: OfflineSettings, where: str
+) -> pipeline.Dataset:
+    if not isinstance(train.examples[0], TokenExample):
+        raise ValueError(
+            f'{where}.packing={settings.packing!r}: only pretrain and sft have rows of '
+            'several documents; set it to None'
+        )
+    if settings.packing != 'best_fit':
+        raise ValueError(
+            f"{where}.packing={settings.packing!r}; use 'best_fit' or None"
+        )
+    return pack(train, settings.buckets[-1])
 
 
 def train_language_model(run: Run, job: Offline) -> None:
@@ -220,7 +244,9 @@ def fit(
         batch = next(batches)
         state, metrics = compiled(state, batch)
         metrics = {f'train/{name}': metric for name, metric in metrics.items()}
-        known = {'train/lr': float(schedule(done)), 'tokens': int(np.sum(batch.mask))}
+        real = int(np.sum(batch.mask))
+        known = {'train/lr': float(schedule(done)), 'tokens': real}
+        known['train/padding'] = 1 - real / np.size(batch.mask)
         return state, metrics, known
 
     shown = {
@@ -255,6 +281,7 @@ def _stream(run: Run, job: Offline, done: int) -> Iterator[Any]:
             seed=seed,
             buckets=job.settings.buckets,
             start_step=done,
+            sort_batches=job.settings.sort_batches,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

@@ -151,6 +151,7 @@ def _iteration(rollouts: _Rollouts, ref_params: Params) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(run.key(job.stage), done), SAMPLE)
         samples, greedy, known = rollouts.sample(state.params['policy'], prompts, key)
         known['tokens'] = float(jnp.sum(samples.generation.response_mask))
+        known['rollout/padding'] = 1 - float(jnp.mean(samples.generation.mask))
         metrics: Metrics = {}
         for update in updates:
             clock = time.monotonic()

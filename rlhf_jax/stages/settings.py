@@ -51,6 +51,11 @@ class OfflineSettings:
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
     loss_on: Literal['response', 'all', 'assistant'] = 'response'  # sft: what counts
     members: int = 1  # rm: of an ensemble; each has a head and a data order of its own
+    # pretrain, sft: several documents in a row of the longest bucket, kept apart
+    packing: Literal['best_fit'] | None = None
+    # rm, preference, sft: batches whose rows are sorted by length together, so that
+    # shorter buckets suffice for most; None leaves rows of any lengths in a batch
+    sort_batches: int | None = None
     references: str | None = None  # rm: demonstrations whose mean score becomes 0
     num_references: int = 512
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

@@ -15,7 +15,7 @@ from tests.small_config import get_config
 def test_a_profiled_run_leaves_a_trace_and_its_phases(tmp_path):
     config = get_config()
     config.stages = ('sft',)
-    config.sft.init = 'scratch'
+    config.sft.init, config.sft.packing = 'scratch', 'best_fit'
     launch(config, tmp_path, profile=True)
     folder = tmp_path / 'sft' / 'profile'
     (path,) = folder.rglob('perfetto_trace.json.gz')
@@ -24,6 +24,7 @@ def test_a_profiled_run_leaves_a_trace_and_its_phases(tmp_path):
     rows = (folder / 'phases.md').read_text(encoding='utf-8').splitlines()[2:]
     done = json.loads((tmp_path / 'sft' / 'done.json').read_text(encoding='utf-8'))
     assert {row.split(' | ')[0][2:] for row in rows} <= done['seconds'].keys()
+    assert 'packed into' in done['data']['train']
     assert sum(int(row.split('|')[3].strip(' %')) for row in rows) == pytest.approx(
         100, abs=len(rows)
     )
