@@ -2,7 +2,7 @@
 
 Temperature, top-k, top-p, the EOS ids and the stop sequences are *traced* values:
 changing them compiles nothing. Every row has a key of its own, so a sample depends
-neither on the neighbours in its batch nor on the size of the batch. Read ``rewards.py``
+neither on the neighbours in its batch nor on the size of the batch. Read ``pool.py``
 next.
 """
 
@@ -214,7 +214,7 @@ class _Loop:
     cache: KVCache
 
 
-def _stopped(tail: Array, length: Array, how: Sampling) -> Array:
+def stopped(tail: Array, length: Array, how: Sampling) -> Array:
     """Whether the last tokens [B, N] of responses of this length end them, [B] bool."""
     is_eos = jnp.any(tail[:, -1:] == how.eos_ids, axis=1)
     stops = how.stop_sequences
@@ -282,13 +282,13 @@ def generate(
         alive = ~loop.ended
         drawn = jnp.where(alive, drawn, 0)
         tail = jnp.concatenate([loop.tail[:, 1:], drawn[:, None]], axis=1)
-        stopped = _stopped(tail, loop.i + 1, how)
+        ends = stopped(tail, loop.i + 1, how)
         hidden, cache = apply(drawn, alive, loop.cache, method='decode')
         return _Loop(
             i=loop.i + 1,
             hidden=hidden,
             tail=tail,
-            ended=loop.ended | (alive & stopped),
+            ended=loop.ended | (alive & ends),
             response=loop.response.at[:, loop.i].set(drawn),
             response_mask=loop.response_mask.at[:, loop.i].set(alive),
             logprobs=loop.logprobs.at[:, loop.i].set(jnp.where(alive, logprobs, 0)),
@@ -301,19 +301,28 @@ def generate(
             lambda loop, end=end: (loop.i < end) & ~jnp.all(loop.ended), one_token, loop
         )
     tokens, mask = (jnp.repeat(x, samples, axis=0) for x in (tokens, mask))
-    return _as_generation(tokens, mask, loop)
+    return as_generation(
+        tokens, mask, loop.response, loop.response_mask, loop.logprobs, loop.ended
+    )
 
 
-def _as_generation(tokens: Array, mask: Array, end: _Loop) -> Generation:
-    """Prompts [B, P] with the responses behind them."""
+def as_generation(
+    tokens: Array,
+    mask: Array,
+    response: Array,
+    response_mask: Array,
+    logprobs: Array,
+    ended: Array,
+) -> Generation:
+    """Prompts [B, P] with responses and their log-probabilities [B, R] behind them."""
     before = ((0, 0), (tokens.shape[1], 0))
     return Generation(
-        tokens=jnp.concatenate([jnp.where(mask, tokens, 0), end.response], axis=1),
-        mask=jnp.concatenate([mask, end.response_mask], axis=1),
-        response_mask=jnp.pad(end.response_mask, before),
-        logprobs=jnp.pad(end.logprobs, before),
-        ended=end.ended,
-        response_length=end.response.shape[1],
+        tokens=jnp.concatenate([jnp.where(mask, tokens, 0), response], axis=1),
+        mask=jnp.concatenate([mask, response_mask], axis=1),
+        response_mask=jnp.pad(response_mask, before),
+        logprobs=jnp.pad(logprobs, before),
+        ended=ended,
+        response_length=response.shape[1],
     )
 
 

@@ -143,6 +143,7 @@ class _Bigram:
             keys=nothing,
             values=nothing,
             mask=jnp.zeros((rows, 0), bool),
+            places=jnp.zeros((rows, 0), jnp.int32),
             slot=jnp.int32(0),
             positions=jnp.zeros(rows, jnp.int32),
         )

@@ -38,6 +38,7 @@ class KVCache:
     keys: Array | list[Array]
     values: Array | list[Array]
     mask: Array  # [B, S] bool, slots that hold a real token
+    places: Array  # [B, S] int32, the positions of those tokens
     slot: Array  # [] int32, the next slot to write
     positions: Array  # [B] int32, position of the next token of each row
 
@@ -251,6 +252,7 @@ def prefill(
         keys=keys,
         values=values,
         mask=mask,
+        places=positions_of(mask),
         slot=jnp.asarray(length, jnp.int32),
         positions=jnp.sum(mask, axis=-1, dtype=jnp.int32),
     )
@@ -267,6 +269,7 @@ def repeat_rows(cache: KVCache, count: int) -> KVCache:
         keys=jax.tree.map(repeat, cache.keys),
         values=jax.tree.map(repeat, cache.values),
         mask=jnp.repeat(cache.mask, count, axis=0),
+        places=jnp.repeat(cache.places, count, axis=0),
         positions=jnp.repeat(cache.positions, count, axis=0),
     )
 
@@ -281,6 +284,7 @@ def grow(cache: KVCache, slots: int) -> KVCache:
         keys=jax.tree.map(pad, cache.keys),
         values=jax.tree.map(pad, cache.values),
         mask=jnp.pad(cache.mask, ((0, 0), (0, slots))),
+        places=jnp.pad(cache.places, ((0, 0), (0, slots))),
     )
 
 
@@ -303,7 +307,8 @@ def decode(
         jax.lax.dynamic_update_slice_in_dim, start_index=cache.slot, axis=1
     )
     allowed = here(cache.mask, jnp.ones_like(real)[:, None])
-    distance = cache.positions[:, None] - positions_of(allowed)
+    places = here(cache.places, cache.positions[:, None])
+    distance = cache.positions[:, None] - places
     hidden, (keys, values) = backbone(
         jnp.where(real, tokens, 0)[:, None],
         cache.positions[:, None],
@@ -316,6 +321,7 @@ def decode(
         keys=keys,
         values=values,
         mask=here(cache.mask, real[:, None]),
+        places=places,
         slot=cache.slot + 1,
         positions=cache.positions + real,
     )

@@ -25,6 +25,7 @@ from rlhf_jax.evals import policy as policy_eval
 from rlhf_jax.evals.policy import GOLD, Sampled, Scorer
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.pool import generate_pooled
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.run import Run, check_policy, load_policy, model_config
 from rlhf_jax.stages.settings import EvaluationSettings, RewardSource
@@ -79,6 +80,15 @@ def check_evaluation(
     sharding.check_batch_size(
         settings.eval_batch_size, run.mesh, where, name='eval_batch_size'
     )
+    rows = settings.decode_rows
+    if rows is not None and rows < 1:
+        raise ValueError(f'{where}.decode_rows={rows}; use at least 1, or None for all')
+    parallel = run.config.parallel
+    if rows is not None and run.mesh.size > 1 and parallel.backend != 'pmap':
+        raise ValueError(
+            f'{where}.decode_rows={rows}: rows are taken by each device for itself, '
+            f"which wants config.parallel.backend='pmap' on {run.mesh.size} devices"
+        )
     for name, model in (('init', init), ('base', settings.base)):
         if model is not None:
             check_policy(run, f'{where}.{name}', model)
@@ -145,17 +155,15 @@ def make_writer(run: Run, job: Evaluation, policy: CausalLM) -> Any:
     once per prompt bucket; a temperature takes the place of the stage's, 0 is greedy;
     the samples of a prompt are adjacent rows.
     """
+    settings = job.settings
+    parts = {'model': policy, 'max_new_tokens': settings.max_new_tokens}
+    sample = functools.partial(generate, **parts)
+    if settings.decode_rows is not None:
+        sample = functools.partial(
+            generate_pooled, **parts, num_rows=settings.decode_rows
+        )
     compiled = run.compile(
-        lambda params, batch, row_ids, key, how: generate(
-            params,
-            batch.tokens,
-            batch.mask,
-            row_ids,
-            key,
-            how,
-            model=policy,
-            max_new_tokens=job.settings.max_new_tokens,
-        ),
+        lambda params, batch, *rest: sample(params, batch.tokens, batch.mask, *rest),
         inputs=('params', 'batch', 'batch', 'replicated', 'replicated'),
         outputs=('batch',),
         donate=(),

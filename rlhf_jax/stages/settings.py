@@ -111,6 +111,9 @@ class EvaluationSettings:
     base: str | None = None  # a language model; how likely are the responses to it?
     prompt_buckets: tuple[int, ...] = (64,)  # static prompt lengths, in tokens
     max_new_tokens: int = 32
+    # Responses that are written at the same time on one device: a row whose response
+    # has ended takes the next prompt. None writes all, until the longest has ended.
+    decode_rows: int | None = None
     top_k: int | None = None
     top_p: float | None = None
     extra_eos_ids: tuple[int, ...] = ()  # beside the tokenizer's EOS
