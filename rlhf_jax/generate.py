@@ -253,8 +253,7 @@ def generate(
     Raises:
         ValueError: row ids that are not a multiple of the prompts.
     """
-    prompts, prompt_length = tokens.shape
-    batch = row_ids.shape[0]
+    batch, prompts = row_ids.shape[0], tokens.shape[0]
     if batch % prompts:
         raise ValueError(f'{batch} row ids do not divide over {prompts} prompts')
     samples = batch // prompts
@@ -262,7 +261,7 @@ def generate(
     if model.config.is_unrolled:
         model, params = take_apart(model, params, 0)
     apply = functools.partial(model.apply, {'params': params})
-    hidden, cache = apply(tokens, mask, prompt_length, method='prefill')
+    hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
     loop = _Loop(
         i=jnp.int32(0),

@@ -103,23 +103,11 @@ def generate_pooled(
         drawn = jnp.where(alive, drawn, 0)
         tail = jnp.concatenate([pool.tail[:, 1:], drawn[:, None]], axis=1)
         ends = alive & stopped(tail, pool.lengths + 1, how)
+        pool = _note(pool.replace(tail=tail), drawn, logprobs, ends)
         hidden, cache = apply(drawn, alive, pool.cache, method='decode')
         slots = prompt_length + max_new_tokens
         around = jnp.where(cache.slot == slots, prompt_length, cache.slot)
-        at = (pool.samples, pool.lengths)
-        over = ends | (pool.lengths + 1 == max_new_tokens)
-        return pool.replace(
-            samples=jnp.where(over, count, pool.samples),
-            lengths=pool.lengths + 1,
-            hidden=hidden,
-            tail=tail,
-            cache=cache.replace(slot=around),
-            # A free row writes to sample N, which is none.
-            response=pool.response.at[at].set(drawn, mode='drop'),
-            response_mask=pool.response_mask.at[at].set(True, mode='drop'),
-            logprobs=pool.logprobs.at[at].set(logprobs, mode='drop'),
-            ended=pool.ended.at[pool.samples].set(ends, mode='drop'),
-        )
+        return pool.replace(hidden=hidden, cache=cache.replace(slot=around))
 
     pool = jax.lax.while_loop(
         lambda pool: (pool.waiting < count) | jnp.any(pool.samples < count),
@@ -129,6 +117,21 @@ def generate_pooled(
     tokens, mask = (jnp.repeat(x, group, axis=0) for x in (tokens, mask))
     return as_generation(
         tokens, mask, pool.response, pool.response_mask, pool.logprobs, pool.ended
+    )
+
+
+def _note(pool: _Pool, drawn: Array, logprobs: Array, ends: Array) -> _Pool:
+    """Writes the tokens [S] down, and frees the rows whose response is over."""
+    count, longest = pool.response.shape
+    at = (pool.samples, pool.lengths)  # a free row writes to sample N, which is none
+    over = ends | (pool.lengths + 1 == longest)
+    return pool.replace(
+        samples=jnp.where(over, count, pool.samples),
+        lengths=pool.lengths + 1,
+        response=pool.response.at[at].set(drawn, mode='drop'),
+        response_mask=pool.response_mask.at[at].set(True, mode='drop'),
+        logprobs=pool.logprobs.at[at].set(logprobs, mode='drop'),
+        ended=pool.ended.at[pool.samples].set(ends, mode='drop'),
     )
 
 

@@ -17,6 +17,7 @@ LADDER = [
     'preference reward_losses',
     'models',
     'generate rewards',
+    'pool',
     'algos',
     'evals',
 ]
