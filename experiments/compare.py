@@ -107,7 +107,8 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Means over seeds, and the lowest of the lower ends of the win rate's interval.
 
     Time is that of learning alone (:func:`learning_seconds`), as a ratio to PPO's of
-    the same seed; None where PPO was not run.
+    the same seed; None where PPO was not run, or where the machine was not free and
+    ``learning_seconds`` is therefore null in ``compare.json``.
     """
     table = {}
     for method, by_seed in results.items():
@@ -124,6 +125,8 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             run['learning_seconds'] / results['ppo'][seed]['learning_seconds']
             for seed, run in by_seed.items()
             if seed in results.get('ppo', {})
+            and run['learning_seconds'] is not None
+            and results['ppo'][seed]['learning_seconds'] is not None
         ]
         row['time_to_ppo'] = float(np.mean(ratios)) if ratios else None
         table[method] = row

@@ -42,6 +42,8 @@ def test_summary_by_hand():
     # Time is compared with PPO's of the same seed, which is known for seed 0 alone.
     assert rloo['time_to_ppo'] == 0.5
     assert table['dpo']['time_to_ppo'] is None
+    busy = {**RESULTS, 'rloo': {'0': run(0.6, 0.5, None)}}
+    assert summarise(busy)['rloo']['time_to_ppo'] is None
 
 
 def test_the_best_of_a_family_comes_first():
