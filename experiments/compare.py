@@ -74,12 +74,6 @@ FAMILIES = {
 METHODS = {name: how for family in FAMILIES.values() for name, how in family.items()}
 COLUMNS = ('win_rate', 'gold_reward_after', 'kl', 'length_after', 'distinct_after')
 
-_BASE = flags.DEFINE_string('base', 'runs/ladder{seed}', 'Finished run of a seed.')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/compare', 'Where to write.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds to run.')
-_METHODS = flags.DEFINE_list('methods', list(METHODS), 'Methods to run.')
-_SMOKE = flags.DEFINE_bool('smoke', False, 'Tiny runs, to see that it works.')
-
 
 def run_one(method: str, base: Path, workdir: Path, seed: int, smoke: bool) -> Any:
     """Runs one method from a finished base; returns its part of report.json."""
@@ -191,21 +185,22 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
     logging.set_verbosity(logging.FATAL)  # Orbax reports every rename
-    workdir = Path(_WORKDIR.value)
-    unknown = sorted(set(_METHODS.value) - METHODS.keys())
+    values = flags.FLAGS
+    workdir = Path(values.workdir)
+    unknown = sorted(set(values.methods) - METHODS.keys())
     if unknown:
         raise app.UsageError(f'--methods={unknown}: known are {", ".join(METHODS)}')
     path = workdir / 'compare.json'
     results: dict[str, dict[str, Any]] = {}
     if path.exists():
         results = json.loads(path.read_text(encoding='utf-8'))['runs']
-    for seed in _SEEDS.value:
-        base = Path(_BASE.value.format(seed=seed)).absolute()
-        for method in _METHODS.value:
+    for seed in values.seeds:
+        base = Path(values.base.format(seed=seed)).absolute()
+        for method in values.methods:
             if seed in results.get(method, {}):
                 continue
             run_dir = workdir / f'{method}_{seed}'
-            run = run_one(method, base, run_dir, int(seed), _SMOKE.value)
+            run = run_one(method, base, run_dir, int(seed), values.smoke)
             results.setdefault(method, {})[seed] = run
             table = summarise(results)
             text = json.dumps({'table': table, 'runs': results}, indent=1)
@@ -216,5 +211,15 @@ def main(argv: list[str]) -> None:
     print(text)
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Entry point; defines the flags, so that an import of this file defines none."""
+    flags.DEFINE_string('base', 'runs/ladder{seed}', 'Finished run of a seed.')
+    flags.DEFINE_string('workdir', 'runs/compare', 'Where to write.')
+    flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds to run.')
+    flags.DEFINE_list('methods', list(METHODS), 'Methods to run.')
+    flags.DEFINE_bool('smoke', False, 'Tiny runs, to see that it works.')
     app.run(main)
+
+
+if __name__ == '__main__':
+    run()
