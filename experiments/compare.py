@@ -73,10 +73,12 @@ FAMILIES = {
 }
 METHODS = {name: how for family in FAMILIES.values() for name, how in family.items()}
 COLUMNS = ('win_rate', 'gold_reward_after', 'kl', 'length_after', 'distinct_after')
+# What is kept of a run: the rest of its report stands in its own folder.
+KEPT = (*COLUMNS, 'gold_reward_before', 'win_rate_interval', 'ended_after', 'steps')
 
 
 def run_one(method: str, base: Path, workdir: Path, seed: int, smoke: bool) -> Any:
-    """Runs one method from a finished base; returns its part of report.json."""
+    """Runs one method from a finished base; returns what is kept of its report."""
     recipe, arg = METHODS[method]
     module = importlib.import_module(f'configs.{recipe}')
     arg += f'from={base},seed={seed},smoke={smoke}'
@@ -84,8 +86,8 @@ def run_one(method: str, base: Path, workdir: Path, seed: int, smoke: bool) -> A
     (stage,) = config.stages
     report = launch(config, workdir)
     jax.clear_caches()  # the programs of the next run are others
-    seconds = learning_seconds(workdir / stage)
-    return {**report['stages'][stage], 'learning_seconds': seconds}
+    kept = {name: report['stages'][stage][name] for name in KEPT}
+    return kept | {'learning_seconds': learning_seconds(workdir / stage)}
 
 
 def learning_seconds(stage_dir: Path) -> float:
@@ -95,6 +97,23 @@ def learning_seconds(stage_dir: Path) -> float:
     steps, seconds = np.array([[r['step'], r['seconds']] for r in rows]).T
     paces = np.diff(seconds) / np.maximum(np.diff(steps), 1)
     return float(steps[-1] * np.median(paces[np.diff(steps) > 0]))
+
+
+def read(path: Path, smoke: bool) -> dict[str, dict[str, Any]]:
+    """The runs that ``compare.json`` holds, by method and seed; none without a file.
+
+    Raises:
+        ValueError: they are smoke runs and these are not, or the reverse.
+    """
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding='utf-8'))
+    if content['smoke'] != smoke:
+        raise ValueError(
+            f'{path} holds runs with smoke={content["smoke"]}, this command has '
+            f'smoke={smoke}; give another --workdir'
+        )
+    return content['runs']
 
 
 def summarise(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -191,9 +210,10 @@ def main(argv: list[str]) -> None:
     if unknown:
         raise app.UsageError(f'--methods={unknown}: known are {", ".join(METHODS)}')
     path = workdir / 'compare.json'
-    results: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        results = json.loads(path.read_text(encoding='utf-8'))['runs']
+    try:
+        results = read(path, values.smoke)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
     for seed in values.seeds:
         base = Path(values.base.format(seed=seed)).absolute()
         for method in values.methods:
@@ -202,8 +222,7 @@ def main(argv: list[str]) -> None:
             run_dir = workdir / f'{method}_{seed}'
             run = run_one(method, base, run_dir, int(seed), values.smoke)
             results.setdefault(method, {})[seed] = run
-            table = summarise(results)
-            text = json.dumps({'table': table, 'runs': results}, indent=1)
+            text = json.dumps({'smoke': values.smoke, 'runs': results}, indent=1)
             path.write_text(text, encoding='utf-8')
     text = to_markdown(summarise(results))
     (workdir / 'compare.md').write_text(text, encoding='utf-8')

@@ -42,6 +42,7 @@ from rlhf_jax.ops.best_of_n import (
     best_of_n_mean,
     best_of_n_win_rate,
 )
+from rlhf_jax.pool import generate_pooled
 from rlhf_jax.rewards import (
     ScoreHParams,
     combine_members,
@@ -117,6 +118,7 @@ __all__ = [
     'ensemble_rm_step',
     'ensemble_scores',
     'generate',
+    'generate_pooled',
     'initial_log_lambda',
     'initial_moments',
     'lagrangian_step',

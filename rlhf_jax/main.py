@@ -70,7 +70,7 @@ def _stop(error: Exception, message: str) -> NoReturn:
     sys.exit(1)
 
 
-def launch(config: Any, workdir: Path, profile: bool = False) -> dict[str, Any]:
+def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str, Any]:
     """Runs the stages of a config in a work directory and writes its report.
 
     Args:
@@ -85,6 +85,7 @@ def launch(config: Any, workdir: Path, profile: bool = False) -> dict[str, Any]:
         ValueError: whatever is wrong with the config, the data, or the directory;
             raised before anything is compiled wherever it can be known.
     """
+    workdir = Path(workdir)
     _check_top_level(config)
     _check_sources(config, workdir)
     resolved = json.loads(config.to_json_best_effort())
@@ -174,8 +175,11 @@ def _run_stages(
 
 
 def _keep_compiled() -> None:
-    """Keeps what XLA compiles for the next start, in JAX_COMPILATION_CACHE_DIR or else
-    in the user's cache. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """Keeps what XLA compiles for the next start, in the user's cache.
+
+    JAX's own variables say where else (JAX_COMPILATION_CACHE_DIR), from how many
+    seconds of compilation on (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS), or not to
+    (JAX_ENABLE_COMPILATION_CACHE=false).
     """
     import jax
 
@@ -183,8 +187,9 @@ def _keep_compiled() -> None:
         cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
         folder = str(Path(cache) / 'rlhf_jax' / 'xla')
         jax.config.update('jax_compilation_cache_dir', folder)
-    # Many small programs make a start slow too.
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+        # Many small programs make a start slow too.
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def _check_top_level(config: Any) -> None:

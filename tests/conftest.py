@@ -10,6 +10,9 @@ if 'xla_force_host_platform_device_count' not in flags:
     os.environ['XLA_FLAGS'] = (
         f'{flags} --xla_force_host_platform_device_count=8'.strip()
     )
+# Compiling is most of the time here: without XLA's costly passes two thirds of it are left.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that users run.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 # Compiled programs are kept between the many processes that compile the same ones, and
 # between runs of the tests; `pytest --cache-clear` removes them. What is kept is found
 # by the program, the flags and the version of XLA: a changed program is compiled.
@@ -152,6 +155,21 @@ class _Bigram:
         return params['table']
 
 
+class _Counted:
+    """A policy that reports every decoding step to the host."""
+
+    def __init__(self, policy, calls):
+        self.policy, self.calls, self.config = policy, calls, policy.config
+
+    def apply(self, variables, tokens, *rest, method='__call__'):
+        if method == 'decode':
+            jax.debug.callback(lambda: self.calls.append(1))
+        return self.policy.apply(variables, tokens, *rest, method=method)
+
+    def unembedding(self, params):
+        return self.policy.unembedding(params)
+
+
 class _TokenScores:
     """A scalar model that looks a token's number up: params ``{'table': [V]}``."""
 
@@ -164,6 +182,13 @@ class _TokenScores:
 @pytest.fixture(scope='session')
 def bigram():
     return _Bigram()
+
+
+@pytest.fixture
+def counted(bigram):
+    """The bigram policy, and a list that grows by one with every decoding step."""
+    calls = []
+    return _Counted(bigram, calls), calls
 
 
 @pytest.fixture(scope='session')

@@ -13,7 +13,7 @@ from rlhf_jax.algos.estimators import dapo
 from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.rm import RMHParams, rm_step
-from rlhf_jax.algos.rollout import reference_logprobs
+from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.optim import OptimConfig, actor_critic_optimizer, make_optimizer
 from rlhf_jax.sharding import (
@@ -220,7 +220,7 @@ def test_policy_step_agrees_with_one_device(layout, policy, policy_params, gener
     tx = make_optimizer(OPTIM, UPDATES)
     scores = jnp.asarray(np.random.default_rng(3).normal(size=16), jnp.float32)
     scores = scores.at[4].set(scores[5])
-    logprobs = reference_logprobs(
+    logprobs, _ = response_logprobs(
         policy_params, generation, model=policy, temperature=1.0
     )
     generation = generation.replace(logprobs=logprobs)  # what it samples with

@@ -35,7 +35,7 @@ from rlhf_jax.algos.rollout import (
     objective_metrics,
     off_policy_weights,
     per_row,
-    reference_logprobs,
+    response_logprobs,
     sampled_kl,
 )
 from rlhf_jax.algos.updates import apply_update, update_epochs
@@ -171,7 +171,7 @@ def prepare_lagrangian(
     generation, weights, metrics = off_policy_weights(
         state.params['policy'], generation, **how, clip=hp.off_policy_clip
     )
-    ref_logprobs = reference_logprobs(ref_params, generation, **how)
+    ref_logprobs, _ = response_logprobs(ref_params, generation, **how)
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
     how = {'hp': hp, 'axis_name': axis_name}
     params, beta = state.params, state.kl_coef

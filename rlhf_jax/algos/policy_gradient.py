@@ -23,7 +23,7 @@ from rlhf_jax.algos.rollout import (
     objective_metrics,
     off_policy_weights,
     per_row,
-    reference_logprobs,
+    response_logprobs,
     sampled_kl,
 )
 from rlhf_jax.algos.surrogate import surrogate_loss
@@ -152,7 +152,7 @@ def prepare_policy(
     generation, weights, metrics = off_policy_weights(
         state.params['policy'], generation, **how, clip=hp.off_policy_clip
     )
-    ref_logprobs = reference_logprobs(ref_params, generation, **how)
+    ref_logprobs, _ = response_logprobs(ref_params, generation, **how)
     response = generation.response_mask
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
     rewards = token_rewards(scores, kl, response, hp.kl_coef)

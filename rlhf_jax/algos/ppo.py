@@ -23,7 +23,7 @@ from rlhf_jax.algos.gradients import mean_gradient
 from rlhf_jax.algos.rollout import (
     objective_metrics,
     off_policy_weights,
-    reference_logprobs,
+    response_logprobs,
     sampled_kl,
 )
 from rlhf_jax.algos.sft import sft_loss
@@ -232,7 +232,7 @@ def prepare(
         temperature=hp.temperature,
         clip=hp.off_policy_clip,
     )
-    ref_logprobs = reference_logprobs(
+    ref_logprobs, _ = response_logprobs(
         ref_params, generation, model=model.policy, temperature=hp.temperature
     )
     targets = critic_targets(

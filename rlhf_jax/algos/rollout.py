@@ -13,7 +13,7 @@ from rlhf_jax.ops.kl import KLEstimator, kl_estimate
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.ops.masked import masked_sum
 from rlhf_jax.ops.policy_loss import importance_ratio
-from rlhf_jax.types import Array, Generation, Mean, Metrics, Params
+from rlhf_jax.types import Array, Generation, Mean, Metrics, Params, Rollout
 
 
 def policy_logprobs(
@@ -46,21 +46,22 @@ def policy_logprobs(
     return jnp.pad(scored[0], before), jnp.pad(scored[1], before)
 
 
-def reference_logprobs(
-    params: Params, generation: Generation, *, model: CausalLM, temperature: float
-) -> Array:
-    """Log-probabilities of the response tokens under a policy that is not trained here,
-    [B, T] nats; 0 elsewhere.
+def response_logprobs(
+    params: Params, rows: Generation | Rollout, *, model: CausalLM, temperature: float
+) -> tuple[Array, Array]:
+    """Log-probabilities and entropies of a policy on responses, each [B, T] nats; 0
+    outside the response.
     """
-    logprobs, _ = policy_logprobs(
+    scored = policy_logprobs(
         params,
-        generation.tokens,
-        generation.mask,
+        rows.tokens,
+        rows.mask,
         model=model,
         temperature=temperature,
-        response_length=generation.response_length,
+        response_length=rows.response_length,
     )
-    return jnp.where(generation.response_mask, logprobs, 0)
+    logprobs, entropy = (jnp.where(rows.response_mask, x, 0) for x in scored)
+    return logprobs, entropy
 
 
 def off_policy_weights(
@@ -98,7 +99,7 @@ def off_policy_weights(
     response = generation.response_mask
     if clip is None:
         return generation, response.astype(jnp.float32), {}
-    logprobs = reference_logprobs(
+    logprobs, _ = response_logprobs(
         params, generation, model=model, temperature=temperature
     )
     ratio = importance_ratio(logprobs, generation.logprobs)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algos.policy_gradient import in_groups
-from rlhf_jax.algos.rollout import objective_metrics, per_row, reference_logprobs
+from rlhf_jax.algos.rollout import objective_metrics, per_row, response_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.advantages import token_rewards
 from rlhf_jax.ops.layout import over_batch
@@ -49,7 +49,7 @@ def score_groups(
         ValueError: rows that do not divide into groups.
     """
     grouped = in_groups(scores, group_size)
-    ref = reference_logprobs(
+    ref, _ = response_logprobs(
         ref_params, generation, model=model, temperature=temperature
     )
     response = generation.response_mask

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rlhf_jax.algos.rollout import policy_logprobs
+from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.kl import kl_estimate
 from rlhf_jax.ops.masked import masked_sum
@@ -55,17 +55,11 @@ def surrogate_loss(
     Returns:
         (sum [], weight [], metrics; ``loss/policy`` is the objective alone).
     """
-    logprobs, entropy = policy_logprobs(
-        params,
-        batch.tokens,
-        batch.mask,
-        model=model,
-        temperature=temperature,
-        response_length=batch.response_length,
+    # Outside the response both sides are 0, and the ratio is 1.
+    logprobs, entropy = response_logprobs(
+        params, batch, model=model, temperature=temperature
     )
     mask = batch.response_mask
-    # Masked before exp: outside the response both sides are 0 and the ratio is 1.
-    logprobs = jnp.where(mask, logprobs, 0)
     loss, ratio, clipped = objective(
         at_level(logprobs, batch.old_logprobs, mask, ratio_level),
         batch.old_logprobs,

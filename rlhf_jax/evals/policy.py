@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from rlhf_jax.algos.rollout import policy_logprobs
+from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.masked import masked_sum
 from rlhf_jax.rewards import weighted_sum
@@ -117,13 +117,8 @@ def row_statistics(
     """KL to the reference, likelihood under it, length and end of every row; a pure
     function to compile.
     """
-    ref_logprobs, _ = policy_logprobs(
-        ref_params,
-        generation.tokens,
-        generation.mask,
-        model=policy,
-        temperature=temperature,
-        response_length=generation.response_length,
+    ref_logprobs, _ = response_logprobs(
+        ref_params, generation, model=policy, temperature=temperature
     )
     response = generation.response_mask
     return {
@@ -140,14 +135,7 @@ def base_likelihood(
     """Log-likelihood of every response under a language model, at temperature 1; a
     pure function to compile.
     """
-    logprobs, _ = policy_logprobs(
-        params,
-        generation.tokens,
-        generation.mask,
-        model=model,
-        temperature=1.0,
-        response_length=generation.response_length,
-    )
+    logprobs, _ = response_logprobs(params, generation, model=model, temperature=1.0)
     return {'base_logprobs': masked_sum(logprobs, generation.response_mask, -1)}
 
 

@@ -80,15 +80,7 @@ def check_evaluation(
     sharding.check_batch_size(
         settings.eval_batch_size, run.mesh, where, name='eval_batch_size'
     )
-    rows = settings.decode_rows
-    if rows is not None and rows < 1:
-        raise ValueError(f'{where}.decode_rows={rows}; use at least 1, or None for all')
-    parallel = run.config.parallel
-    if rows is not None and run.mesh.size > 1 and parallel.backend != 'pmap':
-        raise ValueError(
-            f'{where}.decode_rows={rows}: rows are taken by each device for itself, '
-            f"which wants config.parallel.backend='pmap' on {run.mesh.size} devices"
-        )
+    check_decode_rows(run, where, settings.decode_rows)
     for name, model in (('init', init), ('base', settings.base)):
         if model is not None:
             check_policy(run, f'{where}.{name}', model)
@@ -111,6 +103,23 @@ def check_evaluation(
         for place, (name, source) in sources.items()
     }
     return Evaluation(stage, settings, temperature, prompts, rewards)
+
+
+def check_decode_rows(run: Run, where: str, rows: int | None) -> None:
+    """Refuses continuous batching where the rows would not stand on one device.
+
+    Raises:
+        ValueError: no row, or several devices in one compiled program.
+    """
+    if rows is None:
+        return
+    if rows < 1:
+        raise ValueError(f'{where}.decode_rows={rows}; use at least 1, or None for all')
+    if run.mesh.size > 1 and run.config.parallel.backend != 'pmap':
+        raise ValueError(
+            f'{where}.decode_rows={rows}: rows are taken by each device for itself, '
+            f"which wants config.parallel.backend='pmap' on {run.mesh.size} devices"
+        )
 
 
 def check_positions(

@@ -1,6 +1,7 @@
 """The table over methods and seeds, by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,9 +9,13 @@ from experiments.compare import (
     FAMILIES,
     METHODS,
     learning_seconds,
+    read,
     summarise,
     to_markdown,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / 'experiments' / 'results' / 'compare.json'
 
 
 def run(win_rate, low, seconds):
@@ -64,6 +69,22 @@ def test_time_is_that_of_the_median_step(tmp_path):
     text = '\n'.join(json.dumps({'step': s, 'seconds': t}) for s, t in rows)
     (tmp_path / 'metrics.jsonl').write_text(text)
     assert learning_seconds(tmp_path) == pytest.approx(10 * 1.0)
+
+
+def test_results_are_added_to_those_there_are(tmp_path):
+    path = tmp_path / 'compare.json'
+    assert read(path, smoke=False) == {}
+    path.write_text(json.dumps({'smoke': True, 'runs': RESULTS}))
+    assert read(path, smoke=True) == RESULTS
+    with pytest.raises(ValueError, match=r'compare.json holds runs with smoke=True'):
+        read(path, smoke=False)
+
+
+def test_the_results_of_the_docs_can_be_added_to():
+    table = summarise(read(COMMITTED, smoke=False))
+    text = (ROOT / 'docs' / 'recipes.md').read_text()
+    for line in to_markdown(table).splitlines()[2:]:
+        assert line.rsplit('|', 2)[0] in text  # all but the time
 
 
 def test_every_method_has_a_recipe():
