@@ -10,8 +10,9 @@ if 'xla_force_host_platform_device_count' not in flags:
     os.environ['XLA_FLAGS'] = (
         f'{flags} --xla_force_host_platform_device_count=8'.strip()
     )
-# Compiling is most of the time here: without XLA's costly passes two thirds of it are left.
-# JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that users run.
+# Compiling is most of the time here: XLA's costly passes are left out, and the suite
+# takes a third less. JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that
+# users run.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 # Compiled programs are kept between the many processes that compile the same ones, and
 # between runs of the tests; `pytest --cache-clear` removes them. What is kept is found
