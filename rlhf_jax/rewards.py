@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models.heads import ScalarModel
-from rlhf_jax.ops.masked import at_last, last_index, masked_mean
+from rlhf_jax.models.heads import ScalarModel, apply_to_last
+from rlhf_jax.ops.masked import at_last, ended_together, masked_mean
 from rlhf_jax.types import Array, Params, RunningMoments
 
 
@@ -53,6 +53,9 @@ def reward_model_scores(
     """Scores whole texts: a decoder is read at its last real token, an encoder at its
     first.
 
+    The texts of a decoder are turned until they end together, so that its last layer
+    runs for one token of each.
+
     Args:
         params: of the reward model.
         tokens: [B, T] int32; a response ends with its EOS, or with its last token.
@@ -63,12 +66,11 @@ def reward_model_scores(
         [B] float32, or [B, H] of a model with named heads, reward units; the same
         whichever side is padded.
     """
-    values = model.apply({'params': params}, tokens, mask)
     if model.config.attention == 'bidirectional':
-        place = jnp.argmax(mask, -1)
-    else:
-        place = last_index(mask)
-    return values[jnp.arange(len(place)), place]
+        values = model.apply({'params': params}, tokens, mask)
+        return values[jnp.arange(len(values)), jnp.argmax(mask, -1)]
+    tokens, mask = (ended_together(x, mask) for x in (tokens, mask))
+    return apply_to_last(model, params, tokens, mask, 1)[:, 0]
 
 
 def combine_steps(values: Array, step_mask: Array, combine: StepCombine) -> Array:

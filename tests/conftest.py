@@ -172,12 +172,19 @@ class _Counted:
 
 
 class _TokenScores:
-    """A scalar model that looks a token's number up: params ``{'table': [V]}``."""
+    """A scalar model that looks a token's number up: params ``{'table': [V]}``, and
+    beside it ``'backbone': {'layers': {}}`` where layers are taken apart.
+    """
 
-    config = types.SimpleNamespace(attention='causal')
+    def __init__(self, config, last=None):
+        self.config, self.last = config, last
+
+    def clone(self, **changes):
+        return _TokenScores(**{'config': self.config, 'last': self.last, **changes})
 
     def apply(self, variables, tokens, mask):
-        return jnp.where(mask, variables['params']['table'][tokens], 0)
+        scores = jnp.where(mask, variables['params']['table'][tokens], 0)
+        return scores if self.last is None else scores[:, -self.last :]
 
 
 @pytest.fixture(scope='session')
@@ -193,8 +200,8 @@ def counted(bigram):
 
 
 @pytest.fixture(scope='session')
-def token_scores():
-    return _TokenScores()
+def token_scores(config):
+    return _TokenScores(config)
 
 
 @pytest.fixture(scope='session')

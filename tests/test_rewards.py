@@ -1,5 +1,6 @@
 """Scores: where they are read, and what is done to them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.rewards import (
     ScoreHParams,
     combine_members,
@@ -133,11 +135,39 @@ def test_scaling_that_cannot_be():
 
 
 def test_the_score_is_read_at_the_last_real_token(token_scores):
-    params = {'table': jnp.array([10.0, 20.0, 30.0, 40.0])}
+    table = jnp.array([10.0, 20.0, 30.0, 40.0])
+    params = {'table': table, 'backbone': {'layers': {}}}
     tokens = jnp.array([[0, 1, 2, 3], [3, 0, 1, 2], [2, 2, 1, 3]])
     mask = jnp.array([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]], bool)
     scores = reward_model_scores(params, tokens, mask, model=token_scores)
     assert scores.tolist() == [30, 20, 40]
+
+
+@pytest.mark.parametrize('layers', [1, 2])
+def test_one_token_of_the_last_layer_is_enough(config, layers):
+    """Values and gradients, beside those of the whole sequence; a row of holes too."""
+    config = dataclasses.replace(config, num_layers=layers)
+    model = ScalarModel(config, heads=('one', 'two'))
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 64, (4, 9)).astype(np.int32)
+    mask = np.arange(9) < np.array([9, 4, 6, 1])[:, None]
+    mask[2] = [0, 0, 1, 0, 1, 1, 0, 1, 0]
+    params = model.init(jax.random.PRNGKey(0), tokens, mask)['params']
+
+    def whole(params):
+        values = model.apply({'params': params}, tokens, mask)
+        return jnp.stack([values[i, k] for i, k in enumerate((8, 3, 7, 0))])
+
+    def ours(params):
+        return reward_model_scores(params, tokens, mask, model=model)
+
+    def value_and_grad(scores):
+        return jax.value_and_grad(lambda p: jnp.sum(jnp.sin(scores(p))))(params)
+
+    expected, found = value_and_grad(whole), value_and_grad(ours)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole(params), ours(params), atol=1e-5)
 
 
 @pytest.mark.parametrize('garbage', [0, 63, -1, 10**6])

@@ -15,17 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.models.attention import attend
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
 from rlhf_jax.ops.linear import linear
-from rlhf_jax.ops.logprobs import soft_cap
 from rlhf_jax.types import Array
 
 KV = tuple[Array, Array]  # keys and values, [B, K, S, H] each
-
-NEGATIVE = -1e30  # finite, so that a row without any key stays finite
-# Causal attention goes over blocks of queries: of at least so many tokens, and at most
-# so many blocks, which are unrolled.
-MIN_BLOCK, MAX_BLOCKS = 64, 8
 
 
 @struct.dataclass(kw_only=True)
@@ -136,7 +131,7 @@ class Attention(nn.Module):
         kv = (k, v)
         if cache is not None:
             kv, (k, v) = write(cache, (k, v), layer, view.slot)
-        out = self._attend(q, k, v, view.visible[:, asking])
+        out = attend(q, k, v, view.visible[:, asking], cfg)
         out = out.reshape(*out.shape[:2], -1)
         # Residual outputs start smaller by √(2·layers), as in GPT-2.
         init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
@@ -159,40 +154,6 @@ class Attention(nn.Module):
             offset = self.param(f'{name}_bias', zeros, (heads, cfg.head_dim))
             y = y + offset.astype(x.dtype)
         return y
-
-    def _attend(self, q: Array, keys: Array, values: Array, visible: Array) -> Array:
-        """Args: q [B, T, K, G, H], of the last tokens of S; keys and values
-        [B, K, S, H]; visible [B, T, S]. Returns [B, T, K, G, H].
-        """
-        q = jnp.moveaxis(q, 1, 3)  # [B, K, G, T, H]: XLA runs this order faster
-        visible = visible[:, None, None]
-        attend = functools.partial(_softmax_attention, cfg=self.config)
-        length, before = q.shape[3], keys.shape[2] - q.shape[3]
-        size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-        if self.config.attention != 'causal' or length <= size:
-            return jnp.moveaxis(attend(q, keys, values, visible), 3, 1)
-        # What lies behind the last query of a block is not computed at all, and the
-        # weights of a block are computed anew in its backward pass, not kept.
-        attend, blocks = jax.checkpoint(attend), []
-        for start in range(0, length, size):
-            here, seen = slice(start, start + size), slice(before + start + size)
-            block = q[..., here, :], keys[:, :, seen], values[:, :, seen]
-            blocks.append(attend(*block, visible[..., here, seen]))
-        return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1)
-
-
-def _softmax_attention(
-    q: Array, keys: Array, values: Array, visible: Array, *, cfg: TransformerConfig
-) -> Array:
-    """softmax(q·kᵀ/√H)·v, [B, K, G, T, H]; keys and values [B, K, S, H]."""
-    scores = jnp.einsum(
-        'bkgth,bksh->bkgts', q, keys, preferred_element_type=jnp.float32
-    )
-    scores = soft_cap(
-        scores * (cfg.query_scalar or cfg.head_dim) ** -0.5, cfg.attention_softcap
-    )
-    weights = jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1)
-    return jnp.einsum('bkgts,bksh->bkgth', weights.astype(q.dtype), values)
 
 
 def write(cache: KV, kv: KV, layer: Array | None, slot: Array) -> tuple[KV, KV]:

@@ -85,6 +85,16 @@ def last_index(mask: Array) -> Array:
     return jnp.max(jnp.where(mask, positions, 0), axis=-1)
 
 
+def ended_together(x: Array, mask: Array) -> Array:
+    """Rows turned round until the last True of each is at their end, [B, T] → [B, T].
+
+    What stood behind it comes to stand in front.
+    """
+    behind = mask.shape[-1] - 1 - last_index(mask)
+    places = jnp.arange(mask.shape[-1], dtype=jnp.int32) - behind[..., None]
+    return jnp.take_along_axis(x, places % mask.shape[-1], axis=-1)
+
+
 def at_last(x: Array, mask: Array) -> Array:
     """The entry of each row at its last True, [B, T] → [B]."""
     return jnp.take_along_axis(x, last_index(mask)[..., None], axis=-1)[..., 0]

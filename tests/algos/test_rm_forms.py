@@ -24,7 +24,10 @@ from rlhf_jax.types import PairBatch, RankingBatch, RatingBatch, StepBatch, Trai
 from tests import own_reward_loss
 
 # Scores by last token: 0 → 0, 1 → 1, 2 → 2.5, 3 → −1.
-PARAMS = {'table': jnp.array([0.0, 1.0, 2.5, -1.0])}
+PARAMS = {
+    'table': jnp.array([0.0, 1.0, 2.5, -1.0]),
+    'backbone': {'layers': {}},
+}
 P, K, H, T, V = 8, 4, 2, 7, 64
 
 

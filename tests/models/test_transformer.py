@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from rlhf_jax import hf
-from rlhf_jax.models import layers, presets
+from rlhf_jax.models import attention, presets
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel, apply_to_last, start_from
 from rlhf_jax.ops.logprobs import token_logprobs
@@ -260,7 +260,7 @@ def test_attention_in_blocks_is_attention(config, size, monkeypatch):
         return jnp.sum(jnp.where(mask[..., None], jnp.sin(hidden), 0))
 
     expected = jax.value_and_grad(loss)(params)
-    monkeypatch.setattr(layers, 'MIN_BLOCK', size)
+    monkeypatch.setattr(attention, 'MIN_BLOCK', size)
     blocks = jax.value_and_grad(loss)(params)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(blocks)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -280,8 +280,8 @@ def test_the_last_places_alone_are_those_of_all(kind, config, monkeypatch):
         return jnp.sum(jnp.sin(out[:, -5:]))
 
     expected = jax.value_and_grad(loss)(params, None)
-    for block in (layers.MIN_BLOCK, 2):
-        monkeypatch.setattr(layers, 'MIN_BLOCK', block)
+    for block in (attention.MIN_BLOCK, 2):
+        monkeypatch.setattr(attention, 'MIN_BLOCK', block)
         alone = jax.value_and_grad(loss)(params, 5)
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

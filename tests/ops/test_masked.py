@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.masked import at_last, last_index, masked_mean, masked_sum, whiten
+from rlhf_jax.ops.masked import (
+    at_last,
+    ended_together,
+    last_index,
+    masked_mean,
+    masked_sum,
+    whiten,
+)
 
 GARBAGE = [np.nan, np.inf, -1e30]
 
@@ -115,3 +122,18 @@ def test_the_last_true_of_every_row():
     assert last_index(mask).tolist() == [1, 3, 1, 0]
     x = jnp.arange(16.0).reshape(4, 4)
     assert at_last(x, mask).tolist() == [1, 7, 9, 12]
+
+
+def test_rows_that_end_together():
+    x = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+    mask = jnp.array([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+    turned = ended_together(x, mask)
+    expected = [[3, 4, 1, 2], [5, 6, 7, 8], [12, 9, 10, 11], [14, 15, 16, 13]]
+    assert turned.tolist() == expected  # a row without any ends with its first
+    turned = ended_together(mask, mask)
+    assert turned.astype(int).tolist() == [
+        [0, 0, 1, 1],
+        [0, 1, 0, 1],
+        [0, 0, 0, 1],
+        [0] * 4,
+    ]
