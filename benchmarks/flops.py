@@ -1,15 +1,19 @@
 """How much arithmetic and how many bytes a work needs, whoever does it.
 
 Only what the work needs is counted, so that a system that does more looks slower, not
-busier: the logits of the tokens in the loss alone, attention to the past alone. Not
-counted are embeddings, norms, softmax, the scalar head and the optimizer.
+busier: the last layer and the logits of the tokens that a loss reads alone, attention
+to the past alone. Not counted are embeddings, norms, softmax, the scalar head and the
+optimizer.
 
-    forward of n tokens that begin at position s, with logits at k of them
-        2·M·n  +  4·L·H·K·Σ_{i=s+1..s+n} i  +  2·D·V·k
+    forward of n tokens, of which the last k are read, with or without logits
+        2·M·n + 4·L·H·K·Σ_{i=1..n} i + 2·D·V·k
+          − 2·(M/L − M_kv)·(n − k) − 4·H·K·Σ_{i=1..n−k} i
 
-M is the number of parameters in the matrices of the layers, L their number, H heads of
-K entries, D the width, V the vocabulary; a token at position i attends to i keys (the
-causal half: on average (T + 1)/2 of T). A backward pass is twice its forward pass.
+M is the number of parameters in the matrices of the layers, L their number, M_kv that
+of a layer's keys and values, H heads of K entries, D the width, V the vocabulary; a
+token at position i attends to i keys (the causal half: on average (T + 1)/2 of T). Of a
+token that is not read the last layer needs its key and its value. A backward pass is
+twice its forward pass.
 Source: Kaplan et al. 2020, arXiv 2001.08361, §2.1; MFU: Chowdhery et al. 2022, arXiv
 2204.02311, app. B. Read ``tables.py`` next.
 """
@@ -21,11 +25,15 @@ from benchmarks.sizes import Model, Work
 BYTES = {'float32': 4, 'bfloat16': 2}
 
 
-def forward(model: Model, tokens: int, logits: int) -> int:
-    """FLOPs of one sequence of ``tokens`` with logits at ``logits`` of them."""
+def forward(model: Model, tokens: int, read: int, with_logits: bool = True) -> int:
+    """FLOPs of one sequence of ``tokens`` of which the last ``read`` are read."""
     past = tokens * (tokens + 1) // 2
-    attention = 4 * model.layers * model.heads * model.head_dim * past
-    return 2 * model.layer_matrices * tokens + attention + 2 * model.head * logits
+    attention = 4 * model.heads * model.head_dim
+    whole = 2 * model.layer_matrices * tokens + model.layers * attention * past
+    unread = tokens - read
+    spared = model.layer_matrices // model.layers - model.key_value_matrices
+    whole -= 2 * spared * unread + attention * unread * (unread + 1) // 2
+    return whole + with_logits * 2 * model.head * read
 
 
 def generation(model: Model, work: Work) -> int:
@@ -38,10 +46,9 @@ def generation(model: Model, work: Work) -> int:
 def flops(model: Model, work: Work) -> int:
     """FLOPs of one step or iteration of a work.
 
-    * sft: forward and backward (3×), logits before every token but the first.
-    * rm: 3× two sequences a pair, no logits.
-    * dpo: 3× two sequences a pair for the policy and 1× for the reference, logits
-      before
+    * sft: forward and backward (3×), all tokens but the last are read.
+    * rm: 3× two sequences a pair, read at one token.
+    * dpo: 3× two sequences a pair for the policy and 1× for the reference, read before
       the response tokens.
     * generate: prompt and response once.
     * rloo, grpo: generate; the reference once; 3× the policy each epoch.
@@ -49,11 +56,11 @@ def flops(model: Model, work: Work) -> int:
       epoch.
     """
     length, batch = work.tokens, work.batch
-    scalar = forward(model, length, 0)
+    score = forward(model, length, 1, with_logits=False)
     if work.kind == 'sft':
         return 3 * batch * forward(model, length, length - 1)
     if work.kind == 'rm':
-        return 3 * 2 * batch * scalar
+        return 3 * 2 * batch * score
     if work.kind == 'dpo':
         return 4 * 2 * batch * forward(model, length, length // 2)
     written = generation(model, work)
@@ -62,8 +69,9 @@ def flops(model: Model, work: Work) -> int:
     scored = forward(model, length, work.response)
     if work.kind in ('rloo', 'grpo'):
         return batch * (written + scored + 3 * work.epochs * scored)
-    update = 3 * work.epochs * (scored + scalar)
-    return batch * (written + scored + 2 * scalar + update)
+    values = forward(model, length, work.response, with_logits=False)
+    update = 3 * work.epochs * (scored + values)
+    return batch * (written + scored + values + score + update)
 
 
 def decode_bytes(model: Model, work: Work) -> int:

@@ -38,6 +38,11 @@ class Model:
         return self.layers * per_layer
 
     @property
+    def key_value_matrices(self) -> int:
+        """Parameters in the matrices of the keys and values of one layer."""
+        return 2 * self.width * self.kv_heads * self.head_dim
+
+    @property
     def head(self) -> int:
         """Parameters in the matrix from hidden states to logits."""
         return self.width * self.vocab
