@@ -39,4 +39,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_epochs=2,
         num_minibatches=2,
     )
+    # Labels are certain, however near the scores, so that margins grow without end: at
+    # the others' rate and DPO's own β of 0.1 the policy runs away (docs/recipes.md).
+    config.online_preference.optim.learning_rate = 1e-4
+    if arg.loss == 'dpo':
+        config.online_preference.beta = 0.5
     return config
