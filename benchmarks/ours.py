@@ -26,6 +26,7 @@ OPTIM = OptimConfig(learning_rate=1e-5, schedule='constant', max_grad_norm=1.0)
 # TRL's PPO does not clip gradients; see ``stages/ppo.py`` for what is usual here.
 PPO_OPTIM = OptimConfig(learning_rate=1e-5, schedule='constant', max_grad_norm=None)
 FOREVER = 10**6  # steps
+UNROLLED = 4  # layers, at most
 
 WRITE = {'inputs': ('params', 'batch', 'batch', 'batch') + ('replicated',) * 2}
 SCORE = {'inputs': ('params', 'batch', 'batch')}
@@ -129,6 +130,8 @@ def config_of(model: Model, tokens: int) -> rj.TransformerConfig:
         rope_theta=model.theta,
         tied_embeddings=model.tied,
         dtype=model.dtype,
+        # A few layers are faster unrolled on a CPU, as in configs/ladder.py.
+        scan_unroll=model.layers if model.layers <= UNROLLED else 1,
     )
 
 

@@ -88,6 +88,9 @@ class Worker:
             threads = str(spec['threads'])
             environment |= {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
             environment |= {'OMP_NUM_THREADS': threads, 'MKL_NUM_THREADS': threads}
+            # Large pages: a step of any of them frees its memory and takes it anew, and
+            # a virtual machine may need longer for 4 KiB pages than for the arithmetic.
+            environment.setdefault('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
             cores = sorted(os.sched_getaffinity(0))[: spec['threads']]
             spec = {**spec, 'cores': cores}
         with log.open('w') as errors:
