@@ -259,8 +259,7 @@ def generate(
     samples = batch // prompts
     unembedding = model.unembedding(params)
     if model.config.is_unrolled:
-        model, params = take_apart(model, params, 0)
-        model = model.clone(last=1)  # of a prompt its last token alone is read
+        model, params = take_apart(model.clone(last=1), params, 0)
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)

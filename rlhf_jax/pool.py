@@ -83,8 +83,7 @@ def generate_pooled(
     group = count // prompts
     unembedding = model.unembedding(params)
     if model.config.is_unrolled:
-        model, params = take_apart(model, params, 0)
-        model = model.clone(last=1)  # of a prompt its last token alone is read
+        model, params = take_apart(model.clone(last=1), params, 0)
     apply = functools.partial(model.apply, {'params': params})
     states, filled = apply(tokens, mask, prompt_length, method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)

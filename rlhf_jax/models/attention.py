@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.ops.logprobs import soft_cap
@@ -48,7 +49,7 @@ def has_fused(cfg: TransformerConfig, queries: int, keys: int) -> bool:
     nothing by it.
     """
     return (
-        'NVIDIA' in jax.devices()[0].device_kind
+        'cuda' in get_backend().platform_version
         and cfg.dtype in ('bfloat16', 'float16')
         and cfg.head_dim <= 128
         and cfg.head_dim % 8 == 0

@@ -31,7 +31,9 @@ def _pair(chosen, rejected, length, margin=0.0, weight=1.0):
 
 
 def _state(tables, tx):
-    params = stack_members([{'table': jnp.array(table)} for table in tables])
+    params = stack_members(
+        [{'table': jnp.array(table), 'backbone': {'layers': {}}} for table in tables]
+    )
     return TrainState(
         step=jnp.int32(4),
         rng=jax.random.PRNGKey(0),

@@ -12,7 +12,10 @@ from rlhf_jax.algos.rm import RMHParams, pair_scores, rm_loss, rm_step
 from rlhf_jax.types import PairBatch, TrainState
 
 # Scores by last token: 0 → 0, 1 → 1, 2 → 2.5, 3 → −1.
-PARAMS = {'table': jnp.array([0.0, 1.0, 2.5, -1.0])}
+PARAMS = {
+    'table': jnp.array([0.0, 1.0, 2.5, -1.0]),
+    'backbone': {'layers': {}},
+}
 
 
 def _pairs(chosen, rejected, margin=None, weight=None):

@@ -101,8 +101,8 @@ def test_gradients_agree(grouped, queries, monkeypatch):
 def test_where_cudnn_is_asked(grouped, monkeypatch, changes, queries, keys, there):
     cfg = dataclasses.replace(grouped, **{'dtype': 'bfloat16', **changes})
     assert not attention.has_fused(cfg, queries, keys)  # on this machine
-    nvidia = types.SimpleNamespace(device_kind='NVIDIA H200')
-    monkeypatch.setattr(jax, 'devices', lambda: [nvidia])
+    cuda = types.SimpleNamespace(platform_version='cuda 13010')
+    monkeypatch.setattr(attention, 'get_backend', lambda: cuda)
     assert attention.has_fused(cfg, queries, keys) == there
     asked = []
 
