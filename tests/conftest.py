@@ -7,9 +7,11 @@ from pathlib import Path
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = os.environ.get('XLA_FLAGS', '')
 if 'xla_force_host_platform_device_count' not in flags:
+    # Eight devices on two busy cores may wait long for each other; XLA gives up early.
     os.environ['XLA_FLAGS'] = (
-        f'{flags} --xla_force_host_platform_device_count=8'.strip()
-    )
+        f'{flags} --xla_force_host_platform_device_count=8 '
+        '--xla_cpu_collective_call_terminate_timeout_seconds=600'
+    ).strip()
 # Compiling is most of the time here: XLA's costly passes are left out, and the suite
 # takes a third less. JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that
 # users run.
