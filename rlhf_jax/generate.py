@@ -223,6 +223,18 @@ def stopped(tail: Array, length: Array, how: Sampling) -> Array:
     return is_eos | (matches & (length >= how.stop_after))
 
 
+def for_decoding(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
+    """The model that the loop over tokens runs, and its parameters.
+
+    Unrolled layers are taken apart: cut out of their stack they would be copied at
+    every token. Of a prompt the last one then runs for the last token alone, which is
+    all that is read; scanned layers are all alike, and run for every token.
+    """
+    if not model.config.is_unrolled:
+        return model, params
+    return take_apart(model.clone(last=1), params, 0)
+
+
 def generate(
     params: Params,
     tokens: Array,
@@ -258,8 +270,7 @@ def generate(
         raise ValueError(f'{batch} row ids do not divide over {prompts} prompts')
     samples = batch // prompts
     unembedding = model.unembedding(params)
-    if model.config.is_unrolled:
-        model, params = take_apart(model.clone(last=1), params, 0)
+    model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)

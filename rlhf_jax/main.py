@@ -179,11 +179,15 @@ def _keep_compiled() -> None:
 
     JAX's own variables say where else (JAX_COMPILATION_CACHE_DIR), from how many
     seconds of compilation on (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS), or not to
-    (JAX_ENABLE_COMPILATION_CACHE=false).
+    (JAX_ENABLE_COMPILATION_CACHE=false). With several devices of a CPU nothing is kept
+    unless they say so: read back, such a program may lose the order of its collectives,
+    and its devices wait for each other until XLA gives up (seen with JAX 0.10.2).
     """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
+        if jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
+            return
         cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
         folder = str(Path(cache) / 'rlhf_jax' / 'xla')
         jax.config.update('jax_compilation_cache_dir', folder)

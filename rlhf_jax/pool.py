@@ -13,8 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.generate import Sampling, as_generation, sample_tokens, stopped
-from rlhf_jax.models.heads import CausalLM, take_apart
+from rlhf_jax.generate import (
+    Sampling,
+    as_generation,
+    for_decoding,
+    sample_tokens,
+    stopped,
+)
+from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.models.transformer import KVCache, grow
 from rlhf_jax.ops.logprobs import logits_of
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
@@ -82,8 +88,7 @@ def generate_pooled(
         )
     group = count // prompts
     unembedding = model.unembedding(params)
-    if model.config.is_unrolled:
-        model, params = take_apart(model.clone(last=1), params, 0)
+    model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     states, filled = apply(tokens, mask, prompt_length, method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)

@@ -21,7 +21,7 @@ def linear(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
     The gradient of W is xᵀ·dy or (dyᵀ·x)ᵀ, whichever transposes the smaller factor.
     JAX always takes the second. On a CPU XLA then fuses the backward pass of an
     activation, or of the softmax over a vocabulary, into the transposed copy of dy, and
-    walks memory against its order (docs/performance.md has what that costs).
+    walks memory against its order.
 
     Args:
         x: [..., D].

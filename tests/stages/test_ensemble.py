@@ -35,6 +35,8 @@ def ensemble_config(finished, stages=('rm',), steps='4'):
     config.stages = stages
     config.rm.init = config.ppo.init = str(finished / 'sft')
     config.rm.members = MEMBERS
+    # Adam with a smaller one makes whole steps of the rounding of small gradients.
+    config.rm.optim.eps = 1e-5
     config.rm.loop.save_every_steps = config.rm.loop.eval_every_steps = 2
     return config
 
@@ -127,8 +129,7 @@ def test_a_member_is_a_run_of_its_own(trained, finished, member):
     for head in (members['head'], state.params['head']):
         head.pop('bias')
     for many, one in zip(jax.tree.leaves(members), jax.tree.leaves(state.params)):
-        # A step moves a weight by 2e-3, whatever rounding makes of a small gradient.
-        np.testing.assert_allclose(many[member], one, atol=5e-5)
+        np.testing.assert_allclose(many[member], one, atol=1e-5)
 
 
 @pytest.mark.parametrize('member', [None, 2])

@@ -61,8 +61,8 @@ def params(workdir):
         return checkpointer.restore(path)
 
 
-# What the stage treats differently; the losses are tested in tests/algos.
 SAMPLES = Path('policy_gradient', 'samples.jsonl')
+# What the stage treats differently; the losses are tested in tests/algos.
 NAMES = ('rloo', 'dapo', 'remax', 'gspo')
 
 

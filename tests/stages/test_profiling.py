@@ -73,5 +73,8 @@ def test_compiled_programs_are_kept_where_the_user_says(
     jax.config.update('jax_compilation_cache_dir', None)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     main._keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None  # several devices of a CPU
+    monkeypatch.setattr(jax, 'local_device_count', lambda: 1)
+    main._keep_compiled()
     expected = str(tmp_path / 'rlhf_jax' / 'xla')
     assert jax.config.jax_compilation_cache_dir == expected
