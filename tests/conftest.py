@@ -52,6 +52,15 @@ def _one_device_is_kept(computation, devices, *rest):
 compiler._resolve_compilation_strategy = _one_device_is_kept
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _programs_of_a_module():
+    """Every loaded program takes a hundred mappings of memory, of which Linux gives a
+    process 65,530; without more of them XLA crashes.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def config() -> TransformerConfig:
     """A two-layer decoder with grouped queries, small enough for any test."""
