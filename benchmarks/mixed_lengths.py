@@ -53,6 +53,8 @@ def main() -> None:
     if args.prompts % args.rows:
         parser.error(f'--prompts={args.prompts} is no multiple of --rows={args.rows}')
     shape = MODELS[args.size]
+    if not 1 <= args.mean <= shape.vocab:
+        parser.error(f'--mean={args.mean} is not within 1 and {shape.vocab} tokens')
     model = rj.CausalLM(config_of(shape, args.prompt + args.limit))
     random = np.random.default_rng(0)
     tokens = random.integers(3, shape.vocab, (args.prompts, args.prompt), np.int32)

@@ -7,11 +7,9 @@ from pathlib import Path
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = os.environ.get('XLA_FLAGS', '')
 if 'xla_force_host_platform_device_count' not in flags:
-    # Eight devices on two busy cores may wait long for each other; XLA gives up early.
     os.environ['XLA_FLAGS'] = (
-        f'{flags} --xla_force_host_platform_device_count=8 '
-        '--xla_cpu_collective_call_terminate_timeout_seconds=600'
-    ).strip()
+        f'{flags} --xla_force_host_platform_device_count=8'.strip()
+    )
 # Compiling is most of the time here: XLA's costly passes are left out, and the suite
 # takes a quarter less. JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that
 # users run; .ci/run has it for the parity tests.
@@ -54,8 +52,8 @@ compiler._resolve_compilation_strategy = _one_device_is_kept
 
 @pytest.fixture(scope='module', autouse=True)
 def _programs_of_a_module():
-    """Every loaded program takes a hundred mappings of memory, of which Linux gives a
-    process 65,530; without more of them XLA crashes.
+    """Lets the programs of a module go. Each takes about a hundred mappings of memory,
+    and Linux gives a process 65,530: the likely cause of crashes late in the suite.
     """
     yield
     jax.clear_caches()
