@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and small models and batches to share."""
 
+import functools
 import os
 import types
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 import pytest
 from jax._src import compiler
 
+from rlhf_jax import sharding
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.models.transformer import KVCache
@@ -57,6 +59,27 @@ def _programs_of_a_module():
     """
     yield
     jax.clear_caches()
+
+
+_make_mesh = sharding.make_mesh
+
+
+@pytest.fixture(scope='module')
+def one_device():
+    """Runs of this module take one device: their programs are kept, and compile in half
+    the time. That a step on eight gives the same is tested in tests/test_sharding.py,
+    that all stages run on them by the fixture ``finished``.
+    """
+    alone = functools.partial(_make_mesh, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, 'make_mesh', alone)
+        yield
+
+
+@pytest.fixture
+def all_devices(monkeypatch):
+    """A run of such a module that takes them all."""
+    monkeypatch.setattr(sharding, 'make_mesh', _make_mesh)
 
 
 @pytest.fixture(scope='session')
@@ -233,5 +256,8 @@ def finished(tmp_path_factory) -> Path:
     from rlhf_jax.main import launch
 
     workdir = tmp_path_factory.mktemp('runs') / 'small'
-    launch(small_config.get_config(), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        # It may be the first run of a module that takes one.
+        patch.setattr(sharding, 'make_mesh', _make_mesh)
+        launch(small_config.get_config(), workdir)
     return workdir

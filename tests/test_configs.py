@@ -88,7 +88,7 @@ def test_a_loss_lays_out_its_own_settings():
     assert simpo.name == 'simpo' and 'gamma' in simpo and 'gamma' not in dpo
 
 
-def test_real_transcripts_go_through_all_stages(tmp_path):
+def test_real_transcripts_go_through_all_stages(one_device, tmp_path):
     if not (MODEL.exists() and TRANSCRIPTS.exists()):
         pytest.skip(f'{MODEL} and {TRANSCRIPTS} are not both here')
     arg = f'model={MODEL},data={TRANSCRIPTS},smoke'

@@ -20,6 +20,8 @@ from rlhf_jax.stages.settings import RewardSource
 from tests.small_config import get_config
 from tests.stages.test_scoring import WORDS, encoder_tokenizer, words
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / 'hf' / 'fixtures'
 
 

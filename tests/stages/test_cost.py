@@ -14,6 +14,8 @@ from rlhf_jax.stages.settings import RewardSettings
 from tests.small_config import config_file
 from tests.test_main import fails, never_compiled  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 GOOD, BAD = ('a lamp', 'rain in May'), ('a flood', 'no lamp')
 
 

@@ -16,6 +16,8 @@ from rlhf_jax.stages import online
 from tests.small_config import config_file
 from tests.test_main import fails, never_compiled  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 def get_config(name, **values):
     """Four rollouts of a small fresh policy; the reward is a function of the texts."""
@@ -104,7 +106,7 @@ def test_every_method_learns_something(tmp_path, name):
     assert ('rollout/draws' in first) == (name == 'dapo')
 
 
-def test_continuous_batching_writes_the_same_samples(grpo, tmp_path):
+def test_continuous_batching_writes_the_same_samples(grpo, all_devices, tmp_path):
     """Each device keeps two rows of its four at work; on the same eight devices the
     plain loop of the other backend runs every prompt twice for groups of four.
     """
@@ -158,7 +160,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch):
     ],
 )
 def test_other_stages_run_in_the_same_loop(tmp_path, name, stage, metric):
-    # Every second response is trained on, in two minibatches on eight devices.
+    # Every second response is trained on, in two minibatches.
     values = {'num_rollouts': 2, 'batch_size': 32}
     if name == 'ppo_lagrangian':
         values |= {'critic': 'scratch', 'cost_critic': 'scratch'}
@@ -293,6 +295,7 @@ def test_a_rollout_can_be_learned_from_twice(tmp_path):
 def test_mistakes_are_named_before_compilation(
     tmp_path,
     never_compiled,  # noqa: F811
+    all_devices,
     name,
     changes,
     parts,

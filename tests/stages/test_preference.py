@@ -17,6 +17,8 @@ from rlhf_jax.sample import sample
 from tests.small_config import config_file
 from tests.test_main import command, fails, never_compiled  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 def get_config(**values):
     """Six updates of a small fresh policy, on a few comparisons."""
@@ -180,7 +182,7 @@ def test_the_reference_is_what_the_start_says(dpo):
 
 
 @pytest.mark.parametrize('data', ['comparisons', 'verdicts'])
-def test_kto_learns_from_single_responses(tmp_path, data):
+def test_kto_learns_from_single_responses(all_devices, tmp_path, data):
     values = get_config(loss='kto')
     if data == 'verdicts':
         path = tmp_path / 'a.jsonl'
@@ -244,6 +246,7 @@ def test_a_loss_of_ones_own_on_the_command_line(tmp_path):
 def test_mistakes_are_named_before_compilation(
     tmp_path,
     never_compiled,  # noqa: F811
+    all_devices,
     changes,
     parts,
 ):

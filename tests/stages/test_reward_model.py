@@ -26,6 +26,8 @@ from rlhf_jax.stages.settings import ModelSettings, RewardSource, StepReading
 from rlhf_jax.types import Generation, PromptBatch
 from tests.small_config import config_file
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 HEADS = ('coverage', 'faithfulness', 'brevity')
 
 

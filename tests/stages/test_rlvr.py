@@ -10,6 +10,8 @@ from rlhf_jax.main import launch
 from rlhf_jax.verify import numeric_answer
 from tests.small_config import config_file
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 def told(prompts, responses, references, steps):
     """A reward that is its record's alone: unlike for every number of a problem."""

@@ -30,6 +30,8 @@ from rlhf_jax.stages.settings import ModelSettings, RewardSource
 from rlhf_jax.types import Generation, PPOState, PromptBatch
 from tests.small_config import get_config
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 WORDS = 'red green blue one two three cat dog bird'.split()
 SIZE = 16  # rows of a batch, of which the last two fill up
 
