@@ -181,6 +181,7 @@ def dpo_work(bench: Bench) -> None:
             np.arange(work.length) >= work.length // 2, tokens.shape
         ),
         weight=np.ones(work.batch, np.float32),
+        response_length=work.length - work.length // 2,  # as the data pipeline says it
     )
     model, tx = rj.CausalLM(bench.config), make_optimizer(OPTIM, FOREVER)
     how = {'tx': tx, 'loss': dpo, 'loss_hp': dpo.HParams(beta=0.1)}

@@ -41,6 +41,10 @@ class TokenBatch:
     loss_mask: Array  # [B, T] bool, tokens whose log-probability enters the loss
     # [B, T] int32, ascending: the document of each token, where rows hold several
     segments: Array | None = None
+    # Tokens from the first in the loss to the end of its text, at most: a token that is
+    # further makes the loss NaN. None where that is not known, and then the model is run
+    # to the end at every place.
+    response_length: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass(kw_only=True)
@@ -109,6 +113,8 @@ class PreferencePairs:
     weight: Array  # [P] float32, 0 for rows that only fill up a batch
     ref_logps: Array | None = None  # [P, 2] float32, Σ log π_ref of the response
     ref_shared_logps: Array | None = None  # [P, 2] float32, see ``PairLogps``
+    # As in TokenBatch
+    response_length: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass(kw_only=True)
@@ -128,6 +134,8 @@ class PreferenceSingles:
     mismatched: TokenBatch | None = None  # P rows
     ref_logps: Array | None = None  # [P] float32
     ref_mismatched_logps: Array | None = None  # [P] float32
+    # As in TokenBatch; of the mismatched responses too
+    response_length: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass(kw_only=True)

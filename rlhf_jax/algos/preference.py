@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient, microbatches
-from rlhf_jax.algos.rollout import policy_logprobs
+from rlhf_jax.algos.sft import counted_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss
 from rlhf_jax.types import (
@@ -30,6 +30,7 @@ from rlhf_jax.types import (
     PreferencePairs,
     PreferenceSingles,
     SingleLogps,
+    TokenBatch,
     TrainState,
 )
 
@@ -47,24 +48,18 @@ class PreferenceHParams:
 # -------------------------------------------------------------------- log-probabilities
 
 
-def _response_logprobs(
-    params: Params, tokens: Array, mask: Array, response_mask: Array, model: CausalLM
-) -> tuple[Array, Array]:
-    """Log-probabilities [..., T] of response tokens (0 elsewhere), and which count."""
-    rows = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
-    logprobs, _ = policy_logprobs(params, *rows, model=model, temperature=1.0)
-    # As in sft_loss: a token is predicted only from a real one.
-    edge = ((0, 0),) * (mask.ndim - 1)
-    counted = response_mask & mask & jnp.pad(mask[..., :-1], (*edge, (1, 0)))
-    return jnp.where(counted, logprobs.reshape(tokens.shape), 0), counted
-
-
 def _sums(
     params: Params, batch: Batch, model: CausalLM
 ) -> tuple[dict[str, Array], Array]:
     """Sums over the responses of a batch by field of ``Logps``, and the lengths."""
-    logprobs, counted = _response_logprobs(
-        params, batch.tokens, batch.mask, batch.response_mask, model
+    shape, length = batch.tokens.shape, batch.response_length
+    rows = (batch.tokens, batch.mask, batch.response_mask)
+    tokens, mask, response_mask = (x.reshape(-1, shape[-1]) for x in rows)
+    texts = TokenBatch(
+        tokens=tokens, mask=mask, loss_mask=response_mask, response_length=length
+    )
+    logprobs, counted = (
+        x.reshape(shape) for x in counted_logprobs(params, texts, model=model)
     )
     lengths = jnp.sum(counted, axis=-1)
     sums = {'logps': jnp.sum(logprobs, axis=-1)}
@@ -73,10 +68,8 @@ def _sums(
         shared = jnp.cumsum(counted, axis=-1) <= shorter
         sums['shared_logps'] = jnp.sum(jnp.where(shared, logprobs, 0), axis=-1)
     elif batch.mismatched is not None:
-        other = batch.mismatched
-        logprobs, _ = _response_logprobs(
-            params, other.tokens, other.mask, other.loss_mask, model
-        )
+        other = batch.mismatched.replace(response_length=length)
+        logprobs, _ = counted_logprobs(params, other, model=model)
         sums['mismatched_logps'] = jnp.sum(logprobs, axis=-1)
     return sums, lengths
 

@@ -24,6 +24,7 @@ def policy_logprobs(
     model: CausalLM,
     temperature: float,
     response_length: int | None = None,
+    segments: Array | None = None,
 ) -> tuple[Array, Array]:
     """Log-probabilities and entropies of a policy on sequences, each [B, T] nats.
 
@@ -35,10 +36,14 @@ def policy_logprobs(
         temperature: of the policy.
         response_length: last places that are wanted, static; the others are then 0.
             None for all.
+        segments: [B, T] of packed rows, see ``TokenBatch``; all places are wanted.
     """
     # The token before a response predicts its first one.
     last = None if response_length is None else response_length + 1
-    hidden = apply_to_last(model, params, tokens, mask, last)
+    if segments is None:
+        hidden = apply_to_last(model, params, tokens, mask, last)
+    else:
+        hidden = model.apply({'params': params}, tokens, mask, segments)
     rows = slice(tokens.shape[1] - hidden.shape[1], None)
     how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
     scored = token_logprobs(hidden, model.unembedding(params), tokens[:, rows], **how)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient
+from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.ops.logprobs import token_logprobs
-from rlhf_jax.ops.masked import masked_sum
+from rlhf_jax.ops.masked import ended_together, masked_sum
 from rlhf_jax.types import Array, Last, Mean, Metrics, Params, TokenBatch, TrainState
 
 
@@ -23,6 +23,58 @@ class SFTHParams:
     """
 
     num_microbatches: int = 1  # gradient accumulation
+
+
+def counted_logprobs(
+    params: Params, batch: TokenBatch, *, model: CausalLM
+) -> tuple[Array, Array]:
+    """Log-probabilities of the tokens in a loss, and which tokens those are.
+
+    With ``response_length`` the texts are turned until they end together, so that the
+    last layer and the head run for that many places of each.
+
+    Args:
+        params: of ``model``.
+        batch: sequences; a token at position 0 has nothing before it and never counts.
+        model: the language model.
+
+    Returns:
+        (logprobs [B, T] nats, 0 elsewhere, counted [B, T] bool), each text in its
+            order, at places of its own. NaN for a token that ``response_length`` does
+            not reach.
+
+    Raises:
+        ValueError: ``response_length`` of rows that hold several texts.
+    """
+    tokens, mask, counted = batch.tokens, batch.mask, batch.loss_mask
+    if batch.response_length is not None:
+        if batch.segments is not None:
+            raise ValueError(
+                f'response_length={batch.response_length} with segments: a packed row '
+                'has several responses; use response_length=None'
+            )
+        tokens, counted, mask = (
+            ended_together(x, mask) for x in (tokens, counted, mask)
+        )
+    logprobs, _ = policy_logprobs(
+        params,
+        tokens,
+        mask,
+        model=model,
+        temperature=1.0,
+        response_length=batch.response_length,
+        segments=batch.segments,
+    )
+    # A token is predicted only from a real one: behind left padding the first has none.
+    predicted = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    if batch.segments is not None:  # nor from another document
+        same = batch.segments[:, 1:] == batch.segments[:, :-1]
+        predicted = predicted & jnp.pad(same, ((0, 0), (1, 0)))
+    counted = counted & mask & predicted
+    if batch.response_length is not None:
+        reached = jnp.arange(mask.shape[-1]) >= mask.shape[-1] - batch.response_length
+        logprobs = jnp.where(reached, logprobs, jnp.nan)
+    return jnp.where(counted, logprobs, 0), counted
 
 
 def sft_loss(
@@ -43,20 +95,7 @@ def sft_loss(
     Returns:
         (sum [] nats, weight [] tokens, metrics with ``loss`` in nats per token).
     """
-    packed = () if batch.segments is None else (batch.segments,)
-    hidden = model.apply({'params': params}, batch.tokens, batch.mask, *packed)
-    logprobs, _ = token_logprobs(
-        hidden,
-        model.unembedding(params),
-        batch.tokens,
-        softcap=model.config.logit_softcap,
-    )
-    # A token is predicted only from a real one: behind left padding the first has none.
-    predicted = jnp.pad(batch.mask[:, :-1], ((0, 0), (1, 0)))
-    if batch.segments is not None:  # nor from another document
-        same = batch.segments[:, 1:] == batch.segments[:, :-1]
-        predicted = predicted & jnp.pad(same, ((0, 0), (1, 0)))
-    counted = batch.loss_mask & batch.mask & predicted
+    logprobs, counted = counted_logprobs(params, batch, model=model)
     total, weight = masked_sum(-logprobs, counted), jnp.sum(counted).astype(jnp.float32)
     return total, weight, {'loss': Mean(total, weight)}
 

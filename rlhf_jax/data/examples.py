@@ -226,11 +226,25 @@ def example_length(example: Example) -> int:
     return len(example.tokens)
 
 
+def response_length(example: Example) -> int | None:
+    """Tokens from the first that a language-model loss counts to the end of its text;
+    None where the loss is another, or the row a packed one.
+    """
+    if isinstance(example, TokenExample) and example.segments is None:
+        return len(example.loss) - int(np.argmax(example.loss))
+    if isinstance(example, PreferencePair):
+        return max(len(example.chosen), len(example.rejected))
+    if isinstance(example, PreferenceSingle):
+        return max(len(example.response), len(example.mismatched))
+    return None
+
+
 def collate(
     examples: Sequence[Example],
     columns: Mapping[str, np.ndarray],
     indices: Sequence[int],
     length: int,
+    responses: int | None = None,
 ) -> Batch:
     """Rows by index, padded to ``length``; index −1 is a row that only fills up.
 
@@ -239,6 +253,7 @@ def collate(
         columns: [N, …] further fields of the batch, by name; a filling row has zeros.
         indices: of the rows.
         length: tokens.
+        responses: the batch's ``response_length``; None where it has none.
     """
     index = np.asarray(indices, np.int32)
     filler, make = next(k for k in _KINDS if isinstance(examples[0], type(k[0])))
@@ -248,6 +263,8 @@ def collate(
         name: np.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x[index], 0)
         for name, x in columns.items()
     }
+    if responses is not None:
+        more['response_length'] = responses
     return make(rows, index, length).replace(**more)
 
 

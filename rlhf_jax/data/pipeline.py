@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import grain
@@ -32,6 +32,7 @@ from rlhf_jax.data.examples import (
     collate,
     example_length,
     mismatched,
+    response_length,
 )
 from rlhf_jax.data.formats import BadRecord
 from rlhf_jax.data.loading import Limits, OnBad, Overlong, load_records, one_of
@@ -42,6 +43,9 @@ from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
 from rlhf_jax.data.tokenizer import eos_ids as eos_ids
 
 LossOn = Literal['response', 'all', 'assistant']
+# The last layer is run for responses alone where they fill at most so much of a row:
+# cutting it out of the stack of layers costs a copy.
+WORTHWHILE = 0.75
 
 
 # ----------------------------------------------------------------------------- loading
@@ -353,17 +357,13 @@ def batches(
             f'({dataset.counts.describe()}); use batch_size ≤ {size} or more data'
         )
     lengths = _checked_lengths(dataset, buckets)
+    padded = _padded(dataset, lengths, buckets)
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
 
     def rows_of(indices: Sequence[int]) -> Batch:
         rows = [int(i) for i in indices]
-        return collate(
-            dataset.examples,
-            dataset.columns,
-            rows[mine],
-            _bucket(lengths[rows], buckets),
-        )
+        return padded(rows[mine], rows)
 
     order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     if sort_batches is None:
@@ -417,16 +417,11 @@ def eval_batches(
     if batch_size < 1:
         raise ValueError(f'batch_size={batch_size} must be at least 1')
     lengths = _checked_lengths(dataset, buckets)
+    padded = _padded(dataset, lengths, buckets)
 
     def batch(start: int) -> Batch:
         rows = list(range(len(lengths)))[start : start + batch_size]
-        fill = [-1] * (batch_size - len(rows))
-        return collate(
-            dataset.examples,
-            dataset.columns,
-            rows + fill,
-            _bucket(lengths[rows], buckets),
-        )
+        return padded(rows + [-1] * (batch_size - len(rows)), rows)
 
     return map(batch, range(0, len(lengths), batch_size))
 
@@ -446,5 +441,22 @@ def _checked_lengths(dataset: Dataset, buckets: tuple[int, ...]) -> np.ndarray:
     return lengths
 
 
-def _bucket(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:
-    return next(bucket for bucket in buckets if bucket >= lengths.max())
+def _padded(
+    dataset: Dataset, lengths: np.ndarray, buckets: tuple[int, ...]
+) -> Callable[[list[int], list[int]], Batch]:
+    """Makes batches of rows by index, of the first bucket that fits all ``others``.
+
+    Their ``response_length`` is that of the whole data set, so that a bucket is one
+    shape; it is None where little is in front of the longest response.
+    """
+    known = [response_length(example) for example in dataset.examples]
+    longest = None if None in known else max(known)
+
+    def batch(rows: list[int], others: list[int]) -> Batch:
+        length = next(b for b in buckets if b >= lengths[others].max())
+        responses = longest
+        if longest is not None and longest > WORTHWHILE * length:
+            responses = None
+        return collate(dataset.examples, dataset.columns, rows, length, responses)
+
+    return batch

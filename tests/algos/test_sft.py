@@ -1,5 +1,6 @@
 """``sft_step``: the loss in NumPy, what counts, accumulation, learning."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from rlhf_jax.algos.sft import SFTHParams, sft_loss, sft_step
+from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.types import TokenBatch, TrainState
 
 V = 6
@@ -129,6 +131,44 @@ def test_garbage_ids_in_padding_change_nothing(policy, policy_params, token_batc
         )
         for a, b in zip(clean, jax.tree.leaves(grad(policy_params, dirty))):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_the_last_layer_for_responses_alone_changes_nothing(
+    config, policy_params, token_batch
+):
+    """Loss and gradient; and less is computed. The longest text has twelve tokens, of
+    which six are in the loss.
+    """
+    # Unrolled, because XLA counts the FLOPs of a loop once.
+    policy = CausalLM(dataclasses.replace(config, scan_unroll=config.num_layers))
+    loss = jax.value_and_grad(lambda p, b: sft_loss(p, b, model=policy)[0])
+    short = token_batch.replace(response_length=6)
+    programs = [
+        jax.jit(loss).lower(policy_params, batch).compile()
+        for batch in (token_batch, short)
+    ]
+    flops = [program.cost_analysis()['flops'] for program in programs]
+    assert flops[1] < 0.8 * flops[0]
+    values = zip(programs, (token_batch, short))
+    whole, part = (program(policy_params, batch) for program, batch in values)
+    assert float(whole[0]) > 0
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_response_length_that_does_not_reach_is_not_silent(
+    policy, policy_params, token_batch
+):
+    def of(length):
+        batch = token_batch.replace(response_length=length)
+        return float(sft_loss(policy_params, batch, model=policy)[0])
+
+    assert np.isfinite(of(6)) and np.isnan(of(5))
+    packed = token_batch.replace(
+        segments=np.zeros_like(token_batch.tokens), response_length=6
+    )
+    with pytest.raises(ValueError, match='response_length=6 with segments'):
+        sft_loss(policy_params, packed, model=policy)
 
 
 def test_accumulation_equals_the_full_batch(bigram, params):

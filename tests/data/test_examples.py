@@ -107,6 +107,30 @@ def test_every_prompt_meets_a_response_to_another_one(seed):
         mismatched([prompts[0]] * 3, responses[:3], 10)
 
 
+@pytest.mark.parametrize(
+    ('kind', 'records'),
+    [('pairs', PAIRED), ('singles', PAIRED), ('singles', UNPAIRED)],
+)
+def test_the_longest_response_of_the_data_is_known(tmp_path, words, kind, records):
+    """It is static, so it is the same in every batch of a bucket."""
+    data = load(tmp_path / 'a.jsonl', records, words, kind)
+    [batch] = pipeline.eval_batches(data, 16, (64,))
+    masks = [batch.response_mask]
+    masks += [batch.mismatched.loss_mask] if kind == 'singles' else []
+    longest = max(int(mask.sum(-1).max()) for mask in masks)
+    lengths = {
+        b.response_length
+        for b, _ in zip(pipeline.batches(data, 2, seed=0, buckets=(64,)), range(8))
+    }
+    assert lengths == {batch.response_length} == {longest}
+    # It is not where it fills more than three quarters of a row.
+    row = int(batch.mask.sum(-1).max())
+    if records is PAIRED:
+        assert longest > 0.75 * row
+        [batch] = pipeline.eval_batches(data, 16, (row,))
+        assert batch.response_length is None
+
+
 def test_columns_follow_the_examples(tmp_path, words):
     data = load(tmp_path / 'a.jsonl', PAIRED, words, 'pairs')
     column = np.arange(10, dtype=np.float32).reshape(5, 2)
