@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import optax
 import pytest
 
 from rlhf_jax.algos.sft import SFTHParams, sft_loss, sft_step
+from rlhf_jax.data import pipeline
+from rlhf_jax.data.examples import Counts, Dataset, TokenExample
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.types import TokenBatch, TrainState
 
@@ -213,3 +216,23 @@ def test_a_memorised_batch(bigram, params):
     assert optimum <= losses[-1] < optimum + 0.2
     assert int(state.step) == 60
     assert step._cache_size() == 1
+
+
+def test_a_length_within_a_bucket_compiles_nothing(policy, policy_params):
+    """Two buckets are two programs, whatever the lengths of the rows of a batch."""
+    rng = np.random.default_rng(5)
+    sizes = [tuple(rng.integers(low, high, 2)) for low, high in [(1, 4), (4, 8)] * 12]
+    examples = [
+        TokenExample(rng.integers(0, V, p + r).astype(np.int32), np.arange(p + r) >= p)
+        for p, r in sizes
+    ]
+    data = Dataset(examples, [None] * 24, Counts('rows', 'demonstrations', 16, 24, 24))
+    tx = optax.sgd(0.1)
+    step = jax.jit(functools.partial(sft_step, model=policy, tx=tx, hp=SFTHParams()))
+    state, shapes = _state(policy_params, tx), set()
+    stream = pipeline.batches(data, 2, seed=0, buckets=(6, 16))
+    for batch in itertools.islice(stream, 24):
+        state, _ = step(state, batch)
+        shapes.add((batch.mask.shape[1], tuple(batch.mask.sum(1))))
+    assert len(shapes) > 6 and {bucket for bucket, _ in shapes} == {6, 16}
+    assert step._cache_size() == 2
