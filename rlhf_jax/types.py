@@ -41,9 +41,9 @@ class TokenBatch:
     loss_mask: Array  # [B, T] bool, tokens whose log-probability enters the loss
     # [B, T] int32, ascending: the document of each token, where rows hold several
     segments: Array | None = None
-    # Tokens from the first in the loss to the end of its text, at most: a token that is
-    # further makes the loss NaN. None where that is not known, and then the model is run
-    # to the end at every place.
+    # Tokens from the first in the loss to the end of its text, at most: one that is
+    # further makes the loss NaN. None where that is not known, and then the model is
+    # run to the end at every place.
     response_length: int | None = struct.field(pytree_node=False, default=None)
 
 

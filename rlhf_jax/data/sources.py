@@ -35,6 +35,7 @@ from rlhf_jax.config import load_dotted, nearest
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
 SEPARATOR = '<|endoftext|>'  # between the documents of a text file
+TOGETHER = 1024  # records of TFDS are read so many at a time, which is faster
 
 # A spec ends in one: group 1 the rest, groups 2 and 3 the ends.
 SLICE = re.compile(r'(.*)\[(-?\d+%?)?:(-?\d+%?)?\]', re.DOTALL)
@@ -322,9 +323,11 @@ def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
             'without a slice such as [:90%]'
         ) from error
     records = []
-    for index in range(len(source)):
-        where = f'tfds {name}/{split} {index}'
-        records.append(SourceRecord(_plain(source[index], where), where))
+    for start in range(0, len(source), TOGETHER):
+        indices = range(start, min(start + TOGETHER, len(source)))
+        for index, row in zip(indices, source.__getitems__(list(indices)), strict=True):
+            where = f'tfds {name}/{split} {index}'
+            records.append(SourceRecord(_plain(row, where), where))
     return records
 
 

@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from pyarrow import parquet
 
+from rlhf_jax.data import sources
 from rlhf_jax.data.sources import read, split_transcripts
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -274,6 +275,9 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     assert type(by_prompt['é3']['gold']) is float
     assert type(by_prompt['é3']['votes']) is list
     assert records[2].where == 'tfds mini_source_set/one/train 2'
+    for together in (1, 3):  # four records are read in parts, the last a short one
+        monkeypatch.setattr(sources, 'TOGETHER', together)
+        assert read('tfds:mini_source_set/one:train') == records
     half = read('tfds:mini_source_set/one:train[:50%]')
     assert [r.fields for r in half] == [r.fields for r in records[:2]]
     assert 'tensorflow' not in sys.modules
