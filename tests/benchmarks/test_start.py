@@ -1,0 +1,42 @@
+"""The benchmark of the start: what it compares, and what it does not swallow."""
+
+import sys
+
+import pytest
+
+from benchmarks import start
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Imports take 2 s; a start takes 10 s, and 5 s where something was kept."""
+    monkeypatch.setattr(sys, 'argv', ['start', '--rounds', '2'])
+    monkeypatch.setattr(start, 'imports', lambda: 2.0)
+
+    def first_step(config, stage, folder):
+        kept = folder / 'step-cache'
+        seconds = 5.0 if kept.exists() else 10.0
+        kept.touch()
+        return seconds
+
+    monkeypatch.setattr(start, 'first_step', first_step)
+
+
+def test_every_round_has_a_cold_and_a_warm_start(timed, capsys):
+    start.main()
+    assert capsys.readouterr().out.splitlines() == [
+        'imports: 2.0 s, 1.00 × the imports alone',
+        'cold: 10.0 s, 5.00 × the imports alone',
+        'warm: 5.0 s, 2.50 × the imports alone',
+    ]
+
+
+def test_a_start_that_keeps_nothing_is_not_called_warm(timed, monkeypatch):
+    monkeypatch.setattr(start, 'first_step', lambda *_: 1.0)
+    with pytest.raises(SystemExit, match='nothing was kept'):
+        start.main()
+
+
+def test_a_run_that_ends_before_its_first_step_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="'pretrian' is no stage"):
+        start.first_step('configs/quickstart.py', 'pretrian', tmp_path)
