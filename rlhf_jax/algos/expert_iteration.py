@@ -115,6 +115,7 @@ def prepare_best(
         tokens=generation.tokens,
         mask=generation.mask,
         loss_mask=generation.response_mask,
+        response_length=generation.response_length,
     )
     batch = take_rows(batch, chosen, hp.group_size)
     if hp.min_score is not None:

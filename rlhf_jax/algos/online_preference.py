@@ -121,6 +121,7 @@ def prepare_pairs(
         mask=mask,
         response_mask=response_mask,
         weight=(margin > 0).astype(jnp.float32),
+        response_length=generation.response_length,
     )
     if loss.REFERENCE:
         pairs = pairs.replace(**reference_logps(ref_params, pairs, model=model))

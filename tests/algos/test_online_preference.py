@@ -94,6 +94,22 @@ def test_equal_scores_have_no_weight_and_are_counted(bigram):
     assert np.abs(small.moved(one)).max() > 1e-3
 
 
+def test_the_last_layer_for_responses_alone_changes_nothing(
+    policy, policy_params, generation
+):
+    """Where the rollout says how long responses are, the pairs do, too."""
+    prepared = jax.jit(
+        functools.partial(prepare_pairs, model=policy, hp=_hp(), loss=dpo)
+    )
+    whole, short = (
+        prepared(policy_params, texts, jnp.arange(16.0))[0]
+        for texts in (generation, generation.replace(response_length=6))
+    )
+    assert (whole.response_length, short.response_length) == (None, 6)
+    assert np.all(np.asarray(whole.ref_logps) < 0)
+    np.testing.assert_allclose(short.ref_logps, whole.ref_logps, rtol=1e-5)
+
+
 def test_a_loss_without_a_reference_gets_none(bigram):
     batch, _ = _prepare(bigram, _hp(), loss=simpo)
     assert batch.ref_logps is None and batch.ref_shared_logps is None
