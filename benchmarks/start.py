@@ -32,7 +32,7 @@ def imports() -> float:
 def first_step(config: str, stage: str, folder: pathlib.Path) -> float:
     """Seconds from the command to the first row of ``stage``.
 
-    What is compiled is kept in ``folder/rlhf_jax/xla``.
+    What is compiled is kept in ``folder``.
 
     Raises:
         RuntimeError: the command ended before, with what it wrote.
@@ -40,8 +40,7 @@ def first_step(config: str, stage: str, folder: pathlib.Path) -> float:
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, '-m', 'rlhf_jax.main', '--config', config]
         command += ['--workdir', workdir, f"--config.stages=('{stage}',)"]
-        env = os.environ | {'XDG_CACHE_HOME': str(folder)}
-        env.pop('JAX_COMPILATION_CACHE_DIR', None)
+        env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder)}
         rows = pathlib.Path(workdir, stage, 'metrics.jsonl')
         log = pathlib.Path(workdir, 'log')
         begun = time.monotonic()

@@ -66,9 +66,9 @@ _make_mesh = sharding.make_mesh
 
 @pytest.fixture(scope='module')
 def one_device():
-    """Runs of this module take one device: their programs are kept, and compile in half
-    the time. That a step on eight gives the same is tested in tests/test_sharding.py,
-    that all stages run on them by the fixture ``finished``.
+    """Runs of this module take one device, whose programs are kept, unless a test or a
+    fixture asks for all. That a step on eight gives the same is tested in
+    tests/test_sharding.py and tests/algos.
     """
     alone = functools.partial(_make_mesh, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
@@ -78,8 +78,21 @@ def one_device():
 
 @pytest.fixture
 def all_devices(monkeypatch):
-    """A run of such a module that takes them all."""
+    """A test of such a module whose runs take them all."""
     monkeypatch.setattr(sharding, 'make_mesh', _make_mesh)
+
+
+@pytest.fixture(scope='session')
+def launch_on_all():
+    """``launch`` for fixtures whose run takes them all."""
+    from rlhf_jax.main import launch
+
+    def launched(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding, 'make_mesh', _make_mesh)
+            return launch(*args)
+
+    return launched
 
 
 @pytest.fixture(scope='session')
@@ -251,13 +264,8 @@ def token_scores(config):
 
 
 @pytest.fixture(scope='session')
-def finished(tmp_path_factory) -> Path:
+def finished(tmp_path_factory, launch_on_all) -> Path:
     """The work directory of a small run of all four stages on all devices."""
-    from rlhf_jax.main import launch
-
     workdir = tmp_path_factory.mktemp('runs') / 'small'
-    with pytest.MonkeyPatch.context() as patch:
-        # It may be the first run of a module that takes one.
-        patch.setattr(sharding, 'make_mesh', _make_mesh)
-        launch(small_config.get_config(), workdir)
+    launch_on_all(small_config.get_config(), workdir)
     return workdir

@@ -143,10 +143,10 @@ def test_the_score_is_read_at_the_last_real_token(token_scores):
     assert scores.tolist() == [30, 20, 40]
 
 
-@pytest.mark.parametrize('layers', [1, 2])
-def test_one_token_of_the_last_layer_is_enough(config, layers):
+@pytest.mark.parametrize(('layers', 'unroll'), [(1, 1), (2, 2), (2, 1)])
+def test_one_token_of_the_last_layer_is_enough(config, layers, unroll):
     """Values and gradients, beside those of the whole sequence; a row of holes too."""
-    config = dataclasses.replace(config, num_layers=layers)
+    config = dataclasses.replace(config, num_layers=layers, scan_unroll=unroll)
     model = ScalarModel(config, heads=('one', 'two'))
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, 64, (4, 9)).astype(np.int32)

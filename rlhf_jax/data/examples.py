@@ -231,7 +231,7 @@ def response_length(example: Example) -> int | None:
     None where the loss is another, or the row a packed one.
     """
     if isinstance(example, TokenExample) and example.segments is None:
-        return len(example.loss) - int(np.argmax(example.loss))
+        return int(np.any(example.loss)) * (len(example.loss) - np.argmax(example.loss))
     if isinstance(example, PreferencePair):
         return max(len(example.chosen), len(example.rejected))
     if isinstance(example, PreferenceSingle):

@@ -43,9 +43,9 @@ from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
 from rlhf_jax.data.tokenizer import eos_ids as eos_ids
 
 LossOn = Literal['response', 'all', 'assistant']
-# The last layer is run for responses alone where they fill at most so much of a row:
-# cutting it out of the stack of layers costs a copy.
-WORTHWHILE = 0.75
+# The length of responses is static and rounded up to a multiple of so many tokens, so
+# that much the same data, another part of them for instance, compile nothing.
+RESPONSE_STEP = 16
 
 
 # ----------------------------------------------------------------------------- loading
@@ -446,17 +446,21 @@ def _padded(
 ) -> Callable[[list[int], list[int]], Batch]:
     """Makes batches of rows by index, of the first bucket that fits all ``others``.
 
-    Their ``response_length`` is that of the whole data set, so that a bucket is one
-    shape; it is None where little is in front of the longest response.
+    Their ``response_length`` is that of all examples that fit the bucket, so that a
+    bucket is one shape.
     """
     known = [response_length(example) for example in dataset.examples]
-    longest = None if None in known else max(known)
+    longest: dict[int, int] = {}
+    if None not in known:
+        for bucket in buckets:
+            fits = [n for n, length in zip(known, lengths) if length <= bucket]
+            rounded = -(-max(fits, default=0) // RESPONSE_STEP) * RESPONSE_STEP
+            if 0 < rounded < bucket:
+                longest[bucket] = rounded
 
     def batch(rows: list[int], others: list[int]) -> Batch:
         length = next(b for b in buckets if b >= lengths[others].max())
-        responses = longest
-        if longest is not None and longest > WORTHWHILE * length:
-            responses = None
+        responses = longest.get(length)
         return collate(dataset.examples, dataset.columns, rows, length, responses)
 
     return batch

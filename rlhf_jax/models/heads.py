@@ -154,7 +154,8 @@ def apply_to_last(
 ) -> Array:
     """What a model says at the last places of sequences, [B, T] → [B, last, …].
 
-    The last layer is run for them alone.
+    The head is run for them alone, and so is the last layer where layers are unrolled;
+    cut out of a stack of scanned ones it would be a copy of them all.
 
     Args:
         model: a decoder.
@@ -165,8 +166,13 @@ def apply_to_last(
     """
     if last is None or last >= tokens.shape[1]:
         return model.apply({'params': params}, tokens, mask)
+    if not model.config.is_unrolled:
+        return model.clone(last=last).apply({'params': params}, tokens, mask)
     model, params = take_apart(model, params, model.config.num_layers - 1)
-    return model.clone(last=last).apply({'params': params}, tokens, mask)
+    # cuDNN has attention of even numbers of queries, and is not asked for a single one.
+    more = last + last % 2 if last > 1 else last
+    out = model.clone(last=more).apply({'params': params}, tokens, mask)
+    return out[:, -last:]
 
 
 def start_from(params: Params, source: Params) -> Params:

@@ -48,8 +48,8 @@ class Transformer(nn.Module):
 
     Parameters: ``embed/tokens`` [V, D] (and ``embed/positions``, ``embed/types``,
     ``embed/norm``), ``layers/…`` stacked [L, …], ``final_norm/scale`` [D] unless the
-    last layer ends in a norm. ``last`` wants the last layer by itself
-    (``models.heads.take_apart``).
+    last layer ends in a norm. A last layer by itself (``models.heads.take_apart``) is
+    run for the ``last`` tokens alone.
     """
 
     config: TransformerConfig
@@ -89,6 +89,8 @@ class Transformer(nn.Module):
             block = Block(cfg, keep_kv, last, name=f'layers_{i}')
             (x, new), kv = block((x, old), None, windowed[i], views)
             kvs.append(kv if old is None else new)
+        if self.last is not None:
+            x = x[:, -self.last :]
         if cfg.residual != 'outer':
             x = Norm(cfg, name='final_norm')(x)
         if kvs[0] is None or stacked:

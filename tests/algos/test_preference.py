@@ -167,6 +167,21 @@ def test_the_last_layer_for_responses_alone_changes_nothing(
     assert len(whole) == 2 and all(np.all(x < 0) for x in whole.values())
     for name, values in whole.items():
         np.testing.assert_allclose(part[name], values, rtol=1e-5)
+    loss = dpo if kind == 'pairs' else kto
+    how = {'model': policy, 'loss': loss, 'loss_hp': loss.HParams()}
+
+    def total(params, batch):
+        context = batch_context(params, batch, **how)
+        return preference_loss(params, batch, context, **how)[0]
+
+    gradient = jax.jit(jax.grad(total))
+    one, other = (
+        gradient(policy_params, batch.replace(response_length=length))
+        for length in (None, LENGTH - 2)
+    )
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(one)) > 1e-2
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- loss

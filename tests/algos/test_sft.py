@@ -151,7 +151,7 @@ def test_the_last_layer_for_responses_alone_changes_nothing(
         for batch in (token_batch, short)
     ]
     flops = [program.cost_analysis()['flops'] for program in programs]
-    assert flops[1] < 0.8 * flops[0]
+    assert flops[1] < 0.9 * flops[0]
     values = zip(programs, (token_batch, short))
     whole, part = (program(policy_params, batch) for program, batch in values)
     assert float(whole[0]) > 0

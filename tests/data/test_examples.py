@@ -118,17 +118,23 @@ def test_the_longest_response_of_the_data_is_known(tmp_path, words, kind, record
     masks = [batch.response_mask]
     masks += [batch.mismatched.loss_mask] if kind == 'singles' else []
     longest = max(int(mask.sum(-1).max()) for mask in masks)
+    rounded = {26: 32, 8: 16}[longest]
     lengths = {
         b.response_length
         for b, _ in zip(pipeline.batches(data, 2, seed=0, buckets=(64,)), range(8))
     }
-    assert lengths == {batch.response_length} == {longest}
-    # It is not where it fills more than three quarters of a row.
-    row = int(batch.mask.sum(-1).max())
-    if records is PAIRED:
-        assert longest > 0.75 * row
-        [batch] = pipeline.eval_batches(data, 16, (row,))
-        assert batch.response_length is None
+    assert lengths == {batch.response_length} == {rounded}
+    # It spares nothing in rows that are no longer.
+    [batch] = pipeline.eval_batches(data, 16, (rounded,))
+    assert batch.response_length is None
+
+
+def test_a_long_response_costs_the_shorter_bucket_nothing(tmp_path, words):
+    records = [*PAIRED[:3], PAIRED[0] | {'chosen': ' good' * 8}]
+    data = load(tmp_path / 'a.jsonl', records, words, 'pairs')
+    batches = pipeline.eval_batches(data, 1, (24, 64))
+    known = [(batch.tokens.shape[-1], batch.response_length) for batch in batches]
+    assert known == [(24, 16)] * 3 + [(64, 48)]
 
 
 def test_columns_follow_the_examples(tmp_path, words):

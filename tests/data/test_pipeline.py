@@ -293,7 +293,6 @@ def test_token_batch_by_hand(jsonl):
             tokens=np.asarray([[3, 4, 5, 1, 0], [3, 6, 1, 0, 0], [0] * 5], np.int32),
             mask=np.asarray([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool),
             loss_mask=np.asarray([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0] * 5], bool),
-            response_length=2,
         ),
     )
     assert batch.tokens.dtype == np.int32 and batch.mask.dtype == bool

@@ -266,7 +266,11 @@ def test_attention_in_blocks_is_attention(config, size, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('config', [*CONFIGS.values(), WINDOWS])
+# Unrolled, the last layer is run for the last places alone; scanned, the head.
+UNROLLED = [dataclasses.replace(c, scan_unroll=9) for c in (*CONFIGS.values(), WINDOWS)]
+
+
+@pytest.mark.parametrize('config', [*UNROLLED, WINDOWS])
 @pytest.mark.parametrize('kind', [CausalLM, ScalarModel])
 def test_the_last_places_alone_are_those_of_all(kind, config, monkeypatch):
     model = kind(config)

@@ -69,10 +69,11 @@ NAMES = ('rloo', 'dapo', 'remax', 'gspo')
 
 
 @pytest.fixture(scope='module')
-def grpo(tmp_path_factory):
-    """A finished run and what its report says of it."""
+def grpo(tmp_path_factory, launch_on_all):
+    """A finished run on all devices and what its report says of it."""
     workdir = tmp_path_factory.mktemp('runs') / 'grpo'
-    return workdir, launch(get_config('grpo'), workdir)['stages']['policy_gradient']
+    report = launch_on_all(get_config('grpo'), workdir)
+    return workdir, report['stages']['policy_gradient']
 
 
 def test_it_is_measured_as_ppo_is(grpo, finished):
@@ -159,8 +160,8 @@ def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch):
         ('ppo_lagrangian', 'ppo_lagrangian', 'objective/lambda'),
     ],
 )
-def test_other_stages_run_in_the_same_loop(tmp_path, name, stage, metric):
-    # Every second response is trained on, in two minibatches.
+def test_other_stages_run_in_the_same_loop(tmp_path, all_devices, name, stage, metric):
+    # Every second response is trained on, in two minibatches on eight devices.
     values = {'num_rollouts': 2, 'batch_size': 32}
     if name == 'ppo_lagrangian':
         values |= {'critic': 'scratch', 'cost_critic': 'scratch'}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax import checkpoint, hf
+from rlhf_jax import checkpoint, hf, sharding
 from rlhf_jax.config import section
 from rlhf_jax.data import tiny_tldr
 from rlhf_jax.data.formats import Prompt
@@ -18,7 +18,7 @@ from rlhf_jax.main import launch
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.rewards import combine_steps, reward_model_scores
 from rlhf_jax.sample import load_part
-from rlhf_jax.sharding import ParallelConfig, make_mesh
+from rlhf_jax.sharding import ParallelConfig
 from rlhf_jax.stages.reward_model import load_reward_model
 from rlhf_jax.stages.run import Run, check_single_score, load_scalar
 from rlhf_jax.stages.scoring import check_reward, make_scorers, step_batch, text_batch
@@ -114,7 +114,7 @@ def tokenizer():
 def run(tmp_path, tokenizer):
     config = ConfigDict({'seed': 0, 'stages': ('ppo',)})
     config.model, config.parallel = section(ModelSettings), section(ParallelConfig)
-    return Run(tmp_path, config, make_mesh(ParallelConfig()), tokenizer)
+    return Run(tmp_path, config, sharding.make_mesh(ParallelConfig()), tokenizer)
 
 
 @pytest.fixture
@@ -285,13 +285,13 @@ def test_other_heads_get_a_fresh_head_on_the_same_backbone(run, workdirs):
 )
 def test_a_wrong_setting_is_told(tmp_path, tokenizer, kind, settings, message):
     config = rm_config(kind, **settings)
-    run = Run(tmp_path, config, make_mesh(ParallelConfig()), tokenizer)
+    run = Run(tmp_path, config, sharding.make_mesh(ParallelConfig()), tokenizer)
     with pytest.raises(ValueError, match=message):
         load_reward_model(run, 'rm')
 
 
 def test_a_loss_of_a_users_own(tmp_path, tokenizer):
     config = rm_config('rankings', loss='tests.own_reward_loss', width=0.5)
-    run = Run(tmp_path, config, make_mesh(ParallelConfig()), tokenizer)
+    run = Run(tmp_path, config, sharding.make_mesh(ParallelConfig()), tokenizer)
     job = load_reward_model(run, 'rm')
     assert job.loss_hp.width == 0.5 and job.loss.__name__ == 'tests.own_reward_loss'

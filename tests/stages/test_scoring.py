@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax import checkpoint, hf
+from rlhf_jax import checkpoint, hf, sharding
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, prepare
 from rlhf_jax.config import section
 from rlhf_jax.data.formats import Prompt
@@ -22,7 +22,7 @@ from rlhf_jax.export import export
 from rlhf_jax.main import launch
 from rlhf_jax.rewards import ScoreHParams, reward_model_scores, weighted_sum
 from rlhf_jax.sample import sample
-from rlhf_jax.sharding import ParallelConfig, make_mesh
+from rlhf_jax.sharding import ParallelConfig
 from rlhf_jax.stages.online import Scored, shape_and_prepare
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.scoring import check_reward, make_scorers, text_batch
@@ -93,7 +93,7 @@ def run(tmp_path):
     config.model, config.parallel = section(ModelSettings), section(ParallelConfig)
     tokenizer = policy_tokenizer()
     tokenizer.save_pretrained(tmp_path / 'tokenizer')
-    return Run(tmp_path, config, make_mesh(ParallelConfig()), tokenizer)
+    return Run(tmp_path, config, sharding.make_mesh(ParallelConfig()), tokenizer)
 
 
 def make_stage(folder, params, config, tokenizer=None, members=1):
