@@ -231,7 +231,8 @@ def response_length(example: Example) -> int | None:
     None where the loss is another, or the row a packed one.
     """
     if isinstance(example, TokenExample) and example.segments is None:
-        return int(np.any(example.loss)) * (len(example.loss) - np.argmax(example.loss))
+        places = np.flatnonzero(example.loss)
+        return len(example.loss) - int(places[0]) if len(places) else 0
     if isinstance(example, PreferencePair):
         return max(len(example.chosen), len(example.rejected))
     if isinstance(example, PreferenceSingle):
