@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and small models and batches to share."""
 
+import dataclasses
 import functools
 import os
 import types
@@ -114,6 +115,12 @@ def config() -> TransformerConfig:
 @pytest.fixture(scope='session')
 def policy(config):
     return CausalLM(config)
+
+
+@pytest.fixture(scope='session')
+def unrolled(config):
+    """The policy with its layers unrolled; of these the last can be run by itself."""
+    return CausalLM(dataclasses.replace(config, scan_unroll=config.num_layers))
 
 
 @pytest.fixture(scope='session')

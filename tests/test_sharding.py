@@ -1,6 +1,5 @@
 """One program, many layouts: every step gives the same numbers on each."""
 
-import dataclasses
 import functools
 
 import jax
@@ -73,17 +72,15 @@ def _state(params, tx):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_sft_step_agrees_with_one_device(layout, policy, policy_params, token_batch):
+def test_sft_step_agrees_with_one_device(layout, unrolled, policy_params, token_batch):
     tx = make_optimizer(OPTIM, UPDATES)
     # Rows are turned, and the last layer is cut out for half of them.
     batch = token_batch.replace(response_length=6)
-    unrolled = dataclasses.replace(policy.config, scan_unroll=policy.config.num_layers)
-    model = policy.clone(config=unrolled)
 
     def run(layout):
         mesh, backend, parts = _mesh(layout)
         step = functools.partial(
-            sft_step, model=model, tx=tx, hp=SFTHParams(num_microbatches=parts)
+            sft_step, model=unrolled, tx=tx, hp=SFTHParams(num_microbatches=parts)
         )
         return _train(
             step, _state(policy_params, tx), [(batch,)] * UPDATES, mesh, backend

@@ -160,15 +160,15 @@ def test_responses_that_are_not_kept_are_as_if_not_there(bigram):
 
 
 def test_the_last_layer_for_responses_alone_changes_nothing(
-    policy, policy_params, generation
+    unrolled, policy_params, generation
 ):
     """Where the rollout says how long responses are, the demonstrations do, too."""
     hp, scores = _hp(group_size=4), jnp.arange(16.0)
     texts = generation.replace(response_length=6)
-    batch, _ = prepare_best(policy_params, texts, scores, model=policy, hp=hp)
+    batch, _ = prepare_best(policy_params, texts, scores, model=unrolled, hp=hp)
     assert batch.response_length == 6
     short, whole = (
-        sft_loss(policy_params, demonstrations, model=policy)[0]
+        sft_loss(policy_params, demonstrations, model=unrolled)[0]
         for demonstrations in (batch, batch.replace(response_length=None))
     )
     assert float(whole) > 0

@@ -95,11 +95,11 @@ def test_equal_scores_have_no_weight_and_are_counted(bigram):
 
 
 def test_the_last_layer_for_responses_alone_changes_nothing(
-    policy, policy_params, generation
+    unrolled, policy_params, generation
 ):
     """Where the rollout says how long responses are, the pairs do, too."""
     prepared = jax.jit(
-        functools.partial(prepare_pairs, model=policy, hp=_hp(), loss=dpo)
+        functools.partial(prepare_pairs, model=unrolled, hp=_hp(), loss=dpo)
     )
     whole, short = (
         prepared(policy_params, texts, jnp.arange(16.0))[0]

@@ -157,18 +157,18 @@ def test_a_response_without_anything_before_it_starts_at_its_second_token(bigram
 
 @pytest.mark.parametrize('kind', ['pairs', 'singles'])
 def test_the_last_layer_for_responses_alone_changes_nothing(
-    bigram, policy, policy_params, kind
+    bigram, unrolled, policy_params, kind
 ):
     batch = _pairs(bigram) if kind == 'pairs' else _singles(bigram)
     whole, part = (
-        jax.jit(functools.partial(reference_logps, model=policy))(policy_params, b)
+        jax.jit(functools.partial(reference_logps, model=unrolled))(policy_params, b)
         for b in (batch, batch.replace(response_length=LENGTH - 2))
     )
     assert len(whole) == 2 and all(np.all(x < 0) for x in whole.values())
     for name, values in whole.items():
         np.testing.assert_allclose(part[name], values, rtol=1e-5)
     loss = dpo if kind == 'pairs' else kto
-    how = {'model': policy, 'loss': loss, 'loss_hp': loss.HParams()}
+    how = {'model': unrolled, 'loss': loss, 'loss_hp': loss.HParams()}
 
     def total(params, batch):
         context = batch_context(params, batch, **how)

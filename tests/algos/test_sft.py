@@ -1,6 +1,5 @@
 """``sft_step``: the loss in NumPy, what counts, accumulation, learning."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -13,7 +12,6 @@ import pytest
 from rlhf_jax.algos.sft import SFTHParams, sft_loss, sft_step
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.examples import Counts, Dataset, TokenExample
-from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.types import TokenBatch, TrainState
 
 V = 6
@@ -137,14 +135,12 @@ def test_garbage_ids_in_padding_change_nothing(policy, policy_params, token_batc
 
 
 def test_the_last_layer_for_responses_alone_changes_nothing(
-    config, policy_params, token_batch
+    unrolled, policy_params, token_batch
 ):
     """Loss and gradient; and less is computed. The longest text has twelve tokens, of
     which six are in the loss.
     """
-    # Unrolled, because XLA counts the FLOPs of a loop once.
-    policy = CausalLM(dataclasses.replace(config, scan_unroll=config.num_layers))
-    loss = jax.value_and_grad(lambda p, b: sft_loss(p, b, model=policy)[0])
+    loss = jax.value_and_grad(lambda p, b: sft_loss(p, b, model=unrolled)[0])
     short = token_batch.replace(response_length=6)
     programs = [
         jax.jit(loss).lower(policy_params, batch).compile()
