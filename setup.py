@@ -38,7 +38,7 @@ setup(
         'tpu': ['jax[tpu]'],
         'test': ['pytest', 'pytest-xdist', 'ruff'],
         'parity': ['torch', 'trl==1.12.0', 'pandas', 'requests'],  # the last with PPO
-        'parity_latest': ['torch', 'trl==1.16.0', 'pandas', 'requests'],
+        'parity-latest': ['torch', 'trl==1.16.0', 'pandas', 'requests'],
         'tensorboard': ['tensorboardX'],
         'wandb': ['wandb'],
     },
