@@ -205,8 +205,8 @@ def sample_tokens(
 @struct.dataclass(kw_only=True)
 class _Loop:
     i: Array  # [] int32, response tokens written
-    hidden: Array  # [B, D], state that predicts the next token
     tail: Array  # [B, N] int32, the last tokens of each response
+    real: Array  # [B] bool, whether the last of them is in the response
     ended: Array  # [B] bool
     response: Array  # [B, R] int32
     response_mask: Array  # [B, R] bool
@@ -221,6 +221,26 @@ def stopped(tail: Array, length: Array, how: Sampling) -> Array:
     matches = jnp.all((stops == -1) | (tail[:, None] == stops), axis=-1)
     matches = jnp.any(matches & (stops[:, -1] != -1), axis=-1)
     return is_eos | (matches & (length >= how.stop_after))
+
+
+def _draw_next(loop: _Loop, logits: Array, keys: PRNGKey, how: Sampling) -> _Loop:
+    """Draws the next token of every row from its logits [B, V]; nothing of rows that
+    have ended.
+    """
+    drawn, logprobs = sample_tokens(logits, keys, how)
+    alive = ~loop.ended
+    drawn = jnp.where(alive, drawn, 0)
+    tail = jnp.concatenate([loop.tail[:, 1:], drawn[:, None]], axis=1)
+    ends = stopped(tail, loop.i + 1, how)
+    return loop.replace(
+        i=loop.i + 1,
+        tail=tail,
+        real=alive,
+        ended=loop.ended | (alive & ends),
+        response=loop.response.at[:, loop.i].set(drawn),
+        response_mask=loop.response_mask.at[:, loop.i].set(alive),
+        logprobs=loop.logprobs.at[:, loop.i].set(jnp.where(alive, logprobs, 0)),
+    )
 
 
 def for_decoding(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
@@ -274,10 +294,10 @@ def generate(
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
-    loop = _Loop(
+    start = _Loop(
         i=jnp.int32(0),
-        hidden=jnp.repeat(hidden[:, -1], samples, axis=0),
         tail=jnp.full((batch, how.stop_sequences.shape[1]), -2, jnp.int32),
+        real=jnp.zeros(batch, bool),
         ended=jnp.zeros(batch, bool),
         response=jnp.zeros((batch, max_new_tokens), jnp.int32),
         response_mask=jnp.zeros((batch, max_new_tokens), bool),
@@ -285,26 +305,17 @@ def generate(
         cache=repeat_rows(cache, samples),
     )
 
-    def one_token(loop: _Loop) -> _Loop:
-        logits = logits_of(loop.hidden, unembedding, model.config.logit_softcap)
+    def draw(hidden: Array, loop: _Loop) -> _Loop:
+        logits = logits_of(hidden, unembedding, model.config.logit_softcap)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, loop.i)
-        drawn, logprobs = sample_tokens(logits, keys, how)
-        alive = ~loop.ended
-        drawn = jnp.where(alive, drawn, 0)
-        tail = jnp.concatenate([loop.tail[:, 1:], drawn[:, None]], axis=1)
-        ends = stopped(tail, loop.i + 1, how)
-        hidden, cache = apply(drawn, alive, loop.cache, method='decode')
-        return _Loop(
-            i=loop.i + 1,
-            hidden=hidden,
-            tail=tail,
-            ended=loop.ended | (alive & ends),
-            response=loop.response.at[:, loop.i].set(drawn),
-            response_mask=loop.response_mask.at[:, loop.i].set(alive),
-            logprobs=loop.logprobs.at[:, loop.i].set(jnp.where(alive, logprobs, 0)),
-            cache=cache,
-        )
+        return _draw_next(loop, logits, keys, how)
 
+    def one_token(loop: _Loop) -> _Loop:
+        last = loop.tail[:, -1]
+        hidden, cache = apply(last, loop.real, loop.cache, method='decode')
+        return draw(hidden, loop.replace(cache=cache))
+
+    loop = draw(jnp.repeat(hidden[:, -1], samples, axis=0), start)
     for begin, end in _stretches(max_new_tokens):
         loop = loop.replace(cache=grow(loop.cache, end - begin))
         loop = jax.lax.while_loop(

@@ -18,9 +18,9 @@ from rlhf_jax.ops.logprobs import soft_cap
 from rlhf_jax.types import Array
 
 NEGATIVE = -1e30  # finite, so that a row without any key stays finite
-# Causal attention goes over blocks of queries: of at least so many tokens, and at most
-# so many blocks, which are unrolled.
-MIN_BLOCK, MAX_BLOCKS = 64, 8
+# Causal attention goes over blocks of queries: of about so many tokens or more, and at
+# most so many blocks, which are unrolled.
+BLOCK, MAX_BLOCKS = 64, 8
 
 
 def attend(
@@ -94,10 +94,10 @@ def blockwise_attention(
     visible = visible[:, None, None]
     block_of = functools.partial(_block, cfg=cfg)
     length, before = q.shape[3], keys.shape[2] - q.shape[3]
-    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-    if cfg.attention != 'causal' or length <= size:
+    count = min(round(length / BLOCK), MAX_BLOCKS)
+    if cfg.attention != 'causal' or count <= 1:
         return jnp.moveaxis(block_of(q, keys, values, visible), 3, 1)
-    block_of, blocks = jax.checkpoint(block_of), []
+    block_of, blocks, size = jax.checkpoint(block_of), [], -(-length // count)
     for start in range(0, length, size):
         here, seen = slice(start, start + size), slice(before + start + size)
         block = q[..., here, :], keys[:, :, seen], values[:, :, seen]

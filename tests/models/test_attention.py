@@ -51,7 +51,7 @@ FORMS = [attention.blockwise_attention, fused]
 @pytest.mark.parametrize('queries', [12, 4])
 @pytest.mark.parametrize('scalar', [None, 3.0])
 def test_attention_is_that_of_a_loop(grouped, form, queries, scalar, monkeypatch):
-    monkeypatch.setattr(attention, 'MIN_BLOCK', 5)
+    monkeypatch.setattr(attention, 'BLOCK', 5)
     cfg = dataclasses.replace(grouped, query_scalar=scalar)
     q, keys, values, visible = inputs(queries)
     expected = by_hand(q, keys, values, visible, (scalar or 8) ** -0.5)
@@ -73,7 +73,7 @@ def test_both_ways_where_nothing_is_causal(grouped):
 
 @pytest.mark.parametrize('queries', [12, 4])
 def test_gradients_agree(grouped, queries, monkeypatch):
-    monkeypatch.setattr(attention, 'MIN_BLOCK', 5)
+    monkeypatch.setattr(attention, 'BLOCK', 5)
     *qkv, visible = inputs(queries)
 
     def loss(qkv, form):

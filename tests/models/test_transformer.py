@@ -260,7 +260,7 @@ def test_attention_in_blocks_is_attention(config, size, monkeypatch):
         return jnp.sum(jnp.where(mask[..., None], jnp.sin(hidden), 0))
 
     expected = jax.value_and_grad(loss)(params)
-    monkeypatch.setattr(attention, 'MIN_BLOCK', size)
+    monkeypatch.setattr(attention, 'BLOCK', size)
     blocks = jax.value_and_grad(loss)(params)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(blocks)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -284,8 +284,8 @@ def test_the_last_places_alone_are_those_of_all(kind, config, monkeypatch):
         return jnp.sum(jnp.sin(out[:, -5:]))
 
     expected = jax.value_and_grad(loss)(params, None)
-    for block in (attention.MIN_BLOCK, 2):
-        monkeypatch.setattr(attention, 'MIN_BLOCK', block)
+    for block in (attention.BLOCK, 2):
+        monkeypatch.setattr(attention, 'BLOCK', block)
         alone = jax.value_and_grad(loss)(params, 5)
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
