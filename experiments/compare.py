@@ -10,7 +10,8 @@ answers to the held-out prompts against those of the SFT policy, in
 ``stages/evaluation.py``. Writes ``compare.json``, ``compare.md`` and ``compare.png``;
 what ``compare.json`` in DIR holds, and finished runs there, are not run again, so that
 methods and seeds can be added: those of docs/recipes.md are in
-experiments/results/compare.json.
+experiments/results. The column of time is not of these runs, which may share a machine:
+it is what ``experiments/pace.py`` has left in DIR, if it was run there.
 """
 
 from __future__ import annotations
@@ -86,17 +87,7 @@ def run_one(method: str, base: Path, workdir: Path, seed: int, smoke: bool) -> A
     (stage,) = config.stages
     report = launch(config, workdir)
     jax.clear_caches()  # the programs of the next run are others
-    kept = {name: report['stages'][stage][name] for name in KEPT}
-    return kept | {'learning_seconds': learning_seconds(workdir / stage)}
-
-
-def learning_seconds(stage_dir: Path) -> float:
-    """Steps times the median time of one: without compilation, saving, evaluation."""
-    lines = (stage_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-    rows = [json.loads(line) for line in lines]
-    steps, seconds = np.array([[r['step'], r['seconds']] for r in rows]).T
-    paces = np.diff(seconds) / np.maximum(np.diff(steps), 1)
-    return float(steps[-1] * np.median(paces[np.diff(steps) > 0]))
+    return {name: report['stages'][stage][name] for name in KEPT}
 
 
 def read(path: Path, smoke: bool) -> dict[str, dict[str, Any]]:
@@ -116,12 +107,23 @@ def read(path: Path, smoke: bool) -> dict[str, dict[str, Any]]:
     return content['runs']
 
 
-def summarise(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def read_pace(path: Path) -> dict[str, float]:
+    """Time of learning over PPO's, by method, as ``experiments/pace.py`` has left it;
+    none without a file.
+    """
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding='utf-8'))['over_ppo']
+
+
+def summarise(
+    results: dict[str, dict[str, Any]], over_ppo: dict[str, float]
+) -> dict[str, dict[str, Any]]:
     """Means over seeds, and the lowest of the lower ends of the win rate's interval.
 
-    Time is that of learning alone (:func:`learning_seconds`), as a ratio to PPO's of
-    the same seed; None where PPO was not run, or where the machine was not free and
-    ``learning_seconds`` is therefore null in ``compare.json``.
+    Args:
+        results: runs by method and seed.
+        over_ppo: time of learning over PPO's, by method; None in the table without.
     """
     table = {}
     for method, by_seed in results.items():
@@ -134,14 +136,7 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         row['gold_gain'] = float(
             np.mean([r['gold_reward_after'] - r['gold_reward_before'] for r in runs])
         )
-        ratios = [
-            run['learning_seconds'] / results['ppo'][seed]['learning_seconds']
-            for seed, run in by_seed.items()
-            if seed in results.get('ppo', {})
-            and run['learning_seconds'] is not None
-            and results['ppo'][seed]['learning_seconds'] is not None
-        ]
-        row['time_to_ppo'] = float(np.mean(ratios)) if ratios else None
+        row['time_to_ppo'] = over_ppo.get(method)
         table[method] = row
     return table
 
@@ -224,7 +219,7 @@ def main(argv: list[str]) -> None:
             results.setdefault(method, {})[seed] = run
             text = json.dumps({'smoke': values.smoke, 'runs': results}, indent=1)
             path.write_text(text, encoding='utf-8')
-    text = to_markdown(summarise(results))
+    text = to_markdown(summarise(results, read_pace(workdir / 'pace.json')))
     (workdir / 'compare.md').write_text(text, encoding='utf-8')
     plot(results, workdir / 'compare.png')
     print(text)
