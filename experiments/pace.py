@@ -68,12 +68,17 @@ def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
     logging.set_verbosity(logging.FATAL)  # Orbax reports every rename
     values = flags.FLAGS
+    unknown = sorted(set(values.methods) - METHODS.keys())
+    if unknown:
+        raise app.UsageError(f'--methods={unknown}: known are {", ".join(METHODS)}')
+    base, workdir = Path(values.base).absolute(), Path(values.workdir)
+    folder = workdir / 'pace'
+    if folder.exists():  # finished runs are not run again: their time would be the old
+        raise app.UsageError(f'{folder} is there already; remove it to measure anew')
     methods = [method for method in values.methods if method != UNIT]
     order = [UNIT]
     for start in range(0, len(methods), values.group):
         order += [*methods[start : start + values.group], UNIT]
-    base, workdir = Path(values.base).absolute(), Path(values.workdir)
-    folder = workdir / 'pace'
     seconds = [
         learning_seconds(method, base, folder / f'{i:02}_{method}', values.steps)
         for i, method in enumerate(order)
