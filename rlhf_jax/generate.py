@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax.models.heads import CausalLM, take_apart
+from rlhf_jax.models.heads import CausalLM, join_kernels, take_apart
 from rlhf_jax.models.transformer import KVCache, grow, repeat_rows
 from rlhf_jax.ops.logprobs import logits_of
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
@@ -247,12 +247,13 @@ def for_decoding(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
     """The model that the loop over tokens runs, and its parameters.
 
     Unrolled layers are taken apart: cut out of their stack they would be copied at
-    every token. Of a prompt the last one then runs for the last token alone, which is
-    all that is read; scanned layers are all alike, and run for every token.
+    every token. Products of the same input are joined. Of a prompt the last layer then
+    runs for the last token alone, which is all that is read; scanned layers are all
+    alike, and run for every token.
     """
     if not model.config.is_unrolled:
         return model, params
-    return take_apart(model.clone(last=1), params, 0)
+    return join_kernels(*take_apart(model.clone(last=1), params, 0))
 
 
 def generate(

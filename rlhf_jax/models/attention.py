@@ -87,33 +87,113 @@ def blockwise_attention(
     q: Array, keys: Array, values: Array, visible: Array, cfg: TransformerConfig
 ) -> Array:
     """:func:`attend` by matrix products; causal where the config says so: what lies
-    behind the last query of a block is not computed at all, and the weights of a block
-    are computed anew in its backward pass, not kept.
+    behind the last query of a block is not computed at all. The backward pass computes
+    the weights of a block anew and keeps one number of each row of them.
+
+    Source: Dao et al. 2022, arXiv 2205.14135, app. B.
     """
     q = jnp.moveaxis(q, 1, 3)  # [B, K, G, T, H]: XLA runs this order faster
-    visible = visible[:, None, None]
-    block_of = functools.partial(_block, cfg=cfg)
-    length, before = q.shape[3], keys.shape[2] - q.shape[3]
-    count = min(round(length / BLOCK), MAX_BLOCKS)
+    out = _by_blocks(q, keys, values, visible[:, None, None], cfg)
+    return jnp.moveaxis(out, 3, 1)
+
+
+def _blocks(
+    queries: int, keys: int, cfg: TransformerConfig
+) -> list[tuple[slice, slice]]:
+    """The queries of each block, and the keys up to the last of them."""
+    count = min(round(queries / BLOCK), MAX_BLOCKS)
     if cfg.attention != 'causal' or count <= 1:
-        return jnp.moveaxis(block_of(q, keys, values, visible), 3, 1)
-    block_of, blocks, size = jax.checkpoint(block_of), [], -(-length // count)
-    for start in range(0, length, size):
-        here, seen = slice(start, start + size), slice(before + start + size)
-        block = q[..., here, :], keys[:, :, seen], values[:, :, seen]
-        blocks.append(block_of(*block, visible[..., here, seen]))
-    return jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1)
+        return [(slice(queries), slice(keys))]
+    size = -(-queries // count)
+    starts = range(0, queries, size)
+    return [(slice(i, i + size), slice(keys - queries + i + size)) for i in starts]
 
 
-def _block(
-    q: Array, keys: Array, values: Array, visible: Array, *, cfg: TransformerConfig
-) -> Array:
-    """q [B, K, G, T, H]; visible [B, 1, 1, T, S]. Returns [B, K, G, T, H]."""
+def _scores(q: Array, keys: Array, visible: Array, cfg: TransformerConfig) -> Array:
+    """[B, K, G, T, S] float32."""
     scores = jnp.einsum(
         'bkgth,bksh->bkgts', q, keys, preferred_element_type=jnp.float32
     )
-    scores = soft_cap(
-        scores * (cfg.query_scalar or cfg.head_dim) ** -0.5, cfg.attention_softcap
+    scores = soft_cap(scores * _scale(cfg), cfg.attention_softcap)
+    return jnp.where(visible, scores, NEGATIVE)
+
+
+def _scale(cfg: TransformerConfig) -> float:
+    return (cfg.query_scalar or cfg.head_dim) ** -0.5
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_blocks(
+    q: Array, keys: Array, values: Array, visible: Array, cfg: TransformerConfig
+) -> Array:
+    """q [B, K, G, T, H]; visible [B, 1, 1, T, S]. Returns [B, K, G, T, H]."""
+    return _forward(q, keys, values, visible, cfg)[0]
+
+
+def _forward(
+    q: Array, keys: Array, values: Array, visible: Array, cfg: TransformerConfig
+) -> tuple[Array, tuple]:
+    outs, norms = [], []
+    for here, seen in _blocks(q.shape[3], keys.shape[2], cfg):
+        scores = _scores(
+            q[..., here, :], keys[:, :, seen], visible[..., here, seen], cfg
+        )
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        inverse = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+        # Divided behind the product: by as many numbers as a head has, not as keys.
+        out = jnp.einsum(
+            'bkgts,bksh->bkgth',
+            weights.astype(q.dtype),
+            values[:, :, seen],
+            preferred_element_type=jnp.float32,
+        )
+        outs.append((out * inverse).astype(q.dtype))
+        norms.append((highest, inverse))
+    out = jnp.concatenate(outs, axis=3)
+    return out, (q, keys, values, visible, out, norms)
+
+
+def _backward(
+    cfg: TransformerConfig, saved: tuple, d_out: Array
+) -> tuple[Array, Array, Array, None]:
+    q, keys, values, visible, out, norms = saved
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # Σ_s weight·d_weight of a query, without either: Σ_h out·d_out.
+    mean = product('bkgth,bkgth->bkgt', out, d_out)[..., None]
+    d_q, d_keys, d_values = [], [], []
+    for (here, seen), (highest, inverse) in zip(
+        _blocks(q.shape[3], keys.shape[2], cfg), norms
+    ):
+        some_q, some_d_out = q[..., here, :], d_out[..., here, :]
+        some_keys, shown = keys[:, :, seen], visible[..., here, seen]
+        scores = _scores(some_q, some_keys, shown, cfg)
+        weights = jnp.exp(scores - highest) * inverse
+        d_weights = product('bkgth,bksh->bkgts', some_d_out, values[:, :, seen])
+        d_scores = weights * (d_weights - mean[..., here, :]) * _scale(cfg)
+        if cfg.attention_softcap is not None:
+            d_scores *= 1 - jnp.square(scores / cfg.attention_softcap)
+        d_scores = jnp.where(shown, d_scores, 0).astype(q.dtype)
+        d_q.append(product('bkgts,bksh->bkgth', d_scores, some_keys))
+        d_keys.append(product('bkgts,bkgth->bksh', d_scores, some_q))
+        weights = weights.astype(q.dtype)
+        d_values.append(product('bkgts,bkgth->bksh', weights, some_d_out))
+    return (
+        jnp.concatenate(d_q, axis=3).astype(q.dtype),
+        _sum_from_the_front(d_keys).astype(keys.dtype),
+        _sum_from_the_front(d_values).astype(values.dtype),
+        None,
     )
-    weights = jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1)
-    return jnp.einsum('bkgts,bksh->bkgth', weights.astype(q.dtype), values)
+
+
+_by_blocks.defvjp(_forward, _backward)
+
+
+def _sum_from_the_front(parts: list[Array]) -> Array:
+    """The sum of arrays [B, K, S_i, H], S_i ascending, that begin together."""
+    ends = [part.shape[2] for part in parts]
+    sums = [
+        sum(part[:, :, begin:end] for part in parts[i:])
+        for i, (begin, end) in enumerate(zip([0, *ends], ends))
+    ]
+    return jnp.concatenate(sums, axis=2)

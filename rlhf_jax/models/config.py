@@ -77,6 +77,9 @@ class TransformerConfig:
     # First layers whose parameters are stacked, None for all; models.heads.take_apart
     # puts those of the others by themselves.
     num_stacked: int | None = None
+    # One kernel for queries, keys and values, and one for gate and up, as
+    # models.heads.join_kernels puts them.
+    joined: bool = False
 
     def __post_init__(self) -> None:
         # A config that comes back from JSON holds lists and dicts.

@@ -115,9 +115,16 @@ class Attention(nn.Module):
         """
         cfg = self.config
         asking = slice(None if self.last is None else -self.last, None)
-        q = self._project('query', cfg.num_heads, x[:, asking])
-        k = self._project('key', cfg.num_kv_heads, x)
-        v = self._project('value', cfg.num_kv_heads, x)
+        if cfg.joined:
+            ends = cfg.num_heads, cfg.num_heads + cfg.num_kv_heads
+            heads = ends[1] + cfg.num_kv_heads
+            qkv = self._project('query_key_value', heads, x)
+            q, k, v = jnp.split(qkv, ends, axis=2)
+            q = q[:, asking]
+        else:
+            q = self._project('query', cfg.num_heads, x[:, asking])
+            k = self._project('key', cfg.num_kv_heads, x)
+            v = self._project('value', cfg.num_kv_heads, x)
         if cfg.qk_norm is not None:
             axes = 1 if cfg.qk_norm == 'head' else 2
             q = Norm(cfg, axes, name='query_norm')(q)
@@ -213,11 +220,15 @@ class MLP(nn.Module):
                 y = y + offset.astype(y.dtype)
             return y
 
-        hidden = project('up', x, cfg.mlp_width, init)
-        if cfg.gated_mlp:
-            hidden = activate(project('gate', x, cfg.mlp_width, init)) * hidden
+        if cfg.gated_mlp and cfg.joined:
+            both = project('gate_up', x, 2 * cfg.mlp_width, init)
+            gate, up = jnp.split(both, 2, axis=-1)
+            hidden = activate(gate) * up
+        elif cfg.gated_mlp:
+            up = project('up', x, cfg.mlp_width, init)
+            hidden = activate(project('gate', x, cfg.mlp_width, init)) * up
         else:
-            hidden = activate(hidden)
+            hidden = activate(project('up', x, cfg.mlp_width, init))
         return project('down', hidden, cfg.width, down_init)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import attention
+from rlhf_jax.ops.logprobs import soft_cap
 
 SHAPE = {'rows': 2, 'keys': 12, 'heads': 2, 'groups': 3, 'size': 8}
 
@@ -71,18 +72,58 @@ def test_both_ways_where_nothing_is_causal(grouped):
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+def plain(q, keys, values, visible, cfg):
+    """Softmax of all scores at once, left to JAX's own differentiation."""
+    scores = jnp.einsum('btkgh,bksh->bkgts', q, keys) * cfg.head_dim**-0.5
+    scores = soft_cap(scores, cfg.attention_softcap)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30))
+    return jnp.einsum('bkgts,bksh->btkgh', weights, values)
+
+
 @pytest.mark.parametrize('queries', [12, 4])
-def test_gradients_agree(grouped, queries, monkeypatch):
+@pytest.mark.parametrize(
+    ('form', 'changes'),
+    [
+        (attention.blockwise_attention, {}),
+        (attention.blockwise_attention, {'attention_softcap': 0.7}),
+        (attention.blockwise_attention, {'attention': 'bidirectional'}),
+        (fused, {}),
+    ],
+)
+def test_gradients_are_those_of_the_whole_softmax(
+    grouped, form, changes, queries, monkeypatch
+):
     monkeypatch.setattr(attention, 'BLOCK', 5)
+    cfg = dataclasses.replace(grouped, **changes)
     *qkv, visible = inputs(queries)
+    if cfg.attention == 'bidirectional':
+        visible = np.broadcast_to(visible[:, -1:], visible.shape)
+    sees = visible.any(-1)[..., None, None, None]
 
-    def loss(qkv, form):
-        out = jnp.sin(form(*qkv, visible, grouped))
-        return jnp.sum(jnp.where(visible.any(-1)[..., None, None, None], out, 0))
+    def gradients(form):
+        def loss(qkv):
+            out = jnp.sin(form(*qkv, visible, cfg))
+            return jnp.sum(jnp.where(sees, out, 0))
 
-    one, other = (jax.grad(loss)(tuple(qkv), form) for form in FORMS)
-    for a, b in zip(one, other):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+        return jax.grad(loss)(tuple(qkv))
+
+    for ours, expected in zip(gradients(form), gradients(plain)):
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_a_token_that_sees_nothing_moves_no_score(grouped, monkeypatch):
+    monkeypatch.setattr(attention, 'BLOCK', 5)
+    q, keys, values, visible = inputs(12)
+    blind = ~visible.any(-1)[..., None, None, None]
+    assert blind.any()
+
+    def loss(q, keys):
+        out = attention.blockwise_attention(q, keys, values, visible, grouped)
+        return jnp.sum(jnp.where(blind, out, 0))
+
+    for gradient in jax.grad(loss, (0, 1))(q, keys):
+        np.testing.assert_array_equal(gradient, 0)
 
 
 @pytest.mark.parametrize(

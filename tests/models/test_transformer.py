@@ -13,7 +13,14 @@ from tokenizers import Tokenizer
 from rlhf_jax import hf
 from rlhf_jax.models import attention, presets
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.heads import CausalLM, ScalarModel, apply_to_last, start_from
+from rlhf_jax.models.heads import (
+    CausalLM,
+    ScalarModel,
+    apply_to_last,
+    join_kernels,
+    start_from,
+    take_apart,
+)
 from rlhf_jax.ops.logprobs import token_logprobs
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -289,6 +296,24 @@ def test_the_last_places_alone_are_those_of_all(kind, config, monkeypatch):
         alone = jax.value_and_grad(loss)(params, 5)
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('config', UNROLLED)
+def test_joined_kernels_are_their_parts(config):
+    model = CausalLM(config)
+    params = random_params(model)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 11)).astype(np.int32)
+    mask = np.arange(11) >= np.array([[4], [0]])
+    expected = model.apply({'params': params}, tokens, mask)
+    joined, in_one = join_kernels(*take_apart(model, params, 0))
+    for i in range(config.num_layers):
+        layer = in_one['backbone'][f'layers_{i}']
+        assert layer['attention'].keys() & {'query_kernel', 'key_kernel'} == set()
+        assert ('gate_up_kernel' in layer['mlp']) == config.gated_mlp
+    out = joined.apply({'params': in_one}, tokens, mask)
+    np.testing.assert_allclose(out[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    last = joined.clone(last=1).apply({'params': in_one}, tokens, mask)
+    np.testing.assert_allclose(last[:, 0], expected[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_start_from_takes_the_backbone_and_checks_its_shape():

@@ -5,14 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.linear import linear
+from rlhf_jax.ops.linear import FEW_ROWS, linear
 
 
 def _plain(x, kernel):
     return jnp.einsum('...d,df->...f', x, kernel)
 
 
-@pytest.mark.parametrize('shape', [(5,), (2, 5), (2, 3, 5)])
+@pytest.mark.parametrize(
+    'shape', [(5,), (1, 5), (2, 5), (2, 3, 5), (FEW_ROWS, 5), (2, FEW_ROWS, 5)]
+)
 @pytest.mark.parametrize('outputs', [3, 5, 11])
 def test_value_and_gradient_are_those_of_einsum(shape, outputs):
     x, kernel, weight = (
