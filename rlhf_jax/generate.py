@@ -248,7 +248,7 @@ def for_decoding(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
 
     Unrolled layers are taken apart: cut out of their stack they would be copied at
     every token. Products of the same input are joined. Of a prompt the last layer then
-    runs for the last token alone, which is all that is read; scanned layers are all
+    attends from the last token alone, which is all that is read; scanned layers are all
     alike, and run for every token.
     """
     if not model.config.is_unrolled:

@@ -88,7 +88,7 @@ def blockwise_attention(
 ) -> Array:
     """:func:`attend` by matrix products; causal where the config says so: what lies
     behind the last query of a block is not computed at all. The backward pass computes
-    the weights of a block anew and keeps one number of each row of them.
+    the weights of a block anew and keeps two numbers of each row of them.
 
     Source: Dao et al. 2022, arXiv 2205.14135, app. B.
     """

@@ -1,5 +1,8 @@
 """The matrix product against JAX's own, forward and backward."""
 
+import importlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +36,35 @@ def test_value_and_gradient_are_those_of_einsum(shape, outputs):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_factors_give_a_float32_product():
-    x = jnp.asarray([[1.0, 2.0**-9]], jnp.bfloat16)
+@pytest.mark.parametrize('rows', [1, 2, FEW_ROWS + 1])
+def test_bfloat16_factors_give_a_float32_product(rows):
+    x = jnp.asarray([[1.0, 2.0**-9]] * rows, jnp.bfloat16)
     kernel = jnp.asarray([[1.0], [1.0]], jnp.bfloat16)
     # 1 + 2⁻⁹ needs 10 bits, of which bfloat16 has 8.
-    assert float(linear(x, kernel, jnp.float32)[0, 0]) == 1 + 2**-9
-    assert float(linear(x, kernel)[0, 0]) == 1.0
+    assert np.asarray(linear(x, kernel, jnp.float32) == 1 + 2**-9).all()
+    assert np.asarray(linear(x, kernel) == 1.0).all()
     gradient = jax.grad(lambda k: linear(x, k, jnp.float32).sum())(kernel)
     assert gradient.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ('platform', 'rows', 'turned'),
+    [
+        ('cpu', 1, False),
+        ('cpu', 2, True),
+        ('cpu', FEW_ROWS, True),
+        ('cpu', FEW_ROWS + 1, False),
+        ('gpu', 2, False),
+    ],
+)
+def test_few_rows_are_turned_on_a_cpu(monkeypatch, platform, rows, turned):
+    module = importlib.import_module('rlhf_jax.ops.linear')
+    backend = types.SimpleNamespace(platform=platform)
+    monkeypatch.setattr(module, 'get_backend', lambda: backend)
+    text = str(
+        jax.make_jaxpr(lambda x, k: linear(x, k))(jnp.ones((rows, 5)), jnp.ones((5, 3)))
+    )
+    assert ('optimization_barrier' in text) == turned
 
 
 def test_members_of_an_ensemble_are_mapped():
