@@ -38,17 +38,40 @@ def policy_logprobs(
             None for all.
         segments: [B, T] of packed rows, see ``TokenBatch``; all places are wanted.
     """
-    # The token before a response predicts its first one.
+    hidden, unembedding = policy_states(
+        params,
+        tokens,
+        mask,
+        model=model,
+        response_length=response_length,
+        segments=segments,
+    )
+    first = tokens.shape[1] - hidden.shape[1]
+    how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
+    scored = token_logprobs(hidden, unembedding, tokens[:, first:], **how)
+    before = ((0, 0), (first, 0))
+    return jnp.pad(scored[0], before), jnp.pad(scored[1], before)
+
+
+def policy_states(
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    *,
+    model: CausalLM,
+    response_length: int | None,
+    segments: Array | None,
+) -> tuple[Array, Array]:
+    """Final hidden states [B, N, D] of the last N places, and what gives their logits,
+    [D, V]; see :func:`policy_logprobs`. N = ``response_length`` + 1, since the token
+    before a response predicts its first one, and T for None.
+    """
     last = None if response_length is None else response_length + 1
     if segments is None:
         hidden = apply_to_last(model, params, tokens, mask, last)
     else:
         hidden = model.apply({'params': params}, tokens, mask, segments)
-    rows = slice(tokens.shape[1] - hidden.shape[1], None)
-    how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
-    scored = token_logprobs(hidden, model.unembedding(params), tokens[:, rows], **how)
-    before = ((0, 0), (rows.start, 0))
-    return jnp.pad(scored[0], before), jnp.pad(scored[1], before)
+    return hidden, model.unembedding(params)
 
 
 def response_logprobs(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient
-from rlhf_jax.algos.rollout import policy_logprobs
+from rlhf_jax.algos.rollout import policy_logprobs, policy_states
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.ops.masked import ended_together, masked_sum
+from rlhf_jax.ops.logprobs import logprob_sum
+from rlhf_jax.ops.masked import ended_together
 from rlhf_jax.types import Array, Last, Mean, Metrics, Params, TokenBatch, TrainState
 
 
@@ -25,23 +26,18 @@ class SFTHParams:
     num_microbatches: int = 1  # gradient accumulation
 
 
-def counted_logprobs(
-    params: Params, batch: TokenBatch, *, model: CausalLM
-) -> tuple[Array, Array]:
-    """Log-probabilities of the tokens in a loss, and which tokens those are.
+def counted_tokens(batch: TokenBatch) -> tuple[Array, Array, Array, Array]:
+    """The texts of a batch, and which of their tokens are in a loss.
 
     With ``response_length`` the texts are turned until they end together, so that the
     last layer and the head run for that many places of each.
 
     Args:
-        params: of ``model``.
         batch: sequences; a token at position 0 has nothing before it and never counts.
-        model: the language model.
 
     Returns:
-        (logprobs [B, T] nats, 0 elsewhere, counted [B, T] bool), each text in its
-            order, at places of its own. NaN for a token that ``response_length`` does
-            not reach.
+        (tokens [B, T], mask [B, T] bool, counted [B, T] bool, missed [B, T] bool, those
+            of the counted that ``response_length`` does not reach).
 
     Raises:
         ValueError: ``response_length`` of rows that hold several texts.
@@ -56,6 +52,36 @@ def counted_logprobs(
         tokens, counted, mask = (
             ended_together(x, mask) for x in (tokens, counted, mask)
         )
+    # A token is predicted only from a real one: behind left padding the first has none.
+    predicted = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    if batch.segments is not None:  # nor from another document
+        same = batch.segments[:, 1:] == batch.segments[:, :-1]
+        predicted = predicted & jnp.pad(same, ((0, 0), (1, 0)))
+    counted = counted & mask & predicted
+    length = mask.shape[-1]
+    reach = length if batch.response_length is None else batch.response_length
+    return tokens, mask, counted, counted & (jnp.arange(length) < length - reach)
+
+
+def counted_logprobs(
+    params: Params, batch: TokenBatch, *, model: CausalLM
+) -> tuple[Array, Array]:
+    """Log-probabilities of the tokens in a loss, and which tokens those are.
+
+    Args:
+        params: of ``model``.
+        batch: sequences, see :func:`counted_tokens`.
+        model: the language model.
+
+    Returns:
+        (logprobs [B, T] nats, 0 elsewhere, counted [B, T] bool), each text in its
+            order, at places of its own. NaN for a token that ``response_length`` does
+            not reach.
+
+    Raises:
+        ValueError: see :func:`counted_tokens`.
+    """
+    tokens, mask, counted, missed = counted_tokens(batch)
     logprobs, _ = policy_logprobs(
         params,
         tokens,
@@ -65,15 +91,7 @@ def counted_logprobs(
         response_length=batch.response_length,
         segments=batch.segments,
     )
-    # A token is predicted only from a real one: behind left padding the first has none.
-    predicted = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
-    if batch.segments is not None:  # nor from another document
-        same = batch.segments[:, 1:] == batch.segments[:, :-1]
-        predicted = predicted & jnp.pad(same, ((0, 0), (1, 0)))
-    counted = counted & mask & predicted
-    if batch.response_length is not None:
-        reached = jnp.arange(mask.shape[-1]) >= mask.shape[-1] - batch.response_length
-        logprobs = jnp.where(reached, logprobs, jnp.nan)
+    logprobs = jnp.where(missed, jnp.nan, logprobs)
     return jnp.where(counted, logprobs, 0), counted
 
 
@@ -89,14 +107,35 @@ def sft_loss(
 
     Args:
         params: of ``model``.
-        batch: sequences; a token at position 0 has nothing before it and never counts.
+        batch: sequences, see :func:`counted_tokens`.
         model: the language model.
 
     Returns:
-        (sum [] nats, weight [] tokens, metrics with ``loss`` in nats per token).
+        (sum [] nats, weight [] tokens, metrics with ``loss`` in nats per token). The
+            sum is NaN where ``response_length`` does not reach a token that counts.
+
+    Raises:
+        ValueError: see :func:`counted_tokens`.
     """
-    logprobs, counted = counted_logprobs(params, batch, model=model)
-    total, weight = masked_sum(-logprobs, counted), jnp.sum(counted).astype(jnp.float32)
+    tokens, mask, counted, missed = counted_tokens(batch)
+    hidden, unembedding = policy_states(
+        params,
+        tokens,
+        mask,
+        model=model,
+        response_length=batch.response_length,
+        segments=batch.segments,
+    )
+    first = tokens.shape[1] - hidden.shape[1]
+    total = -logprob_sum(
+        hidden,
+        unembedding,
+        tokens[:, first:],
+        counted[:, first:].astype(jnp.float32),
+        softcap=model.config.logit_softcap,
+    )
+    total = jnp.where(jnp.any(missed), jnp.nan, total)
+    weight = jnp.sum(counted).astype(jnp.float32)
     return total, weight, {'loss': Mean(total, weight)}
 
 

@@ -210,26 +210,33 @@ class MLP(nn.Module):
             'relu': nn.relu,
         }[cfg.activation]
 
-        def project(
-            name: str, y: Array, size: int, initializer: nn.initializers.Initializer
-        ) -> Array:
-            kernel = self.param(f'{name}_kernel', initializer, (y.shape[-1], size))
-            y = linear(y, kernel.astype(y.dtype))
+        def biased(name: str, y: Array) -> Array:
             if cfg.mlp_bias:
-                offset = self.param(f'{name}_bias', nn.initializers.zeros, (size,))
+                zeros = nn.initializers.zeros
+                offset = self.param(f'{name}_bias', zeros, (y.shape[-1],))
                 y = y + offset.astype(y.dtype)
             return y
 
+        def project(name: str, size: int) -> Array:
+            kernel = self.param(f'{name}_kernel', init, (cfg.width, size))
+            return biased(name, linear(x, kernel.astype(x.dtype)))
+
+        # Of what is as wide as the MLP the backward pass finds these products alone,
+        # and computes the activation anew.
+        @jax.checkpoint
+        def down(kernel: Array, first: Array, up: Array | None) -> Array:
+            hidden = activate(first)
+            return linear(hidden if up is None else hidden * up, kernel)
+
         if cfg.gated_mlp and cfg.joined:
-            both = project('gate_up', x, 2 * cfg.mlp_width, init)
-            gate, up = jnp.split(both, 2, axis=-1)
-            hidden = activate(gate) * up
+            first, up = jnp.split(project('gate_up', 2 * cfg.mlp_width), 2, axis=-1)
         elif cfg.gated_mlp:
-            up = project('up', x, cfg.mlp_width, init)
-            hidden = activate(project('gate', x, cfg.mlp_width, init)) * up
+            up = project('up', cfg.mlp_width)
+            first = project('gate', cfg.mlp_width)
         else:
-            hidden = activate(project('up', x, cfg.mlp_width, init))
-        return project('down', hidden, cfg.width, down_init)
+            first, up = project('up', cfg.mlp_width), None
+        kernel = self.param('down_kernel', down_init, (cfg.mlp_width, cfg.width))
+        return biased('down', down(kernel.astype(x.dtype), first, up))
 
 
 class Block(nn.Module):

@@ -7,8 +7,11 @@ tokens.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 
 from rlhf_jax.ops.linear import linear
 from rlhf_jax.types import Array
@@ -16,6 +19,9 @@ from rlhf_jax.types import Array
 # The largest float32 block of logits that is built at once: 2²⁶ entries are 256 MiB.
 # Larger products are cut along the tokens and recomputed in the backward pass.
 MAX_LOGITS = 2**26
+# The same for the blocks of a sum, which recompute nothing. Every block adds to the
+# gradient of W, all of which is read and written for it: few tokens would not pay.
+MAX_SUM_LOGITS, MAX_SUM_LOGITS_ON_CPU, MIN_SUM_TOKENS = 2**27, 2**22, 128
 
 
 def token_logprobs(
@@ -46,28 +52,143 @@ def token_logprobs(
         (logprobs [B, T], entropy [B, T]) float32, in nats.
     """
     batch, length, _ = hidden.shape
-    states, targets = hidden[:, :-1], tokens[:, 1:]
     steps = length - 1
     largest = max(max_logits // (batch * unembedding.shape[-1]), 1)  # tokens in a block
-    chunks = -(-steps // largest)
-    if chunks <= 1:
-        logprobs, entropy = _score(states, targets, unembedding, temperature, softcap)
+    shifted = hidden[:, :-1], tokens[:, 1:]
+    if steps <= largest:
+        logprobs, entropy = _score(*shifted, unembedding, temperature, softcap)
     else:
-        size = -(-steps // chunks)  # the blocks are about equal, so little is padded
-        pad = -steps % size
-        states = jnp.pad(states, ((0, 0), (0, pad), (0, 0)))
-        targets = jnp.pad(targets, ((0, 0), (0, pad)))
-        states = jnp.moveaxis(states.reshape(batch, -1, size, states.shape[-1]), 1, 0)
-        targets = jnp.moveaxis(targets.reshape(batch, -1, size), 1, 0)
         score = jax.checkpoint(
             lambda chunk: _score(*chunk, unembedding, temperature, softcap)
         )
         logprobs, entropy = jax.tree.map(
-            lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :steps],
-            jax.lax.map(score, (states, targets)),
+            lambda x: _joined(x, steps), jax.lax.map(score, _cut(shifted, largest))
         )
     shift = ((0, 0), (1, 0))
     return jnp.pad(logprobs, shift), jnp.pad(entropy, shift)
+
+
+def logprob_sum(
+    hidden: Array,
+    unembedding: Array,
+    tokens: Array,
+    weights: Array,
+    *,
+    softcap: float | None = None,
+    max_logits: int | None = None,
+) -> Array:
+    """Weighted sum of the log-probabilities that :func:`token_logprobs` gives at
+    temperature 1, for a loss whose weights do not depend on them.
+
+    S = Σ_bt w_bt·log softmax(h[b, t−1]·W)[tokens[b, t]]
+
+    The gradient is taken together with the sum, block by block, so that no block of
+    logits outlives its turn and none is computed twice.
+
+    Source: the gradient inside the forward pass: Hsu et al. 2024 (Liger Kernel), arXiv
+        2410.10989, §3.2.
+
+    Args:
+        hidden: [B, T, D] final hidden states.
+        unembedding: [D, V].
+        tokens: [B, T] int32.
+        weights: [B, T] float32, constants; those at position 0 do not count, and where
+            they are 0 the token may be any number.
+        softcap: as in :func:`token_logprobs`.
+        max_logits: entries of the largest block of logits; None for what suits the
+            device.
+
+    Returns:
+        S [] float32, in nats.
+    """
+    batch, vocabulary = hidden.shape[0], unembedding.shape[-1]
+    if max_logits is None:
+        on_cpu = get_backend().platform == 'cpu'
+        max_logits = MAX_SUM_LOGITS_ON_CPU if on_cpu else MAX_SUM_LOGITS
+        max_logits = max(max_logits, MIN_SUM_TOKENS * vocabulary)
+    largest = max(max_logits // (batch * vocabulary), 1)
+    rows = hidden[:, :-1], tokens[:, 1:], weights[:, 1:]
+    return _sum_by_blocks(unembedding, rows, largest, softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sum_by_blocks(
+    unembedding: Array,
+    rows: tuple[Array, Array, Array],
+    largest: int,
+    softcap: float | None,
+) -> Array:
+    """rows: states [B, S, D], their targets and weights [B, S]."""
+    if rows[0].shape[1] <= largest:
+        return _block_sum(unembedding, *rows, softcap)
+    blocks = _cut(rows, largest)
+    return jnp.sum(
+        jax.lax.map(lambda block: _block_sum(unembedding, *block, softcap), blocks)
+    )
+
+
+def _sum_forward(
+    unembedding: Array,
+    rows: tuple[Array, Array, Array],
+    largest: int,
+    softcap: float | None,
+) -> tuple[Array, tuple[Array, Array]]:
+    steps = rows[0].shape[1]
+    sum_and_gradient = jax.value_and_grad(_block_sum, argnums=(0, 1))
+    if steps <= largest:
+        return sum_and_gradient(unembedding, *rows, softcap)
+
+    def add(
+        carry: tuple[Array, Array], block: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
+        part, (d_unembedding, d_states) = sum_and_gradient(unembedding, *block, softcap)
+        return (carry[0] + part, carry[1] + d_unembedding), d_states
+
+    start = jnp.float32(0), jnp.zeros_like(unembedding)
+    (total, d_unembedding), d_states = jax.lax.scan(add, start, _cut(rows, largest))
+    return total, (d_unembedding, _joined(d_states, steps))
+
+
+def _sum_backward(
+    largest: int, softcap: float | None, saved: tuple[Array, Array], d_sum: Array
+) -> tuple[Array, tuple[Array, None, None]]:
+    d_unembedding, d_states = (x * d_sum.astype(x.dtype) for x in saved)
+    return d_unembedding, (d_states, None, None)
+
+
+_sum_by_blocks.defvjp(_sum_forward, _sum_backward)
+
+
+def _block_sum(
+    unembedding: Array,
+    states: Array,
+    targets: Array,
+    weights: Array,
+    softcap: float | None,
+) -> Array:
+    logprobs, _ = _score(states, targets, unembedding, 1.0, softcap)
+    # A token that does not count may be one that the vocabulary does not have.
+    return jnp.sum(jnp.where(weights == 0, 0, logprobs) * weights)
+
+
+def _cut(rows: tuple[Array, ...], largest: int) -> tuple[Array, ...]:
+    """[B, S, …] → [blocks, B, size, …], filled up with zeros; sizes are as equal as can
+    be, so that little is.
+    """
+    batch, steps = rows[0].shape[:2]
+    size = -(-steps // -(-steps // largest))
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -steps % size)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    return tuple(map(cut, rows))
+
+
+def _joined(blocks: Array, steps: int) -> Array:
+    """[blocks, B, size, …] → [B, steps, …]."""
+    rows = jnp.moveaxis(blocks, 0, 1)
+    return rows.reshape(rows.shape[0], -1, *rows.shape[3:])[:, :steps]
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:

@@ -21,6 +21,7 @@ from rlhf_jax.models.heads import (
     start_from,
     take_apart,
 )
+from rlhf_jax.models.layers import MLP
 from rlhf_jax.ops.logprobs import token_logprobs
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -348,3 +349,15 @@ def test_presets():
         presets.preset('mico', 512)
     with pytest.raises(ValueError, match='known are nano, micro, small, 1b'):
         presets.preset('gigantic', 512)
+
+
+@pytest.mark.parametrize('joined', [False, True])
+def test_of_an_mlp_the_products_alone_are_kept(joined):
+    """Gate and up, [B, T, F] each, wait for the backward pass, and no activation."""
+    config = dataclasses.replace(ROPE, joined=joined)
+    mlp, x = MLP(config), jnp.ones((2, 5, config.width))
+    params = mlp.init(jax.random.PRNGKey(0), x)
+    _, pull = jax.vjp(mlp.apply, params, x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
+    assert shapes.count((2, 5, config.mlp_width)) == 2
+    assert (2, 5, 2 * config.mlp_width) not in shapes

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.ops.logprobs import logprob_sum, token_logprobs
 
 B, T, D, V = 3, 8, 5, 7
 
@@ -122,3 +122,83 @@ def test_half_precision_states_give_float32_results(inputs):
     full, _ = token_logprobs(hidden, unembedding, tokens)
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, full, atol=0.2)
+
+
+def _weights():
+    weights = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32)
+    weights[:, 0] = np.nan  # position 0 does not count
+    return jnp.asarray(weights)
+
+
+@pytest.mark.parametrize('max_logits', [None, 2**26, 1, 4 * B * V, 3 * B * V])
+@pytest.mark.parametrize('softcap', [None, 2.0])
+def test_the_sum_and_its_gradient_are_those_of_the_tokens(inputs, max_logits, softcap):
+    hidden, unembedding, tokens = inputs
+    weights = _weights()
+
+    def whole(hidden, unembedding):
+        logprobs, _ = token_logprobs(hidden, unembedding, tokens, softcap=softcap)
+        return 0.3 * jnp.sum((logprobs * weights)[:, 1:])
+
+    def by_blocks(hidden, unembedding):
+        how = {'softcap': softcap, 'max_logits': max_logits}
+        return 0.3 * logprob_sum(hidden, unembedding, tokens, weights, **how)
+
+    expected, gradient = jax.value_and_grad(whole, (0, 1))(hidden, unembedding)
+    total, others = jax.value_and_grad(by_blocks, (0, 1))(hidden, unembedding)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert total == pytest.approx(float(by_blocks(hidden, unembedding)), rel=1e-6)
+    for mine, theirs in zip(others, gradient):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_no_block_of_the_sum_exceeds_its_bound(inputs):
+    """In the compiled gradient there is no array of all logits, and none is computed
+    twice: three products a block.
+    """
+    hidden, unembedding, tokens = inputs
+
+    def loss(hidden, unembedding):
+        weights = jnp.ones((B, T))
+        how = {'max_logits': 2 * B * V}
+        return logprob_sum(hidden, unembedding, tokens, weights, **how)
+
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, unembedding))
+    assert f'f32[{B},2,{V}]' in text
+    assert f'f32[{B},{T - 1},{V}]' not in text
+    assert f'f32[{B},{T},{V}]' not in text
+    assert text.count('dot_general[') == 3
+
+
+def test_large_vocabularies_are_summed_by_blocks_by_default():
+    hidden, unembedding = jnp.zeros((8, 129, 2)), jnp.zeros((2, 32_768))
+    tokens, weights = jnp.zeros((8, 129), jnp.int32), jnp.ones((8, 129))
+    gradient = jax.grad(lambda h: logprob_sum(h, unembedding, tokens, weights))
+    text = str(jax.make_jaxpr(gradient)(hidden))
+    assert 'f32[8,16,32768]' in text and 'f32[8,128,32768]' not in text
+
+
+def test_the_sum_by_blocks_over_devices():
+    """Rows apart on all devices: the gradient of W is that of all rows."""
+    rng = np.random.default_rng(2)
+    rows = 2 * jax.device_count()
+    hidden = rng.normal(size=(rows, T, D)).astype(np.float32)
+    unembedding = rng.normal(size=(D, V)).astype(np.float32)
+    tokens = rng.integers(0, V, size=(rows, T)).astype(np.int32)
+    weights = rng.normal(size=(rows, T)).astype(np.float32)
+
+    def gradient(*arrays):
+        def total(hidden, unembedding):
+            how = {'max_logits': 3 * rows * V}
+            return logprob_sum(hidden, unembedding, *arrays[2:], **how)
+
+        return jax.grad(total, (0, 1))(*arrays[:2])
+
+    alone = jax.jit(gradient)(hidden, unembedding, tokens, weights)
+    mesh = jax.make_mesh((jax.device_count(),), ('data',))
+    apart = jax.NamedSharding(mesh, jax.P('data'))
+    whole = jax.NamedSharding(mesh, jax.P())
+    places = (apart, whole, apart, apart)
+    spread = jax.jit(gradient, in_shardings=places, out_shardings=(apart, whole))
+    for mine, theirs in zip(spread(hidden, unembedding, tokens, weights), alone):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
