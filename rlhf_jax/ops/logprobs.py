@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
 
+from rlhf_jax.ops.layout import batch_shards
 from rlhf_jax.ops.linear import linear
 from rlhf_jax.types import Array
 
@@ -45,15 +46,15 @@ def token_logprobs(
         temperature: τ > 0, the sampling temperature: the policy *is* the tempered
             distribution in rollout, reference and training passes alike.
         softcap: c, for models whose logits are c·tanh(h·W / c); None for others.
-        max_logits: entries of the largest logits block; above it the head runs in
-            chunks of tokens, whose logits are recomputed in the backward pass.
+        max_logits: entries of the largest logits block of a device; above it the head
+            runs in chunks of tokens, whose logits are recomputed in the backward pass.
 
     Returns:
         (logprobs [B, T], entropy [B, T]) float32, in nats.
     """
     batch, length, _ = hidden.shape
     steps = length - 1
-    largest = max(max_logits // (batch * unembedding.shape[-1]), 1)  # tokens in a block
+    largest = _block_length(batch, unembedding.shape[-1], max_logits)
     shifted = hidden[:, :-1], tokens[:, 1:]
     if steps <= largest:
         logprobs, entropy = _score(*shifted, unembedding, temperature, softcap)
@@ -95,8 +96,8 @@ def logprob_sum(
         weights: [B, T] float32, constants; those at position 0 do not count, and where
             they are 0 the token may be any number.
         softcap: as in :func:`token_logprobs`.
-        max_logits: entries of the largest block of logits; None for what suits the
-            device.
+        max_logits: entries of the largest block of logits of a device; None for what
+            suits it.
 
     Returns:
         S [] float32, in nats.
@@ -106,7 +107,7 @@ def logprob_sum(
         on_cpu = get_backend().platform == 'cpu'
         max_logits = MAX_SUM_LOGITS_ON_CPU if on_cpu else MAX_SUM_LOGITS
         max_logits = max(max_logits, MIN_SUM_TOKENS * vocabulary)
-    largest = max(max_logits // (batch * vocabulary), 1)
+    largest = _block_length(batch, vocabulary, max_logits)
     rows = hidden[:, :-1], tokens[:, 1:], weights[:, 1:]
     return _sum_by_blocks(unembedding, rows, largest, softcap)
 
@@ -169,6 +170,11 @@ def _block_sum(
     logprobs, _ = _score(states, targets, unembedding, 1.0, softcap)
     # A token that does not count may be one that the vocabulary does not have.
     return jnp.sum(jnp.where(weights == 0, 0, logprobs) * weights)
+
+
+def _block_length(rows: int, vocabulary: int, max_logits: int) -> int:
+    """Tokens of every row in the largest block; the bound is for each device."""
+    return max(max_logits // (rows // batch_shards(rows) * vocabulary), 1)
 
 
 def _cut(rows: tuple[Array, ...], largest: int) -> tuple[Array, ...]:

@@ -202,3 +202,16 @@ def test_the_sum_by_blocks_over_devices():
     spread = jax.jit(gradient, in_shardings=places, out_shardings=(apart, whole))
     for mine, theirs in zip(spread(hidden, unembedding, tokens, weights), alone):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_block_is_bounded_for_each_device():
+    """Of rows that lie on eight devices a block has eight times as many tokens."""
+    rows, vocabulary = 2 * jax.device_count(), 32_768
+    hidden, unembedding = jnp.zeros((rows, 129, 2)), jnp.zeros((2, vocabulary))
+    tokens, weights = jnp.zeros((rows, 129), jnp.int32), jnp.ones((rows, 129))
+    gradient = jax.grad(lambda h: logprob_sum(h, unembedding, tokens, weights))
+    mesh = jax.make_mesh((jax.device_count(), 1), ('data', 'fsdp'))
+    with jax.set_mesh(mesh):
+        text = str(jax.make_jaxpr(gradient)(hidden))
+    assert f'f32[{rows},64,{vocabulary}]' in text  # 2²² entries of two rows
+    assert f'f32[{rows},8,{vocabulary}]' in str(jax.make_jaxpr(gradient)(hidden))
