@@ -15,6 +15,7 @@ from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.rm import RMHParams, rm_step
 from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.algos.sft import SFTHParams, sft_step
+from rlhf_jax.ops import logprobs
 from rlhf_jax.optim import OptimConfig, actor_critic_optimizer, make_optimizer
 from rlhf_jax.sharding import (
     ParallelConfig,
@@ -44,6 +45,14 @@ def _mesh(layout):
     return make_mesh(parallel, devices), parallel.backend, parts
 
 
+def _split(layout):
+    """Devices over which the rows of a batch are split."""
+    parallel = ParallelConfig(**LAYOUTS[layout][0])
+    if parallel.data == 1:
+        return 1
+    return jax.device_count() // parallel.tensor
+
+
 def _train(step, state, batches, mesh, backend, inputs=('params', 'batch')):
     state = place(jax.tree.map(jnp.array, state), mesh, 'params')
     compiled = compile_step(step, mesh=mesh, backend=backend, inputs=inputs)
@@ -71,8 +80,12 @@ def _state(params, tx):
     )
 
 
+@pytest.mark.parametrize('by_blocks', [False, True])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_sft_step_agrees_with_one_device(layout, unrolled, policy_params, token_batch):
+def test_sft_step_agrees_with_one_device(
+    layout, by_blocks, unrolled, policy_params, token_batch, monkeypatch
+):
+    """The logits whole, or on the layout in blocks of two tokens of a row."""
     tx = make_optimizer(OPTIM, UPDATES)
     # Rows are turned, and the last layer is cut out for half of them.
     batch = token_batch.replace(response_length=6)
@@ -87,6 +100,10 @@ def test_sft_step_agrees_with_one_device(layout, unrolled, policy_params, token_
         )
 
     one = run(None)
+    if by_blocks:
+        monkeypatch.setattr(logprobs, 'MAX_SUM_LOGITS_ON_CPU', 1)
+        rows = token_batch.tokens.shape[0] // (LAYOUTS[layout][1] * _split(layout))
+        monkeypatch.setattr(logprobs, 'MIN_SUM_TOKENS', 2 * rows)
     _assert_same(one, run(layout))
     moved = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max()), one[0].params, policy_params
