@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.extend.backend import get_backend
 
 from rlhf_jax.models.attention import attend
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
@@ -52,8 +53,15 @@ def rope_frequencies(
 
 def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     """cos and sin of position·frequency, [B, T] → [B, T, 1, R/2] each."""
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions.astype(jnp.float32).reshape(-1, 1) * frequencies
+    tables = jnp.cos(angles), jnp.sin(angles)
+    if get_backend().platform == 'cpu':
+        # XLA would compute them anew in every layer, for every head: what is cheap to
+        # store it fuses into each of its uses, but not through a gather.
+        every = jnp.arange(positions.size)
+        tables = tuple(table[every] for table in tables)
+    cos, sin = (table.reshape(*positions.shape, 1, -1) for table in tables)
+    return cos, sin
 
 
 def rope(x: Array, tables: tuple[Array, Array]) -> Array:
