@@ -361,3 +361,17 @@ def test_of_an_mlp_the_products_alone_are_kept(joined):
     shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
     assert shapes.count((2, 5, config.mlp_width)) == 2
     assert (2, 5, 2 * config.mlp_width) not in shapes
+
+
+def test_rotary_tables_are_computed_once():
+    """Not in each layer for every head: XLA's fusions for CPUs would do so."""
+    config = dataclasses.replace(ROPE, scan_unroll=ROPE.num_layers)
+    model, tokens = CausalLM(config), jnp.ones((2, 5), jnp.int32)
+    params = model.init(jax.random.PRNGKey(0), tokens, tokens > 0)['params']
+
+    def total(params):
+        hidden = model.apply({'params': params}, tokens, tokens > 0)
+        return jnp.sum(jax.tree.leaves(hidden)[0])
+
+    program = jax.jit(jax.grad(total)).lower(params).compile().as_text()
+    assert program.count(' cosine(') == program.count(' sine(') == 1
