@@ -96,12 +96,13 @@ def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str,
         return json.loads((workdir / 'report.json').read_text(encoding='utf-8'))
     # Heavy imports wait until the config and the directory are known to be good.
     from rlhf_jax import checkpoint
-    from rlhf_jax.report import write_report
 
     if unfinished:
         _run_stages(config, workdir, unfinished, resolved, profile)
     else:
         checkpoint.write_json(workdir / 'config.json', _description(resolved))
+    from rlhf_jax.report import write_report
+
     report = write_report(workdir)
     _print_summary(report, workdir)
     return report

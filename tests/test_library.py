@@ -2,6 +2,7 @@
 
 import math
 import re
+import subprocess
 import sys
 
 import jax
@@ -16,6 +17,15 @@ def test_every_public_name_is_there():
     assert len(set(rlhf_jax.__all__)) == len(rlhf_jax.__all__)
     for name in rlhf_jax.__all__:
         assert getattr(rlhf_jax, name).__doc__, name
+
+
+def test_importing_takes_no_heavy_package_along():
+    heavy = 'scipy', 'matplotlib', 'orbax', 'transformers', 'grain', 'tensorflow'
+    script = f'import sys, rlhf_jax; print({set(heavy)} & set(sys.modules))'
+    shown = subprocess.run(
+        [sys.executable, '-c', script], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.strip() == 'set()'
 
 
 def test_the_script_of_the_documentation_runs(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from rlhf_jax.evals.preference import preference_report
 from rlhf_jax.types import Array, Params, StepBatch
@@ -111,6 +110,8 @@ def ranking_report(
         report['sign_baseline'] = max(above, 1 - above)
     report['kind'], report['rankings'] = 'rankings', len(ranks)
     report['ties'] = float(tied.sum() / known.sum())
+    from scipy import stats
+
     taus = [
         stats.kendalltau(-r[r > 0], s[r > 0]).statistic
         for row, values in zip(ranks, scores)
@@ -164,6 +165,8 @@ def rating_report(
             'spearman': None,
         }
         if len(x) > 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            from scipy import stats
+
             pearson = stats.pearsonr(x, y)
             row['pearson'] = float(pearson.statistic)
             row['interval'] = [float(end) for end in pearson.confidence_interval()]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.models.heads import CausalLM
@@ -191,6 +190,8 @@ def mean_interval(values: np.ndarray) -> list[float]:
     """95% bootstrap interval (percentiles) of the mean of one number per prompt."""
     if np.all(values == values[0]):  # the bootstrap of a constant has no width
         return [float(values[0])] * 2
+    from scipy import stats
+
     interval = stats.bootstrap(
         (values,), np.mean, method='percentile', n_resamples=2000, rng=0
     ).confidence_interval

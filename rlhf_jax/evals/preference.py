@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from rlhf_jax.types import Array, PairBatch, Params
 
@@ -35,6 +34,8 @@ def score_pairs(
 
 def proportion_interval(successes: int, trials: int) -> list[float]:
     """95% Wilson interval of a proportion."""
+    from scipy import stats
+
     interval = stats.binomtest(successes, trials).proportion_ci(method='wilson')
     return [float(interval.low), float(interval.high)]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import stats
 
 
 def best_of_n_weights(proxy: np.ndarray, n: int) -> np.ndarray:
@@ -34,6 +33,8 @@ def best_of_n_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     Raises:
         ValueError: n out of range, or scores that are not finite.
     """
+    from scipy import stats  # not above: as slow to import as the package itself
+
     size = _check(proxy, n)
     lower = stats.rankdata(proxy, 'min', axis=-1).astype(int) - 1
     upper = stats.rankdata(proxy, 'max', axis=-1).astype(int)
