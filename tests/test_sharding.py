@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax import sharding
 from rlhf_jax.algos.ensemble import ensemble_rm_step, stack_batches, stack_members
 from rlhf_jax.algos.estimators import dapo
 from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
@@ -295,3 +296,23 @@ def _ppo_state(policy_params, critic_params, tx):
         opt_state=tx.init(params),
         kl_coef=jnp.float32(0.05),
     )
+
+
+@pytest.mark.parametrize('backend', ['jit', 'pmap'])
+def test_freed_memory_is_given_back_behind_every_compilation(backend, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(
+        sharding, '_give_back_freed_memory', lambda: given_back.append(True)
+    )
+    mesh = make_mesh(ParallelConfig(backend=backend))
+    step = compile_step(
+        lambda x: x + 1,
+        mesh=mesh,
+        backend=backend,
+        inputs=('batch',),
+        outputs=('batch',),
+        donate=(),
+    )
+    for rows, compiled in ((8, 1), (8, 1), (16, 2), (8, 2)):
+        np.testing.assert_array_equal(step(np.zeros(rows)), np.ones(rows))
+        assert len(given_back) == compiled
