@@ -185,12 +185,14 @@ def compile_step(
         A function with the same signature and the same numbers under both backends.
     """
     compiler = {'jit': _compile_jit, 'pmap': _compile_pmap}[backend]
+    if backend == 'pmap' and 'axis_name' in inspect.signature(step).parameters:
+        step = functools.partial(step, axis_name=PMAP_AXIS)
     traced: list[bool] = []
 
     @functools.wraps(step)
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def noted(*args: Any) -> Any:
         traced.append(True)  # which happens once for every program that is compiled
-        return step(*args, **kwargs)
+        return step(*args)
 
     compiled = compiler(noted, mesh, inputs, outputs, donate)
 
@@ -262,8 +264,6 @@ def _compile_pmap(
         return tuple(0 if kind == 'batch' else None for kind in kinds)
 
     out_axes = axes(outputs) if len(outputs) > 1 else axes(outputs)[0]
-    if 'axis_name' in inspect.signature(step).parameters:
-        step = functools.partial(step, axis_name=PMAP_AXIS)
     compiled = jax.pmap(
         step,
         axis_name=PMAP_AXIS,
