@@ -101,7 +101,7 @@ def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str,
         _run_stages(config, workdir, unfinished, resolved, profile)
     else:
         checkpoint.write_json(workdir / 'config.json', _description(resolved))
-    from rlhf_jax.report import write_report
+    from rlhf_jax.report import write_report  # plots wait until there are curves
 
     report = write_report(workdir)
     _print_summary(report, workdir)

@@ -1,6 +1,9 @@
 """One program, many layouts: every step gives the same numbers on each."""
 
+import ctypes
 import functools
+import platform
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -316,3 +319,24 @@ def test_freed_memory_is_given_back_behind_every_compilation(backend, monkeypatc
     for rows, compiled in ((8, 1), (8, 1), (16, 2), (8, 2)):
         np.testing.assert_array_equal(step(np.zeros(rows)), np.ones(rows))
         assert len(given_back) == compiled
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc keeps memory')
+def test_what_is_freed_below_something_in_use_is_given_back():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+    def resident():
+        fields = Path('/proc/self/statm').read_text().split()
+        return int(fields[1]) * 4 // 1024  # MiB
+
+    # Blocks that are too small for a mapping of their own; the last stays in use.
+    blocks = [libc.malloc(64 * 1024) for _ in range(3200)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64 * 1024)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = resident()
+    sharding._give_back_freed_memory()
+    assert before - resident() > 150  # of 200 MiB
+    libc.free(blocks[-1])

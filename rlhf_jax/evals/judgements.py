@@ -78,6 +78,8 @@ def ranking_report(
         also ``sign_accuracy``, ``sign_interval`` over prompts, and ``sign_baseline``,
         the share of the more frequent side.
     """
+    from scipy import stats  # slow to import
+
     i, j = np.triu_indices(ranks.shape[1], 1)
     known = (ranks[:, i] > 0) & (ranks[:, j] > 0)  # [N, pairs, H]
     tied = known & (ranks[:, i] == ranks[:, j])
@@ -110,8 +112,6 @@ def ranking_report(
         report['sign_baseline'] = max(above, 1 - above)
     report['kind'], report['rankings'] = 'rankings', len(ranks)
     report['ties'] = float(tied.sum() / known.sum())
-    from scipy import stats
-
     taus = [
         stats.kendalltau(-r[r > 0], s[r > 0]).statistic
         for row, values in zip(ranks, scores)
@@ -152,6 +152,8 @@ def rating_report(
         ``ratings``, ``loss`` (mean squared error over all), ``rmse``, ``baseline_rmse``
         and ``by_head`` with Pearson's r and its 95% interval, Spearman's ρ, and errors.
     """
+    from scipy import stats  # slow to import
+
     rows = []
     for k, head in enumerate(heads or ('score',)):
         x, y = scores[rated[:, k], k], ratings[rated[:, k], k]
@@ -165,8 +167,6 @@ def rating_report(
             'spearman': None,
         }
         if len(x) > 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
-            from scipy import stats
-
             pearson = stats.pearsonr(x, y)
             row['pearson'] = float(pearson.statistic)
             row['interval'] = [float(end) for end in pearson.confidence_interval()]

@@ -190,7 +190,7 @@ def mean_interval(values: np.ndarray) -> list[float]:
     """95% bootstrap interval (percentiles) of the mean of one number per prompt."""
     if np.all(values == values[0]):  # the bootstrap of a constant has no width
         return [float(values[0])] * 2
-    from scipy import stats
+    from scipy import stats  # slow to import
 
     interval = stats.bootstrap(
         (values,), np.mean, method='percentile', n_resamples=2000, rng=0

@@ -34,7 +34,7 @@ def score_pairs(
 
 def proportion_interval(successes: int, trials: int) -> list[float]:
     """95% Wilson interval of a proportion."""
-    from scipy import stats
+    from scipy import stats  # slow to import
 
     interval = stats.binomtest(successes, trials).proportion_ci(method='wilson')
     return [float(interval.low), float(interval.high)]

@@ -56,8 +56,8 @@ def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     angles = positions.astype(jnp.float32).reshape(-1, 1) * frequencies
     tables = jnp.cos(angles), jnp.sin(angles)
     if get_backend().platform == 'cpu':
-        # XLA would compute them anew in every layer, for every head: what is cheap to
-        # store it fuses into each of its uses, but not through a gather.
+        # XLA fuses a cosine into each of its uses and would compute the tables anew in
+        # every layer, for every head. It does not fuse through a gather.
         every = jnp.arange(positions.size)
         tables = tuple(table[every] for table in tables)
     cos, sin = (table.reshape(*positions.shape, 1, -1) for table in tables)

@@ -33,7 +33,7 @@ def best_of_n_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     Raises:
         ValueError: n out of range, or scores that are not finite.
     """
-    from scipy import stats  # not above: as slow to import as the package itself
+    from scipy import stats  # as slow to import as this package
 
     size = _check(proxy, n)
     lower = stats.rankdata(proxy, 'min', axis=-1).astype(int) - 1
