@@ -19,6 +19,7 @@ from jax.extend.backend import get_backend
 from rlhf_jax.models.attention import attend
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
 from rlhf_jax.ops.linear import linear
+from rlhf_jax.ops.memory import recomputed
 from rlhf_jax.types import Array
 
 KV = tuple[Array, Array]  # keys and values, [B, K, S, H] each
@@ -231,7 +232,7 @@ class MLP(nn.Module):
 
         # Of what is as wide as the MLP the backward pass finds these products alone,
         # and computes the activation anew.
-        @jax.checkpoint
+        @recomputed
         def down(kernel: Array, first: Array, up: Array | None) -> Array:
             hidden = activate(first)
             return linear(hidden if up is None else hidden * up, kernel)

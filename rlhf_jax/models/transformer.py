@@ -25,6 +25,7 @@ from rlhf_jax.models.layers import (
     rope_frequencies,
     rotary_tables,
 )
+from rlhf_jax.ops.memory import look_up
 from rlhf_jax.types import Array
 
 
@@ -160,7 +161,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: Array, positions: Array) -> Array:
         cfg = self.config
         init = nn.initializers.normal(cfg.init_std)
-        x = self.param('tokens', init, (cfg.vocab_size, cfg.width))[tokens]
+        x = look_up(self.param('tokens', init, (cfg.vocab_size, cfg.width)), tokens)
         if cfg.scale_embeddings:
             x = x * jnp.float32(cfg.width**0.5)
         if cfg.position == 'learned':
