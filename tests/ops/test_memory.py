@@ -1,9 +1,19 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.ops import memory
 from rlhf_jax.ops.memory import after, look_up, recomputed
+
+
+@pytest.fixture(params=['cpu', 'gpu'])
+def platform(request, monkeypatch):
+    """What is run on a GPU, too, here: optimization barriers."""
+    backend = types.SimpleNamespace(platform=request.param)
+    monkeypatch.setattr(memory, 'get_backend', lambda: backend)
 
 
 def temporary(fn, *args):
@@ -12,7 +22,7 @@ def temporary(fn, *args):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_after_changes_nothing():
+def test_after_changes_nothing(platform):
     tree = {'a': jnp.array([1.5, -0.25]), 'b': jnp.array([[3]], jnp.bfloat16)}
     for fn in (after, jax.jit(after)):
         result = fn(tree, jnp.array([[7.0], [2.0]]))
@@ -24,7 +34,7 @@ def test_after_changes_nothing():
 
 
 @pytest.mark.parametrize('scale', [None, 0.5])
-def test_recomputed_has_the_gradient_of_its_function(scale):
+def test_recomputed_has_the_gradient_of_its_function(scale, platform):
     def fn(kernel, x, scale):
         return jnp.tanh(x if scale is None else x * scale) @ kernel
 
@@ -76,7 +86,7 @@ def test_an_activation_is_computed_anew_when_its_turn_comes():
     assert arrays(jax.checkpoint(layer)) > 2 * depth - 2
 
 
-def test_look_up_has_the_gradient_of_indexing():
+def test_look_up_has_the_gradient_of_indexing(platform):
     table = jnp.arange(10.0).reshape(5, 2)
     indices = jnp.array([[1, 3, 1], [0, 1, -1]])
     weights = jnp.arange(12.0).reshape(2, 3, 2) + 1
