@@ -18,7 +18,7 @@ from flax import struct
 
 from rlhf_jax.models.heads import CausalLM, join_kernels, take_apart
 from rlhf_jax.models.transformer import KVCache, grow, repeat_rows
-from rlhf_jax.ops.logprobs import logits_of
+from rlhf_jax.ops.logprobs import logits_fn
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
 
 # A cache grows with the response in stretches of at least so many tokens, each of which
@@ -290,7 +290,7 @@ def generate(
     if batch % prompts:
         raise ValueError(f'{batch} row ids do not divide over {prompts} prompts')
     samples = batch // prompts
-    unembedding = model.unembedding(params)
+    logits_of = logits_fn(model.unembedding(params), model.config.logit_softcap, batch)
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')
@@ -307,9 +307,8 @@ def generate(
     )
 
     def draw(hidden: Array, loop: _Loop) -> _Loop:
-        logits = logits_of(hidden, unembedding, model.config.logit_softcap)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, loop.i)
-        return _draw_next(loop, logits, keys, how)
+        return _draw_next(loop, logits_of(hidden), keys, how)
 
     def one_token(loop: _Loop) -> _Loop:
         last = loop.tail[:, -1]

@@ -22,7 +22,7 @@ from rlhf_jax.generate import (
 )
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.models.transformer import KVCache, grow
-from rlhf_jax.ops.logprobs import logits_of
+from rlhf_jax.ops.logprobs import logits_fn
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
 
 # Waiting prompts are taken once this share of the rows is free: taking them reads and
@@ -87,7 +87,9 @@ def generate_pooled(
             'of the prompts, and at least one row'
         )
     group = count // prompts
-    unembedding = model.unembedding(params)
+    logits_of = logits_fn(
+        model.unembedding(params), model.config.logit_softcap, num_rows
+    )
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     states, filled = apply(tokens, mask, prompt_length, method='prefill')
@@ -101,10 +103,9 @@ def generate_pooled(
         due = (due | jnp.all(free)) & (pool.waiting < count)
         pool = jax.lax.cond(due, take, lambda pool: pool, pool)
         alive = pool.samples < count
-        logits = logits_of(pool.hidden, unembedding, model.config.logit_softcap)
         own = row_keys[jnp.minimum(pool.samples, count - 1)]
         keys = jax.vmap(jax.random.fold_in)(own, pool.lengths)
-        drawn, logprobs = sample_tokens(logits, keys, how)
+        drawn, logprobs = sample_tokens(logits_of(pool.hidden), keys, how)
         drawn = jnp.where(alive, drawn, 0)
         tail = jnp.concatenate([pool.tail[:, 1:], drawn[:, None]], axis=1)
         ends = alive & stopped(tail, pool.lengths + 1, how)

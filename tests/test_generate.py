@@ -11,6 +11,9 @@ import pytest
 
 from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.generate import draw_from, generate, sample_tokens, sampling
+from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.ops import logprobs
+from rlhf_jax.pool import generate_pooled
 
 V = 8  # vocabulary of the table policies
 # Token t is followed by t + 1 with near certainty: 0 → 1 → 2 → … → 7 → 0.
@@ -293,6 +296,24 @@ def test_a_cache_that_grows_changes_nothing(
     out = run(policy_params, *prompts, KEY, how)
     for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_large_vocabulary_read_by_its_tokens_changes_nothing(
+    monkeypatch, config, prompts, tied
+):
+    model = CausalLM(dataclasses.replace(config, tied_embeddings=tied))
+    parts = {'model': model, 'max_new_tokens': 6}
+    tokens, mask = prompts[:2]
+    params = model.init(jax.random.PRNGKey(0), tokens, mask)['params']
+    args = (params, tokens, mask, jnp.arange(len(tokens)), KEY, sampling(eos_ids=[]))
+    for function in (generate, functools.partial(generate_pooled, num_rows=3)):
+        expected = jax.jit(functools.partial(function, **parts))(*args)
+        with monkeypatch.context() as context:
+            context.setattr(logprobs, 'LARGE_VOCABULARY', 1)
+            written = jax.jit(functools.partial(function, **parts))(*args)
+        np.testing.assert_array_equal(written.tokens, expected.tokens)
+        np.testing.assert_allclose(written.logprobs, expected.logprobs, atol=2e-5)
 
 
 def test_other_rows_and_other_keys_give_other_samples(write, prompts):

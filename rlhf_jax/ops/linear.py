@@ -16,6 +16,8 @@ from rlhf_jax.types import Array
 _OVER_ROWS = (((0,), (0,)), ((), ()))
 # Up to so many rows a CPU has better code for xᵀ as the first factor.
 FEW_ROWS = 32
+# From so many columns on a CPU has better code for a copy of xᵀ than for x read as xᵀ.
+WIDE = 2048
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -42,7 +44,7 @@ def linear(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
     """
     *outer, width = x.shape
     rows = math.prod(outer)
-    if not 1 < rows <= FEW_ROWS or get_backend().platform != 'cpu':
+    if not 1 < rows <= FEW_ROWS or not _on_cpu():
         return jnp.einsum('...d,df->...f', x, kernel, preferred_element_type=dtype)
     # The barrier keeps XLA from turning it back.
     columns = jax.lax.optimization_barrier(x.reshape(rows, width).T)
@@ -63,10 +65,22 @@ def _backward(
     dy = dy.astype(x.dtype)
     rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     if rows_x.shape[1] <= rows_dy.shape[1]:
-        d_kernel = jax.lax.dot_general(rows_x, rows_dy, _OVER_ROWS)
+        d_kernel = _over_rows(rows_x, rows_dy)
     else:
-        d_kernel = jax.lax.dot_general(rows_dy, rows_x, _OVER_ROWS).T
+        d_kernel = _over_rows(rows_dy, rows_x).T
     return jnp.einsum('...f,df->...d', dy, kernel), d_kernel
 
 
 linear.defvjp(_forward, _backward)
+
+
+def _over_rows(narrow: Array, wide: Array) -> Array:
+    """[N, D] and [N, F] → [D, F], narrowᵀ·wide."""
+    if wide.shape[1] < WIDE or not _on_cpu():
+        return jax.lax.dot_general(narrow, wide, _OVER_ROWS)
+    # XLA turns to Eigen here too, whose products of many columns are slow.
+    return jax.lax.optimization_barrier(narrow.T) @ wide
+
+
+def _on_cpu() -> bool:
+    return get_backend().platform == 'cpu'

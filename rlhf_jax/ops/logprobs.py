@@ -8,6 +8,7 @@ tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ MAX_LOGITS = 2**26
 # The same for the blocks of a sum, which recompute nothing. Every block adds to the
 # gradient of W, all of which is read and written for it: few tokens would not pay.
 MAX_SUM_LOGITS, MAX_SUM_LOGITS_ON_CPU, MIN_SUM_TOKENS = 2**27, 2**22, 128
+# From so many tokens on, and for so many rows at most, a CPU has better code if W is
+# there as [V, D].
+LARGE_VOCABULARY, ROWS_BY_TOKENS = 2**14, 16
 
 
 def token_logprobs(
@@ -206,6 +210,38 @@ def logits_of(states: Array, unembedding: Array, softcap: float | None) -> Array
     """Logits [..., V] float32 of hidden states [..., D]; see :func:`token_logprobs`."""
     logits = linear(states, unembedding.astype(states.dtype), jnp.float32)
     return soft_cap(logits, softcap)
+
+
+def logits_fn(
+    unembedding: Array, softcap: float | None, rows: int
+) -> Callable[[Array], Array]:
+    """:func:`logits_of` for a loop that reads the same matrix over and over.
+
+    On a CPU, for few rows and a large vocabulary, it is turned to [V, D] once, before
+    the loop; a tied one lies like that already. Read like that nothing of it is packed.
+
+    Args:
+        unembedding: [D, V].
+        softcap: as in :func:`token_logprobs`.
+        rows: B of the states.
+
+    Returns:
+        A function of states [B, D] to logits [B, V] float32.
+    """
+    few = 1 < rows <= ROWS_BY_TOKENS and unembedding.shape[1] >= LARGE_VOCABULARY
+    if not few or get_backend().platform != 'cpu':
+        return lambda states: logits_of(states, unembedding, softcap)
+    turned = unembedding.T
+
+    def by_tokens(states: Array) -> Array:
+        kernel = turned.astype(states.dtype)
+        columns = jnp.einsum(
+            'vd,bd->vb', kernel, states, preferred_element_type=jnp.float32
+        )
+        # The barrier keeps XLA from making it states·W again.
+        return soft_cap(jax.lax.optimization_barrier(columns).T, softcap)
+
+    return by_tokens
 
 
 def _score(

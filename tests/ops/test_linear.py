@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.linear import FEW_ROWS, linear
+from rlhf_jax.ops.linear import FEW_ROWS, WIDE, linear
 
 
 def _plain(x, kernel):
@@ -18,7 +18,7 @@ def _plain(x, kernel):
 @pytest.mark.parametrize(
     'shape', [(5,), (1, 5), (2, 5), (2, 3, 5), (FEW_ROWS, 5), (2, FEW_ROWS, 5)]
 )
-@pytest.mark.parametrize('outputs', [3, 5, 11])
+@pytest.mark.parametrize('outputs', [3, 5, 11, WIDE])
 def test_value_and_gradient_are_those_of_einsum(shape, outputs):
     x, kernel, weight = (
         jax.random.normal(jax.random.PRNGKey(i), size)
@@ -33,7 +33,7 @@ def test_value_and_gradient_are_those_of_einsum(shape, outputs):
     for ours, plain in zip(
         jax.tree.leaves(both(linear)), jax.tree.leaves(both(_plain))
     ):
-        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('rows', [1, 2, FEW_ROWS + 1])
@@ -65,6 +65,27 @@ def test_few_rows_are_turned_on_a_cpu(monkeypatch, platform, rows, turned):
         jax.make_jaxpr(lambda x, k: linear(x, k))(jnp.ones((rows, 5)), jnp.ones((5, 3)))
     )
     assert ('optimization_barrier' in text) == turned
+
+
+@pytest.mark.parametrize(
+    ('platform', 'shape', 'copied'),
+    [
+        ('cpu', (5, WIDE), True),
+        ('cpu', (WIDE, 5), True),
+        ('cpu', (5, WIDE - 1), False),
+        ('gpu', (5, WIDE), False),
+    ],
+)
+def test_the_gradient_of_a_wide_kernel_copies_its_narrow_factor(
+    monkeypatch, platform, shape, copied
+):
+    module = importlib.import_module('rlhf_jax.ops.linear')
+    backend = types.SimpleNamespace(platform=platform)
+    monkeypatch.setattr(module, 'get_backend', lambda: backend)
+    x = jnp.ones((FEW_ROWS + 1, shape[0]))
+    gradient = jax.grad(lambda k: jnp.sum(linear(x, k)))
+    text = str(jax.make_jaxpr(gradient)(jnp.ones(shape)))
+    assert ('optimization_barrier' in text) == copied
 
 
 def test_members_of_an_ensemble_are_mapped():

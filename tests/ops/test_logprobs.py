@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.logprobs import logprob_sum, token_logprobs
+from rlhf_jax.ops.logprobs import (
+    LARGE_VOCABULARY,
+    ROWS_BY_TOKENS,
+    logits_fn,
+    logits_of,
+    logprob_sum,
+    token_logprobs,
+)
 
 B, T, D, V = 3, 8, 5, 7
 
@@ -215,3 +222,51 @@ def test_a_block_is_bounded_for_each_device():
         text = str(jax.make_jaxpr(gradient)(hidden))
     assert f'f32[{rows},64,{vocabulary}]' in text  # 2²² entries of two rows
     assert f'f32[{rows},8,{vocabulary}]' in str(jax.make_jaxpr(gradient)(hidden))
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('softcap', [None, 2.0])
+@pytest.mark.parametrize(
+    ('rows', 'vocabulary', 'by_tokens'),
+    [
+        (1, LARGE_VOCABULARY, False),
+        (2, LARGE_VOCABULARY, True),
+        (ROWS_BY_TOKENS, LARGE_VOCABULARY, True),
+        (ROWS_BY_TOKENS + 1, LARGE_VOCABULARY, False),
+        (2, LARGE_VOCABULARY - 1, False),
+    ],
+)
+def test_a_loop_reads_a_large_vocabulary_by_its_tokens(
+    rows, vocabulary, by_tokens, softcap, tied
+):
+    """The same logits; in the compiled loop the first factor is [V, D]."""
+    keys = jax.random.split(jax.random.PRNGKey(0))
+    states = jax.random.normal(keys[0], (rows, D))
+    shape = (vocabulary, D) if tied else (D, vocabulary)
+    stored = jax.random.normal(keys[1], shape)
+
+    def loop(states, stored):
+        head = logits_fn(stored.T if tied else stored, softcap, rows)
+
+        def again(i, logits):
+            return head(states + 0.01 * logits[:, :1])
+
+        return jax.lax.fori_loop(0, 3, again, jnp.zeros((rows, vocabulary)))
+
+    unembedding, expected = stored.T if tied else stored, jnp.zeros((rows, 1))
+    for _ in range(3):
+        expected = logits_of(states + 0.01 * expected[:, :1], unembedding, softcap)
+    compiled = jax.jit(loop).lower(states, stored).compile()
+    logits = compiled(states, stored)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    products = [line for line in compiled.as_text().splitlines() if ' dot(' in line]
+    by_rows = f'f32[{vocabulary},{rows}]'
+    assert any(by_rows in line for line in products) == by_tokens
+
+
+def test_half_precision_states_give_float32_logits_in_a_loop():
+    states = jnp.asarray([[1.0, 2.0**-9]] * 2, jnp.bfloat16)
+    unembedding = jnp.ones((2, LARGE_VOCABULARY))
+    # 1 + 2⁻⁹ needs 10 bits, of which bfloat16 has 8.
+    assert np.asarray(logits_fn(unembedding, None, 2)(states) == 1 + 2**-9).all()
