@@ -23,7 +23,7 @@ from rlhf_jax.types import Array
 MAX_LOGITS = 2**26
 # The same for the blocks of a sum, which recompute nothing. Every block adds to the
 # gradient of W, all of which is read and written for it: few tokens would not pay.
-MAX_SUM_LOGITS, MAX_SUM_LOGITS_ON_CPU, MIN_SUM_TOKENS = 2**27, 2**22, 128
+MAX_SUM_LOGITS, MAX_SUM_LOGITS_ON_CPU, MIN_SUM_TOKENS = 2**27, 2**23, 128
 # From so many tokens on, and for so many rows at most, a CPU has better code if W is
 # there as [V, D].
 LARGE_VOCABULARY, ROWS_BY_TOKENS = 2**14, 16
