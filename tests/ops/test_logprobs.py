@@ -182,7 +182,7 @@ def test_large_vocabularies_are_summed_by_blocks_by_default():
     tokens, weights = jnp.zeros((8, 129), jnp.int32), jnp.ones((8, 129))
     gradient = jax.grad(lambda h: logprob_sum(h, unembedding, tokens, weights))
     text = str(jax.make_jaxpr(gradient)(hidden))
-    assert 'f32[8,16,32768]' in text and 'f32[8,128,32768]' not in text
+    assert 'f32[8,32,32768]' in text and 'f32[8,128,32768]' not in text
 
 
 def test_the_sum_by_blocks_over_devices():
@@ -214,14 +214,14 @@ def test_the_sum_by_blocks_over_devices():
 def test_a_block_is_bounded_for_each_device():
     """Of rows that lie on eight devices a block has eight times as many tokens."""
     rows, vocabulary = 2 * jax.device_count(), 32_768
-    hidden, unembedding = jnp.zeros((rows, 129, 2)), jnp.zeros((2, vocabulary))
-    tokens, weights = jnp.zeros((rows, 129), jnp.int32), jnp.ones((rows, 129))
+    hidden, unembedding = jnp.zeros((rows, 257, 2)), jnp.zeros((2, vocabulary))
+    tokens, weights = jnp.zeros((rows, 257), jnp.int32), jnp.ones((rows, 257))
     gradient = jax.grad(lambda h: logprob_sum(h, unembedding, tokens, weights))
     mesh = jax.make_mesh((jax.device_count(), 1), ('data', 'fsdp'))
     with jax.set_mesh(mesh):
         text = str(jax.make_jaxpr(gradient)(hidden))
-    assert f'f32[{rows},64,{vocabulary}]' in text  # 2²² entries of two rows
-    assert f'f32[{rows},8,{vocabulary}]' in str(jax.make_jaxpr(gradient)(hidden))
+    assert f'f32[{rows},128,{vocabulary}]' in text  # 2²³ entries of two rows
+    assert f'f32[{rows},16,{vocabulary}]' in str(jax.make_jaxpr(gradient)(hidden))
 
 
 @pytest.mark.parametrize('tied', [False, True])
