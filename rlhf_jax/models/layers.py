@@ -95,15 +95,20 @@ class Norm(nn.Module):
         axes = tuple(range(-self.axes, 0))
         shape = x.shape[-self.axes :]
         initial = nn.initializers.constant(1.0 - cfg.norm_offset)
-        x32 = x.astype(jnp.float32)
+        scale, bias = self.param('scale', initial, shape), None
         if cfg.norm == 'layer':
-            x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
-        square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(square + cfg.norm_eps)
-        x32 = x32 * (self.param('scale', initial, shape) + cfg.norm_offset)
-        if cfg.norm == 'layer':
-            x32 = x32 + self.param('bias', nn.initializers.zeros, shape)
-        return x32.astype(x.dtype)
+            bias = self.param('bias', nn.initializers.zeros, shape)
+
+        def normed(x: Array, scale: Array, bias: Array | None) -> Array:
+            x32 = x.astype(jnp.float32)
+            if bias is not None:
+                x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+            square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
+            x32 = x32 * jax.lax.rsqrt(square + cfg.norm_eps)
+            x32 = x32 * (scale + cfg.norm_offset)
+            return (x32 if bias is None else x32 + bias).astype(x.dtype)
+
+        return recomputed(normed)(x, scale, bias)
 
 
 class Attention(nn.Module):

@@ -63,15 +63,20 @@ def _backward(
 ) -> tuple[Array, Array]:
     x, kernel = saved
     dy = dy.astype(x.dtype)
-    rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    if rows_x.shape[1] <= rows_dy.shape[1]:
-        d_kernel = _over_rows(rows_x, rows_dy)
-    else:
-        d_kernel = _over_rows(rows_dy, rows_x).T
+    d_kernel = kernel_gradient(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
     return jnp.einsum('...f,df->...d', dy, kernel), d_kernel
 
 
 linear.defvjp(_forward, _backward)
+
+
+def kernel_gradient(x: Array, dy: Array) -> Array:
+    """xᵀ·dy of [N, D] and [N, F] → [D, F]: the gradient of a kernel, see
+    :func:`linear`.
+    """
+    if x.shape[1] <= dy.shape[1]:
+        return _over_rows(x, dy)
+    return _over_rows(dy, x).T
 
 
 def _over_rows(narrow: Array, wide: Array) -> Array:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.extend.backend import get_backend
 
 from rlhf_jax.ops.layout import batch_shards
-from rlhf_jax.ops.linear import linear
+from rlhf_jax.ops.linear import kernel_gradient, linear
+from rlhf_jax.ops.memory import after
 from rlhf_jax.types import Array
 
 # The largest float32 block of logits that is built at once: 2²⁶ entries are 256 MiB.
@@ -24,6 +25,8 @@ MAX_LOGITS = 2**26
 # The same for the blocks of a sum, which recompute nothing. Every block adds to the
 # gradient of W, all of which is read and written for it: few tokens would not pay.
 MAX_SUM_LOGITS, MAX_SUM_LOGITS_ON_CPU, MIN_SUM_TOKENS = 2**27, 2**23, 128
+# In so many turns a CPU adds a block's part of the gradient of W.
+PARTS_ON_CPU = 4
 # From so many tokens on, and for so many rows at most, a CPU has better code if W is
 # there as [V, D].
 LARGE_VOCABULARY, ROWS_BY_TOKENS = 2**14, 16
@@ -123,13 +126,16 @@ def _sum_by_blocks(
     largest: int,
     softcap: float | None,
 ) -> Array:
-    """rows: states [B, S, D], their targets and weights [B, S]."""
+    """rows: states [B, S, D], their targets and weights [B, S]. Where no gradient is
+    asked for, that of a block is dead code.
+    """
     if rows[0].shape[1] <= largest:
-        return _block_sum(unembedding, *rows, softcap)
-    blocks = _cut(rows, largest)
-    return jnp.sum(
-        jax.lax.map(lambda block: _block_sum(unembedding, *block, softcap), blocks)
-    )
+        return _block_gradient(unembedding, rows, softcap)[0]
+
+    def block_sum(block: tuple[Array, Array, Array]) -> Array:
+        return _block_gradient(unembedding, block, softcap)[0]
+
+    return jnp.sum(jax.lax.map(block_sum, _cut(rows, largest)))
 
 
 def _sum_forward(
@@ -139,19 +145,71 @@ def _sum_forward(
     softcap: float | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     steps = rows[0].shape[1]
-    sum_and_gradient = jax.value_and_grad(_block_sum, argnums=(0, 1))
     if steps <= largest:
-        return sum_and_gradient(unembedding, *rows, softcap)
+        total, d_states, d_logits = _block_gradient(unembedding, rows, softcap)
+        d_unembedding = kernel_gradient(_flat(rows[0]), d_logits)
+        return total, (d_unembedding.astype(unembedding.dtype), d_states)
 
     def add(
-        carry: tuple[Array, Array], block: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        part, (d_unembedding, d_states) = sum_and_gradient(unembedding, *block, softcap)
-        return (carry[0] + part, carry[1] + d_unembedding), d_states
+        d_unembedding: Array, block: tuple[Array, Array, Array]
+    ) -> tuple[Array, tuple[Array, Array]]:
+        total, d_states, d_logits = _block_gradient(unembedding, block, softcap)
+        d_unembedding = _add_gradient(d_unembedding, _flat(block[0]), d_logits)
+        return d_unembedding, (total, d_states)
 
-    start = jnp.float32(0), jnp.zeros_like(unembedding)
-    (total, d_unembedding), d_states = jax.lax.scan(add, start, _cut(rows, largest))
-    return total, (d_unembedding, _joined(d_states, steps))
+    d_unembedding, (totals, d_states) = jax.lax.scan(
+        add, jnp.zeros_like(unembedding), _cut(rows, largest)
+    )
+    return jnp.sum(totals), (d_unembedding, _joined(d_states, steps))
+
+
+def _block_gradient(
+    unembedding: Array, rows: tuple[Array, Array, Array], softcap: float | None
+) -> tuple[Array, Array, Array]:
+    """The sum over one block, and its gradients by the states [B, S, D] and by the
+    logits before the soft cap [B·S, V].
+
+    ∂S/∂logit_v = w·(1[v = target] − p_v)
+    """
+    states, targets, weights = rows[0], rows[1].reshape(-1, 1), rows[2].ravel()
+    logits = logits_of(_flat(states), unembedding, softcap)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets, axis=-1)[:, 0]
+    # A token that does not count may be one that the vocabulary does not have.
+    logprobs = jnp.where(weights == 0, 0, chosen - log_z)
+    # When these are read, the gradient can take the place of the logits in memory.
+    log_z = after(log_z, logprobs)[:, None]
+    is_target = targets == jnp.arange(logits.shape[1])
+    d_logits = weights[:, None] * (is_target - jnp.exp(logits - log_z))
+    if softcap is not None:
+        d_logits *= 1 - jnp.square(logits / softcap)
+    d_logits = d_logits.astype(states.dtype)
+    kernel = unembedding.astype(states.dtype)
+    d_states = jnp.einsum('nv,dv->nd', d_logits, kernel).reshape(states.shape)
+    return jnp.sum(logprobs * weights), d_states, d_logits
+
+
+def _add_gradient(total: Array, states: Array, d_logits: Array) -> Array:
+    """total + statesᵀ·d_logits. A CPU writes a product out before it adds it: there a
+    few columns of the states are taken at a time.
+    """
+    width = total.shape[0]
+    parts = PARTS_ON_CPU if get_backend().platform == 'cpu' else 1
+    if width % parts:
+        parts = 1
+    size = width // parts
+
+    def add(part: Array, total: Array) -> Array:
+        columns = jax.lax.dynamic_slice_in_dim(states, part * size, size, axis=1)
+        rows = jax.lax.dynamic_slice_in_dim(total, part * size, size)
+        rows += kernel_gradient(columns, d_logits).astype(total.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(total, rows, part * size, axis=0)
+
+    return jax.lax.fori_loop(0, parts, add, total)
+
+
+def _flat(states: Array) -> Array:
+    return states.reshape(-1, states.shape[-1])
 
 
 def _sum_backward(
@@ -162,18 +220,6 @@ def _sum_backward(
 
 
 _sum_by_blocks.defvjp(_sum_forward, _sum_backward)
-
-
-def _block_sum(
-    unembedding: Array,
-    states: Array,
-    targets: Array,
-    weights: Array,
-    softcap: float | None,
-) -> Array:
-    logprobs, _ = _score(states, targets, unembedding, 1.0, softcap)
-    # A token that does not count may be one that the vocabulary does not have.
-    return jnp.sum(jnp.where(weights == 0, 0, logprobs) * weights)
 
 
 def _block_length(rows: int, vocabulary: int, max_logits: int) -> int:
