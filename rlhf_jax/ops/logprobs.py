@@ -194,10 +194,9 @@ def _add_gradient(total: Array, states: Array, d_logits: Array) -> Array:
     few columns of the states are taken at a time.
     """
     width = total.shape[0]
-    parts = PARTS_ON_CPU if get_backend().platform == 'cpu' else 1
-    if width % parts:
-        parts = 1
-    size = width // parts
+    if get_backend().platform != 'cpu' or width % PARTS_ON_CPU:
+        return total + kernel_gradient(states, d_logits).astype(total.dtype)
+    size = width // PARTS_ON_CPU
 
     def add(part: Array, total: Array) -> Array:
         columns = jax.lax.dynamic_slice_in_dim(states, part * size, size, axis=1)
@@ -205,7 +204,7 @@ def _add_gradient(total: Array, states: Array, d_logits: Array) -> Array:
         rows += kernel_gradient(columns, d_logits).astype(total.dtype)
         return jax.lax.dynamic_update_slice_in_dim(total, rows, part * size, axis=0)
 
-    return jax.lax.fori_loop(0, parts, add, total)
+    return jax.lax.fori_loop(0, PARTS_ON_CPU, add, total)
 
 
 def _flat(states: Array) -> Array:
