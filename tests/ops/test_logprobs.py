@@ -271,12 +271,17 @@ def test_large_vocabularies_are_summed_by_blocks_by_default():
     assert 'f32[8,128,32768]' not in text and 'f32[1024,32768]' not in text
 
 
-def test_the_sum_by_blocks_over_devices():
-    """Rows apart on all devices: the gradient of W is that of all rows."""
+@pytest.mark.parametrize(
+    ('width', 'spec'), [(D, jax.P()), (8, jax.P()), (8, jax.P('data'))]
+)
+def test_the_sum_by_blocks_over_devices(width, spec):
+    """Rows apart on all devices, W on each or apart too: its gradient is that of all
+    rows.
+    """
     rng = np.random.default_rng(2)
     rows = 2 * jax.device_count()
-    hidden = rng.normal(size=(rows, T, D)).astype(np.float32)
-    unembedding = rng.normal(size=(D, V)).astype(np.float32)
+    hidden = rng.normal(size=(rows, T, width)).astype(np.float32)
+    unembedding = rng.normal(size=(width, V)).astype(np.float32)
     tokens = rng.integers(0, V, size=(rows, T)).astype(np.int32)
     weights = rng.normal(size=(rows, T)).astype(np.float32)
 
@@ -290,9 +295,9 @@ def test_the_sum_by_blocks_over_devices():
     alone = jax.jit(gradient)(hidden, unembedding, tokens, weights)
     mesh = jax.make_mesh((jax.device_count(),), ('data',))
     apart = jax.NamedSharding(mesh, jax.P('data'))
-    whole = jax.NamedSharding(mesh, jax.P())
-    places = (apart, whole, apart, apart)
-    spread = jax.jit(gradient, in_shardings=places, out_shardings=(apart, whole))
+    matrix = jax.NamedSharding(mesh, spec)
+    places = (apart, matrix, apart, apart)
+    spread = jax.jit(gradient, in_shardings=places, out_shardings=(apart, matrix))
     for mine, theirs in zip(spread(hidden, unembedding, tokens, weights), alone):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
