@@ -21,7 +21,7 @@ from rlhf_jax.models.heads import (
     start_from,
     take_apart,
 )
-from rlhf_jax.models.layers import MLP
+from rlhf_jax.models.layers import MLP, Norm
 from rlhf_jax.ops.logprobs import token_logprobs
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -375,3 +375,32 @@ def test_rotary_tables_are_computed_once():
 
     program = jax.jit(jax.grad(total)).lower(params).compile().as_text()
     assert program.count(' cosine(') == program.count(' sine(') == 1
+
+
+@pytest.mark.parametrize(('norm', 'axes'), [('rms', 1), ('rms', 2), ('layer', 1)])
+def test_a_norm_keeps_what_it_is_given_alone(config, norm, axes):
+    """For its backward pass, which has the gradient of the formula written out."""
+    cfg = dataclasses.replace(config, norm=norm)
+    module = Norm(cfg, axes)
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+    x = jax.random.normal(keys[0], (2, 3, 4, 5))
+    params = module.init(keys[1], x)['params']
+    params = {k: p + jax.random.normal(keys[2], p.shape) for k, p in params.items()}
+
+    def written_out(params, x):
+        over = tuple(range(-axes, 0))
+        if norm == 'layer':
+            x = x - x.mean(over, keepdims=True)
+        square = jnp.square(x).mean(over, keepdims=True)
+        y = x / jnp.sqrt(square + cfg.norm_eps) * (params['scale'] + cfg.norm_offset)
+        return y + params.get('bias', 0)
+
+    y, pull = jax.vjp(lambda params, x: module.apply({'params': params}, x), params, x)
+    expected, pull_of_formula = jax.vjp(written_out, params, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    d_y = jax.random.normal(keys[3], x.shape)
+    got, want = pull(d_y), pull_of_formula(d_y)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    kept = [a for a in jax.tree.leaves(pull) if getattr(a, 'shape', ()) == x.shape]
+    assert len(kept) == 1
+    np.testing.assert_array_equal(kept[0], x)
