@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.config import nearest
-from rlhf_jax.data.tokenizer import word_tokenizer
+from rlhf_jax.data.tokenizer import learn_words, word_tokenizer
 
 SEED = 20240  # record i of a kind draws from (SEED, kind, split, i)
 SIZES = {
@@ -176,4 +176,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
         for name in ('prompt', 'completion', 'text')
         if name in record
     )
-    return word_tokenizer(corpus, split_digits=True)
+    words = learn_words(corpus, split_digits=True)
+    return word_tokenizer(words, split_digits=True)

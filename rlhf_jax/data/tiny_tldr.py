@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from rlhf_jax.data.tokenizer import word_tokenizer
 SEED = 20230  # of every article; example i of a config draws from (SEED, config, i)
 CUE = 'TL;DR:'
 TRAINING_EXAMPLES = 1_000  # of every config, for the tokenizer
+WORDS = Path(__file__).with_name('tiny_tldr_words.txt')
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -82,19 +84,23 @@ def words_over(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Every word of the world is a token, as the first texts of the data set have it.
+    """Every word of the world is a token, as ``tiny_tldr_words.txt`` has them: what
+    :func:`rlhf_jax.data.tokenizer.learn_words` learns from :func:`corpus`, kept there
+    because it is the same at every start.
 
     Returns:
         As :func:`rlhf_jax.data.tokenizer.word_tokenizer`.
     """
-    corpus = (
-        text
-        for config in CONFIGS
-        for i in range(TRAINING_EXAMPLES)
-        for name, text in make_example(config, i).items()
-        if isinstance(text, str) and name != 'kind'
-    )
-    return word_tokenizer(corpus)
+    return word_tokenizer(WORDS.read_text(encoding='utf-8').split())
+
+
+def corpus() -> Iterator[str]:
+    """The first texts of all four configs, from which the words were learned."""
+    for config in CONFIGS:
+        for i in range(TRAINING_EXAMPLES):
+            for name, text in make_example(config, i).items():
+                if isinstance(text, str) and name != 'kind':
+                    yield text
 
 
 # ----------------------------------------------------------------------------- data set

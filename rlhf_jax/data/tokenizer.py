@@ -307,20 +307,35 @@ def truncate(
     ]
 
 
-def word_tokenizer(
-    corpus: Iterable[str], *, split_digits: bool = False
-) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer in which every word of a small corpus is one token.
+def learn_words(corpus: Iterable[str], *, split_digits: bool = False) -> list[str]:
+    """The words of a small corpus, for :func:`word_tokenizer`, sorted.
 
-    The words are learned by the ``tokenizers`` trainer, spelt in bytes and with their
-    leading space; the 256 bytes and two special tokens stand before them. A word that
-    is in the vocabulary is taken whole (``ignore_merges``) and any other text falls
-    back to its bytes: encoding loses nothing. Learned merges would spend a small
-    vocabulary on the pieces of words.
+    They are spelt in bytes and with their leading space, as the ``tokenizers`` trainer
+    has them; a word that stands in the texts less than ten times is left out, being an
+    accident of cut and stuttering texts.
 
     Args:
-        corpus: texts; words that stand in them less than ten times are left out, being
-            accidents of cut and stuttering texts.
+        corpus: texts.
+        split_digits: as for :func:`word_tokenizer`.
+    """
+    counter = tokenizers.Tokenizer(models.WordLevel())
+    counter.pre_tokenizer = _split(split_digits)
+    trainer = trainers.WordLevelTrainer(min_frequency=10, show_progress=False)
+    counter.train_from_iterator(corpus, trainer)
+    return sorted(counter.get_vocab())
+
+
+def word_tokenizer(
+    words: Iterable[str], *, split_digits: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer in which every word of a small vocabulary is one token.
+
+    The 256 bytes and two special tokens stand before the words. A word is taken whole
+    (``ignore_merges``) and any other text falls back to its bytes: encoding loses
+    nothing. Learned merges would spend a small vocabulary on the pieces of words.
+
+    Args:
+        words: as :func:`learn_words` gives them.
         split_digits: every digit is a token of its own, and the space before a number
             is one.
 
@@ -328,21 +343,13 @@ def word_tokenizer(
         A tokenizer with pad and EOS and without BOS; ids 0 and 1 are the special
         tokens.
     """
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if split_digits:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        split = pre_tokenizers.Sequence([digits, split])
-    counter = tokenizers.Tokenizer(models.WordLevel())
-    counter.pre_tokenizer = split
-    trainer = trainers.WordLevelTrainer(min_frequency=10, show_progress=False)
-    counter.train_from_iterator(corpus, trainer)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = dict.fromkeys([PAD, EOS, *alphabet, *sorted(counter.get_vocab())])
+    pieces = dict.fromkeys([PAD, EOS, *alphabet, *words])
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)
     )
-    backend.pre_tokenizer = split
+    backend.pre_tokenizer = _split(split_digits)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -350,3 +357,11 @@ def word_tokenizer(
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _split(digits: bool) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not digits:
+        return split
+    single = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([single, split])

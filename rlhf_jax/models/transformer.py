@@ -110,13 +110,15 @@ class Transformer(nn.Module):
         block = Block
         if cfg.remat:
             block = nn.remat(Block, prevent_cse=False)
+        # Parameters are drawn alike however often the body stands in the program.
+        unroll = 1 if self.is_initializing() else min(cfg.scan_unroll, count)
         layers = nn.scan(
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True},
             in_axes=(0, 0, nn.broadcast),
             length=count,
-            unroll=min(cfg.scan_unroll, count),
+            unroll=unroll,
         )
         which = jnp.asarray(windowed) if cfg.mixes_windows else None
         (x, cache), kv = layers(cfg, keep_kv, name='layers')(

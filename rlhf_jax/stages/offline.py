@@ -226,7 +226,11 @@ def fit(
     settings = job.settings
     clock = time.monotonic()
     tx = make_optimizer(settings.optim, job.num_steps)
-    schedule = make_schedule(settings.optim, job.num_steps)
+    # All rates at once: asked step by step, each would wait for the step before it.
+    steps = jnp.arange(job.num_steps)
+    rates = jax.device_get(
+        jax.jit(jax.vmap(make_schedule(settings.optim, job.num_steps)))(steps)
+    )
     init = tx.init if settings.members == 1 else jax.vmap(tx.init)
     state = init_sharded(
         lambda p: TrainState(step=jnp.int32(0), rng=key, params=p, opt_state=init(p)),
@@ -245,7 +249,7 @@ def fit(
         state, metrics = compiled(state, batch)
         metrics = {f'train/{name}': metric for name, metric in metrics.items()}
         real = int(np.sum(batch.mask))
-        known = {'train/lr': float(schedule(done)), 'tokens': real}
+        known = {'train/lr': float(rates[done]), 'tokens': real}
         known['train/padding'] = 1 - real / np.size(batch.mask)
         return state, metrics, known
 

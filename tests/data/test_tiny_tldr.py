@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_jax.data import formats, tiny_people, tiny_tldr, tiny_world
 from rlhf_jax.data.sources import read
 from rlhf_jax.data.tiny_world import LEXICON, SLOT_OF
+from rlhf_jax.data.tokenizer import learn_words
 
 ARTICLE = (
     'News of Anna. Tom, a pilot, sold boats in Rome. Due to rain, Anna found lamps. '
@@ -200,6 +201,12 @@ def test_kinds_of_pairs(judgements):
 
 
 # ---------------------------------------------------------------------------- tokenizer
+
+
+def test_the_words_that_are_kept_are_those_of_the_texts():
+    kept = tiny_tldr.WORDS.read_text(encoding='utf-8')
+    learned = learn_words(tiny_tldr.corpus())
+    assert kept == ''.join(f'{word}\n' for word in learned)
 
 
 def test_tokenizer_takes_whole_words():
