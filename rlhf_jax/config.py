@@ -13,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -67,6 +69,13 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
                     f'config argument {item!r}: {text!r} is no {kind.__name__}'
                 ) from error
     return ConfigDict(result)
+
+
+def cache_dir() -> Path:
+    """Where what can be made again is kept between runs: the folder ``rlhf_jax`` in
+    ``XDG_CACHE_HOME``, or else in ``~/.cache``.
+    """
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'rlhf_jax'
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -186,12 +186,12 @@ def _keep_compiled() -> None:
     """
     import jax
 
+    from rlhf_jax.config import cache_dir
+
     if jax.config.jax_compilation_cache_dir is None:
         if jax.default_backend() == 'cpu' and jax.local_device_count() > 1:
             return
-        cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-        folder = str(Path(cache) / 'rlhf_jax' / 'xla')
-        jax.config.update('jax_compilation_cache_dir', folder)
+        jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
     if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
         # Many small programs make a start slow too.
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

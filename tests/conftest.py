@@ -24,6 +24,9 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(COMPILED))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
+# Token ids of large data sets likewise, and not in the user's own cache.
+os.environ['XDG_CACHE_HOME'] = str(COMPILED.with_name('cache'))
+
 import jax
 import jax.numpy as jnp
 import numpy as np

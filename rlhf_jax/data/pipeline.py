@@ -35,10 +35,11 @@ from rlhf_jax.data.examples import (
     response_length,
 )
 from rlhf_jax.data.formats import BadRecord
+from rlhf_jax.data.kept import encode_kept
 from rlhf_jax.data.loading import Limits, OnBad, Overlong, load_records, one_of
 from rlhf_jax.data.rows import Row, conversation_rows, text_rows
 from rlhf_jax.data.sources import SourceRecord, read
-from rlhf_jax.data.tokenizer import bos_ids, encode, opened
+from rlhf_jax.data.tokenizer import bos_ids, opened
 from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
 from rlhf_jax.data.tokenizer import eos_ids as eos_ids
 
@@ -73,7 +74,7 @@ def load_texts(
     records = [formats.to_text(record, tokenizer) for record in read(spec)]
     bos, eos = bos_ids(tokenizer), eos_ids(tokenizer)[0]
     examples, owners, cut = [], [], 0
-    for record, ids in zip(records, encode(tokenizer, [r.text for r in records])):
+    for record, ids in zip(records, encode_kept(tokenizer, [r.text for r in records])):
         if not ids:
             raise BadRecord(f'{record.where}: the text gives no tokens')
         tokens = np.asarray(opened(ids, bos) + [eos], np.int32)

@@ -26,6 +26,7 @@ from rlhf_jax.data.formats import (
     Verdict,
 )
 from rlhf_jax.data.judgements import Ranking, Rating, Steps
+from rlhf_jax.data.kept import encode_kept
 from rlhf_jax.data.tokenizer import encode, encode_spans, frame, listed_eos, opened
 
 
@@ -50,7 +51,9 @@ def text_rows(
     bos, eos = frame(tokenizer)
     ends = {eos, *listed_eos(tokenizer)}
     texts = [dict(_texts(record)) for record in records]
-    encoded = iter(encode(tokenizer, [text for row in texts for text in row.values()]))
+    encoded = iter(
+        encode_kept(tokenizer, [text for row in texts for text in row.values()])
+    )
     rows: list[Row | BadRecord] = []
     for record, row in zip(records, texts):
         names, ids = list(row), [next(encoded) for _ in row]

@@ -44,9 +44,7 @@ class OfflineSettings:
     batch_size: int = 64  # rows per update; of comparisons, pairs
     num_steps: int | None = None  # either this
     num_epochs: float | None = None  # or this
-    buckets: tuple[int, ...] = (
-        128,
-    )  # static lengths, in tokens; the last is the limit
+    buckets: tuple[int, ...] = (128,)  # static lengths in tokens; the last is the limit
     overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
     loss_on: Literal['response', 'all', 'assistant'] = 'response'  # sft: what counts

@@ -1,6 +1,7 @@
 """The whole ladder, pretrain → sft → rm → ppo: what it leaves behind and hands on."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -87,6 +88,13 @@ def test_metrics_have_one_row_a_step_and_the_usual_names(finished, stage):
     for row in table:
         assert {'seconds', 'train/tokens_per_second'} | wanted <= row.keys()
         assert all(value is not None and np.isfinite(value) for value in row.values())
+
+
+def test_the_rate_of_a_step_is_that_of_its_row(finished):
+    # 1.5e-3, by a cosine of four steps to 0; five percent of four steps are none.
+    rates = [row['train/lr'] for row in rows(finished / 'sft' / 'metrics.jsonl')]
+    falling = [1.5e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    np.testing.assert_allclose(rates, falling, rtol=1e-6)
 
 
 def test_the_first_rollout_is_of_the_reference(finished):

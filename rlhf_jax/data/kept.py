@@ -1,0 +1,89 @@
+"""Token ids of many texts, kept between starts in the user's cache.
+
+What is kept is found by the texts and the tokenizer themselves, so that it is never
+that of other data: a changed record, or a changed tokenizer, is tokenised anew. Nothing
+is removed; the folder ``tokens`` of :func:`rlhf_jax.config.cache_dir` may be, at any
+time. Read ``rows.py`` next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.config import cache_dir
+from rlhf_jax.data.tokenizer import encode
+
+LEAST = 2**20  # characters in all, from which on reading is worth a file
+
+
+def encode_kept(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> list[list[int]]:
+    """What :func:`rlhf_jax.data.tokenizer.encode` gives, read where it was given
+    before; of few texts nothing is kept.
+
+    Raises:
+        ValueError: what was kept cannot be read.
+    """
+    if sum(map(len, texts)) < LEAST:
+        return encode(tokenizer, texts)
+    path = cache_dir() / 'tokens' / f'{_digest(tokenizer, texts)}.npz'
+    if path.exists():
+        return _load(path)
+    ids = encode(tokenizer, texts)
+    try:
+        _save(path, ids)
+    except OSError as error:  # a full disk, a home that cannot be written
+        warnings.warn(f'{path}: token ids cannot be kept ({error})', stacklevel=2)
+    return ids
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> str:
+    kind = type(tokenizer)
+    versions = f'tokenizers {tokenizers.__version__} {transformers.__version__}'
+    about = f'{kind.__module__}.{kind.__qualname__} {versions}'
+    digest = hashlib.sha256()
+    for text in (about, tokenizer.backend_tokenizer.to_str(), *texts):
+        data = text.encode('utf-8', 'surrogatepass')
+        digest.update(len(data).to_bytes(8, 'little'))  # where a text ends counts
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _save(path: Path, ids: list[list[int]]) -> None:
+    lengths = np.asarray([len(row) for row in ids])
+    flat = np.fromiter((i for row in ids for i in row), np.int64, int(lengths.sum()))
+    kind = np.min_scalar_type(flat.max(initial=0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all, whoever else writes it or is killed.
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            np.savez(file, ids=flat.astype(kind), lengths=lengths)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _load(path: Path) -> list[list[int]]:
+    try:
+        with np.load(path) as kept:
+            flat, ends = kept['ids'].tolist(), np.cumsum(kept['lengths']).tolist()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f'{path} cannot be read ({error}); remove it, and the texts are tokenised '
+            'again'
+        ) from error
+    return [flat[begin:end] for begin, end in pairwise([0, *ends])]

@@ -1,0 +1,119 @@
+"""Token ids that are kept: the same ones, of the same texts and tokenizer alone."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import kept, pipeline, tiny_tldr
+from rlhf_jax.data.tokenizer import encode, word_tokenizer
+
+TEXTS = ['News of Anna.', '', ' Tom sold boats', 'ünï 日本語 🙂']
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return tiny_tldr.tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The cache of these tests, in which everything is kept."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(kept, 'LEAST', 0)
+    return tmp_path / 'rlhf_jax' / 'tokens'
+
+
+@pytest.fixture
+def no_tokenizing(monkeypatch):
+    def fail(*_):
+        raise AssertionError('tokenised again')
+
+    return lambda: monkeypatch.setattr(kept, 'encode', fail)
+
+
+def test_the_second_time_nothing_is_tokenised(tokenizer, folder, no_tokenizing):
+    expected = encode(tokenizer, TEXTS)
+    assert expected[1] == []
+    assert kept.encode_kept(tokenizer, TEXTS) == expected
+    no_tokenizing()
+    assert kept.encode_kept(tokenizer, TEXTS) == expected
+    assert len(list(folder.iterdir())) == 1
+    with pytest.raises(AssertionError, match='tokenised again'):
+        kept.encode_kept(tokenizer, TEXTS[:-1])
+
+
+def test_other_texts_and_other_tokenizers_are_told_apart(tokenizer, folder):
+    shorter = word_tokenizer(['ĠAnna'])
+    moved = ['News of Anna. ', *TEXTS[1:2], 'Tom sold boats', TEXTS[3]]
+    assert ''.join(moved) == ''.join(TEXTS)
+    asked = [(tokenizer, TEXTS), (tokenizer, moved), (shorter, TEXTS)]
+    for _ in range(2):
+        for one, texts in asked:
+            assert kept.encode_kept(one, texts) == encode(one, texts)
+    assert len(list(folder.iterdir())) == len(asked)
+
+
+@pytest.mark.parametrize('highest', [0, 255, 256, 65_535, 65_536, 2**31 - 1])
+def test_ids_of_any_size(highest, folder):
+    rows = [[highest, 1], [], [0, highest, 7]]
+    path = folder / 'some.npz'
+    kept._save(path, rows)
+    assert kept._load(path) == rows
+
+
+def test_no_texts(tokenizer):
+    assert kept.encode_kept(tokenizer, []) == kept.encode_kept(tokenizer, []) == []
+
+
+def test_of_few_texts_nothing_is_kept(tokenizer, folder, monkeypatch):
+    size = sum(map(len, TEXTS))
+    monkeypatch.setattr(kept, 'LEAST', size + 1)
+    assert kept.encode_kept(tokenizer, TEXTS) == encode(tokenizer, TEXTS)
+    assert not folder.exists()
+    monkeypatch.setattr(kept, 'LEAST', size)
+    kept.encode_kept(tokenizer, TEXTS)
+    assert folder.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_costs_nothing(tokenizer, folder):
+    folder.parent.mkdir()
+    folder.write_text('a file where a folder should be')
+    with pytest.warns(UserWarning, match=r'tokens/\w+\.npz: token ids cannot be kept'):
+        ids = kept.encode_kept(tokenizer, TEXTS)
+    assert ids == encode(tokenizer, TEXTS)
+
+
+def test_what_is_written_is_whole_or_not_there(tokenizer, folder, monkeypatch):
+    def broken(file, **_):
+        file.write(b'half of it')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, 'savez', broken)
+    with pytest.raises(KeyboardInterrupt):
+        kept.encode_kept(tokenizer, TEXTS)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_damaged_file_is_named(tokenizer, folder):
+    kept.encode_kept(tokenizer, TEXTS)
+    [path] = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=rf'{path.name} cannot be read .*; remove it'):
+        kept.encode_kept(tokenizer, TEXTS)
+
+
+@pytest.mark.parametrize('kind', ['texts', 'comparisons'])
+def test_data_are_read_from_it(kind, tokenizer, no_tokenizing):
+    def load():
+        if kind == 'texts':
+            spec = 'tfds:tiny_tldr/articles:test[:20]'
+            return pipeline.load_texts(spec, tokenizer, max_length=64)
+        spec = 'tfds:tiny_tldr/comparisons:test[:20]'
+        return pipeline.load_comparisons(spec, tokenizer, max_length=128)
+
+    first = load()
+    no_tokenizing()
+    second = load()
+    assert first.counts == second.counts and first.records == second.records
+    for one, other in zip(first.examples, second.examples, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
