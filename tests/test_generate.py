@@ -305,7 +305,7 @@ def test_a_large_vocabulary_read_by_its_tokens_changes_nothing(
     model = CausalLM(dataclasses.replace(config, tied_embeddings=tied))
     parts = {'model': model, 'max_new_tokens': 6}
     tokens, mask = prompts[:2]
-    params = model.init(jax.random.PRNGKey(0), tokens, mask)['params']
+    params = jax.jit(model.init)(jax.random.PRNGKey(0), tokens, mask)['params']
     args = (params, tokens, mask, jnp.arange(len(tokens)), KEY, sampling(eos_ids=[]))
     for function in (generate, functools.partial(generate_pooled, num_rows=3)):
         expected = jax.jit(functools.partial(function, **parts))(*args)

@@ -47,7 +47,7 @@ def test_windows_and_layers_apart(config, prompts):
         config, sliding_window=4, windowed=(True, False), scan_unroll=2
     )
     model = CausalLM(config)
-    params = model.init(jax.random.PRNGKey(0), *prompts[:2])['params']
+    params = jax.jit(model.init)(jax.random.PRNGKey(0), *prompts[:2])['params']
     parts = {'model': model, 'max_new_tokens': 9}
     how = sampling(eos_ids=ENDS)
     expected = jax.jit(functools.partial(generate, **parts))(params, *prompts, KEY, how)

@@ -152,7 +152,7 @@ def test_one_token_of_the_last_layer_is_enough(config, layers, unroll):
     tokens = rng.integers(0, 64, (4, 9)).astype(np.int32)
     mask = np.arange(9) < np.array([9, 4, 6, 1])[:, None]
     mask[2] = [0, 0, 1, 0, 1, 1, 0, 1, 0]
-    params = model.init(jax.random.PRNGKey(0), tokens, mask)['params']
+    params = jax.jit(model.init)(jax.random.PRNGKey(0), tokens, mask)['params']
 
     def whole(params):
         values = model.apply({'params': params}, tokens, mask)
@@ -162,12 +162,16 @@ def test_one_token_of_the_last_layer_is_enough(config, layers, unroll):
         return reward_model_scores(params, tokens, mask, model=model)
 
     def value_and_grad(scores):
-        return jax.value_and_grad(lambda p: jnp.sum(jnp.sin(scores(p))))(params)
+        def total(params):
+            out = scores(params)
+            return jnp.sum(jnp.sin(out)), out
 
-    expected, found = value_and_grad(whole), value_and_grad(ours)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    ((_, values), expected), ((_, scores), found) = map(value_and_grad, (whole, ours))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(whole(params), ours(params), atol=1e-5)
+    np.testing.assert_allclose(values, scores, atol=1e-5)
 
 
 @pytest.mark.parametrize('garbage', [0, 63, -1, 10**6])
@@ -236,7 +240,7 @@ def test_members_score_as_they_would_alone(reward_model):
     tokens = rng.integers(0, 64, size=(4, 7)).astype(np.int32)
     mask = np.arange(7) < np.array([[7], [3], [5], [1]])
     keys = jax.random.split(jax.random.PRNGKey(5), 3)
-    members = [reward_model.init(key, tokens, mask)['params'] for key in keys]
+    members = [jax.jit(reward_model.init)(key, tokens, mask)['params'] for key in keys]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     scores = ensemble_scores(stacked, tokens, mask, model=reward_model)
     assert scores.shape == (4, 3)

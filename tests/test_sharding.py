@@ -143,7 +143,9 @@ def test_the_members_of_an_ensemble_agree_with_single_runs(
     hp = RMHParams(num_microbatches=parts, center_coef=0.01)
     keys = jax.random.split(jax.random.PRNGKey(3), 3)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    starts = [reward_model.init(k, tokens, tokens == 0)['params'] for k in keys]
+    starts = [
+        jax.jit(reward_model.init)(k, tokens, tokens == 0)['params'] for k in keys
+    ]
 
     def drawn(member, update):
         order = np.random.default_rng((member, update)).permutation(16)

@@ -165,10 +165,12 @@ def test_the_last_layer_for_responses_alone_changes_nothing(
     """Where the rollout says how long responses are, the demonstrations do, too."""
     hp, scores = _hp(group_size=4), jnp.arange(16.0)
     texts = generation.replace(response_length=6)
-    batch, _ = prepare_best(policy_params, texts, scores, model=unrolled, hp=hp)
+    prepare = jax.jit(functools.partial(prepare_best, model=unrolled, hp=hp))
+    batch, _ = prepare(policy_params, texts, scores)
     assert batch.response_length == 6
+    loss = jax.jit(functools.partial(sft_loss, model=unrolled))
     short, whole = (
-        sft_loss(policy_params, demonstrations, model=unrolled)[0]
+        loss(policy_params, demonstrations)[0]
         for demonstrations in (batch, batch.replace(response_length=None))
     )
     assert float(whole) > 0

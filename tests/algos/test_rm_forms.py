@@ -179,7 +179,9 @@ def test_the_virtual_response_is_finite_and_has_no_gradient(config, attention):
             return _loss(model, changed, params=p, l2_coef=0.1, center_coef=0.1)[0]
 
         tokens = batch.tokens[:1, 0]
-        params = model.init(jax.random.PRNGKey(0), tokens, tokens == 0)['params']
+        params = jax.jit(model.init)(jax.random.PRNGKey(0), tokens, tokens == 0)[
+            'params'
+        ]
         scores = ranked_scores(params, changed, model=model)
         return scores, jax.value_and_grad(total)(params)
 
@@ -213,7 +215,7 @@ def test_l2_is_the_mean_square_of_a_pair(token_scores):
 def headed(config):
     model = ScalarModel(config, ('helpful', 'safe'))
     tokens = np.zeros((1, 4), np.int32)
-    params = model.init(jax.random.PRNGKey(3), tokens, tokens == 0)['params']
+    params = jax.jit(model.init)(jax.random.PRNGKey(3), tokens, tokens == 0)['params']
     bias = jnp.array([0.3, -0.2])
     return model, {**params, 'head': {**params['head'], 'bias': bias}}
 
@@ -253,8 +255,13 @@ def _random(kind, heads=H):
 def _read(model, params, tokens, mask):
     """The scores of one text, at its last token, by itself."""
     length = int(mask.sum())
-    values = model.apply({'params': params}, tokens[None, :length], mask[None, :length])
+    values = _values(model, params, tokens[None, :length], mask[None, :length])
     return np.asarray(values[0, -1], np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _values(model, params, tokens, mask):
+    return model.apply({'params': params}, tokens, mask)
 
 
 def test_rankings_by_several_heads_against_a_loop(headed):

@@ -267,9 +267,10 @@ def test_attention_in_blocks_is_attention(config, size, monkeypatch):
         hidden = model.apply({'params': params}, tokens, mask)
         return jnp.sum(jnp.where(mask[..., None], jnp.sin(hidden), 0))
 
-    expected = jax.value_and_grad(loss)(params)
+    expected = jax.jit(jax.value_and_grad(loss))(params)
     monkeypatch.setattr(attention, 'BLOCK', size)
-    blocks = jax.value_and_grad(loss)(params)
+    in_blocks = jax.value_and_grad(lambda p: loss(p))  # another function: traced anew
+    blocks = jax.jit(in_blocks)(params)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(blocks)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -291,10 +292,13 @@ def test_the_last_places_alone_are_those_of_all(kind, config, monkeypatch):
         assert out.shape[1] == (last or 11)
         return jnp.sum(jnp.sin(out[:, -5:]))
 
-    expected = jax.value_and_grad(loss)(params, None)
+    def gradient(last):  # traced anew each time, with the block of that time
+        return jax.jit(jax.value_and_grad(functools.partial(loss, last=last)))(params)
+
+    expected = gradient(None)
     for block in (attention.BLOCK, 2):
         monkeypatch.setattr(attention, 'BLOCK', block)
-        alone = jax.value_and_grad(loss)(params, 5)
+        alone = gradient(5)
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(alone)):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -356,7 +360,7 @@ def test_of_an_mlp_the_products_alone_are_kept(joined):
     """Gate and up, [B, T, F] each, wait for the backward pass, and no activation."""
     config = dataclasses.replace(ROPE, joined=joined)
     mlp, x = MLP(config), jnp.ones((2, 5, config.width))
-    params = mlp.init(jax.random.PRNGKey(0), x)
+    params = jax.jit(mlp.init)(jax.random.PRNGKey(0), x)
     _, pull = jax.vjp(mlp.apply, params, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
     assert shapes.count((2, 5, config.mlp_width)) == 2
@@ -367,7 +371,7 @@ def test_rotary_tables_are_computed_once():
     """Not in each layer for every head: XLA's fusions for CPUs would do so."""
     config = dataclasses.replace(ROPE, scan_unroll=ROPE.num_layers)
     model, tokens = CausalLM(config), jnp.ones((2, 5), jnp.int32)
-    params = model.init(jax.random.PRNGKey(0), tokens, tokens > 0)['params']
+    params = jax.jit(model.init)(jax.random.PRNGKey(0), tokens, tokens > 0)['params']
 
     def total(params):
         hidden = model.apply({'params': params}, tokens, tokens > 0)
@@ -384,7 +388,7 @@ def test_a_norm_keeps_what_it_is_given_alone(config, norm, axes):
     module = Norm(cfg, axes)
     keys = jax.random.split(jax.random.PRNGKey(0), 4)
     x = jax.random.normal(keys[0], (2, 3, 4, 5))
-    params = module.init(keys[1], x)['params']
+    params = jax.jit(module.init)(keys[1], x)['params']
     params = {k: p + jax.random.normal(keys[2], p.shape) for k, p in params.items()}
 
     def written_out(params, x):

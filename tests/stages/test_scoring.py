@@ -410,7 +410,9 @@ def test_an_ensemble_scores_as_its_members_do(run, responses, config, reward_mod
     """Its members one by one, on the policy's tokens; on texts, the same of texts."""
     tokens = np.zeros((1, 2), np.int32)
     keys = jax.random.split(jax.random.PRNGKey(8), 3)
-    members = [reward_model.init(key, tokens, tokens == 0)['params'] for key in keys]
+    members = [
+        jax.jit(reward_model.init)(key, tokens, tokens == 0)['params'] for key in keys
+    ]
     sources = {
         f'member {i}': make_stage(run.workdir / f'member {i}', params, config)
         for i, params in enumerate(members)
