@@ -4,9 +4,9 @@
 
 Starts the command, waits for the first row of metrics, which is written while the next
 step runs, and ends it; in a work directory of its own each time. The cold start finds
-nothing compiled, the warm one what the cold one has left. Beside them stands what the
-imports of the packages below take alone. They take turns; in each everything is new but
-the files that the operating system holds in memory.
+nothing compiled or tokenised, the warm one what the cold one has left. Beside them
+stands what the imports of the packages below take alone. They take turns; in each
+everything is new but the files that the operating system holds in memory.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def imports() -> float:
 def first_step(config: str, stage: str, folder: pathlib.Path) -> float:
     """Seconds from the command to the first row of ``stage``.
 
-    What is compiled is kept in ``folder``.
+    What is compiled and tokenised is kept in ``folder``.
 
     Raises:
         RuntimeError: the command ended before, with what it wrote.
@@ -40,7 +40,8 @@ def first_step(config: str, stage: str, folder: pathlib.Path) -> float:
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, '-m', 'rlhf_jax.main', '--config', config]
         command += ['--workdir', workdir, f"--config.stages=('{stage}',)"]
-        env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder)}
+        env = os.environ | {'XDG_CACHE_HOME': str(folder)}
+        env.pop('JAX_COMPILATION_CACHE_DIR', None)
         rows = pathlib.Path(workdir, stage, 'metrics.jsonl')
         log = pathlib.Path(workdir, 'log')
         begun = time.monotonic()
@@ -71,7 +72,7 @@ def main() -> None:
             cache = pathlib.Path(folder)
             seconds['imports'].append(imports())
             seconds['cold'].append(first_step(args.config, args.stage, cache))
-            if not any(cache.rglob('*-cache')):
+            if not any(cache.glob('rlhf_jax/xla/*-cache')):
                 raise SystemExit('nothing was kept: there is no warm start to measure')
             seconds['warm'].append(first_step(args.config, args.stage, cache))
     base = statistics.median(seconds['imports'])

@@ -51,8 +51,14 @@ def encode_kept(
 
 def _digest(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> str:
     kind = type(tokenizer)
-    versions = f'tokenizers {tokenizers.__version__} {transformers.__version__}'
-    about = f'{kind.__module__}.{kind.__qualname__} {versions}'
+    about = repr(
+        (
+            f'{kind.__module__}.{kind.__qualname__}',
+            tokenizer.split_special_tokens,  # which its description leaves out
+            tokenizers.__version__,
+            transformers.__version__,
+        )
+    )
     digest = hashlib.sha256()
     for text in (about, tokenizer.backend_tokenizer.to_str(), *texts):
         data = text.encode('utf-8', 'surrogatepass')

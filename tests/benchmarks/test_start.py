@@ -15,7 +15,8 @@ def timed(monkeypatch):
     calls = []
 
     def first_step(config, stage, folder):
-        kept = folder / 'step-cache'
+        kept = folder / 'rlhf_jax' / 'xla' / 'step-cache'
+        kept.parent.mkdir(parents=True, exist_ok=True)
         calls.append('warm' if kept.exists() else 'cold')
         kept.touch()
         return 5.0 if calls[-1] == 'warm' else 10.0
@@ -43,7 +44,7 @@ def test_a_start_that_keeps_nothing_is_not_called_warm(timed, monkeypatch):
 def test_the_first_row_ends_a_start_and_programs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '')  # one device, whose programs are read back
     assert start.first_step('configs/quickstart.py:smoke', 'pretrain', tmp_path) > 1
-    assert any(tmp_path.glob('*-cache'))
+    assert any(tmp_path.glob('rlhf_jax/xla/*-cache'))
 
 
 def test_a_run_that_ends_before_its_first_step_says_why(tmp_path):

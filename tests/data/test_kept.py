@@ -52,6 +52,16 @@ def test_other_texts_and_other_tokenizers_are_told_apart(tokenizer, folder):
     assert len(list(folder.iterdir())) == len(asked)
 
 
+def test_a_tokenizer_that_splits_special_tokens_is_another(folder):
+    texts, found = ['Anna <|eos|>'], []
+    for split in (False, True):
+        one = tiny_tldr.tokenizer()
+        one.split_special_tokens = split
+        found.append(kept.encode_kept(one, texts))
+        assert found[-1] == encode(one, texts)
+    assert found[0][0][-1] == 1 != found[1][0][-1]
+
+
 @pytest.mark.parametrize('highest', [0, 255, 256, 65_535, 65_536, 2**31 - 1])
 def test_ids_of_any_size(highest, folder):
     rows = [[highest, 1], [], [0, highest, 7]]
