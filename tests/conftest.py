@@ -58,6 +58,15 @@ def _one_device_is_kept(computation, devices, *rest):
 compiler._resolve_compilation_strategy = _one_device_is_kept
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first, single functions last: a file is the work of one process, and
+    a long one begun at the end would leave the others idle.
+    """
+    tests = Path(__file__).parent
+    runs = {tests / 'stages': 0, tests: 1}
+    items.sort(key=lambda item: runs.get(item.path.parent, 2))
+
+
 @pytest.fixture(scope='module', autouse=True)
 def _programs_of_a_module():
     """Lets the programs of a module go. Each takes about a hundred mappings of memory,
