@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Compiling is most of the time here: XLA's costly passes are left out, and loops are
-# written by its older emitters, which spares another quarter to third of the time
+# written by its older emitters, which spares another fifth to third of the time
 # (jaxlib 0.10.2; one that does not know the flag says so and ends).
 # JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that users run; .ci/run has it
 # for the parity tests.

@@ -87,7 +87,7 @@ def _load(path: Path) -> list[list[int]]:
     try:
         with np.load(path) as kept:
             flat, ends = kept['ids'].tolist(), np.cumsum(kept['lengths']).tolist()
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(
             f'{path} cannot be read ({error}); remove it, and the texts are tokenised '
             'again'

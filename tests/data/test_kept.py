@@ -103,10 +103,11 @@ def test_what_is_written_is_whole_or_not_there(tokenizer, folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
-def test_a_damaged_file_is_named(tokenizer, folder):
+@pytest.mark.parametrize('left', [slice(-40), slice(0), slice(40, None)])
+def test_a_damaged_file_is_named(left, tokenizer, folder):
     kept.encode_kept(tokenizer, TEXTS)
     [path] = folder.iterdir()
-    path.write_bytes(path.read_bytes()[:-40])
+    path.write_bytes(path.read_bytes()[left])
     with pytest.raises(ValueError, match=rf'{path.name} cannot be read .*; remove it'):
         kept.encode_kept(tokenizer, TEXTS)
 

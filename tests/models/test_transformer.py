@@ -321,6 +321,20 @@ def test_joined_kernels_are_their_parts(config):
     np.testing.assert_allclose(last[:, 0], expected[:, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_parameters_are_drawn_alike_by_a_program_with_one_layer_in_it():
+    tokens = jnp.ones((1, 2), jnp.int32)
+
+    def init(unroll):
+        model = CausalLM(dataclasses.replace(ROPE, scan_unroll=unroll))
+        args = jax.random.PRNGKey(0), tokens, tokens > 0
+        return jax.jit(model.init)(*args), str(jax.make_jaxpr(model.init)(*args))
+
+    (scanned, _), (unrolled, program) = init(1), init(ROPE.num_layers)
+    jax.tree.map(np.testing.assert_array_equal, unrolled, scanned)
+    assert f'length={ROPE.num_layers}' in program and 'unroll=1' in program
+    assert f'unroll={ROPE.num_layers}' not in program
+
+
 def test_start_from_takes_the_backbone_and_checks_its_shape():
     policy, scalar = random_params(CausalLM(ROPE)), random_params(ScalarModel(ROPE), 1)
     started = start_from(scalar, policy)
