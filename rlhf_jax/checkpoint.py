@@ -97,6 +97,8 @@ def drop_state(manager: ocp.CheckpointManager, step: int) -> int | None:
 def restore_state(manager: ocp.CheckpointManager, like: Any) -> Any | None:
     """The latest saved state, laid out as ``like`` is; None when there is none.
 
+    The arrays of ``like`` are let go before, or there would be two states at a time.
+
     Raises:
         ValueError: the checkpoint is of another model or optimizer.
     """
@@ -104,6 +106,8 @@ def restore_state(manager: ocp.CheckpointManager, like: Any) -> Any | None:
     if step is None:
         return None
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    for array in jax.tree.leaves(like):
+        array.delete()
     return _restore(
         lambda: manager.restore(step, args=ocp.args.StandardRestore(target)),
         f'{manager.directory}/{step}',

@@ -139,10 +139,14 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def init_sharded(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Runs ``init(*args)`` so that every parameter is born in its place on the mesh."""
+def init_sharded(
+    init: Callable[..., Any], mesh: Mesh, *args: Any, donate: tuple[int, ...] = ()
+) -> Any:
+    """Runs ``init(*args)`` so that every parameter is born in its place on the mesh; of
+    the arguments in ``donate`` it takes over the memory.
+    """
     target = shardings(jax.eval_shape(init, *args), mesh)
-    return jax.jit(init, out_shardings=target)(*args)
+    return jax.jit(init, out_shardings=target, donate_argnums=donate)(*args)
 
 
 def place(tree: Any, mesh: Mesh, kind: Kind) -> Any:

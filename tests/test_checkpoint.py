@@ -40,7 +40,9 @@ def test_the_last_few_are_kept_and_the_latest_is_restored(tmp_path):
             checkpoint.save_state(manager, step, state(step), {'train': 0.5 * step})
     with checkpoint.open_checkpoints(tmp_path, 2) as manager:
         assert sorted(manager.all_steps()) == [3, 4]
-        restored = checkpoint.restore_state(manager, state(0))
+        first = state(0)
+        restored = checkpoint.restore_state(manager, first)
+        assert first['params']['kernel'].is_deleted()  # not two states at a time
         assert checkpoint.saved_seconds(manager) == {'train': 2.0}
         assert checkpoint.drop_state(manager, 2) == 4  # gone already
         assert checkpoint.drop_state(manager, 4) == 3

@@ -215,7 +215,7 @@ def fit(
         job: the stage.
         step: (state, batch, *, model, tx, hp) -> (state, metrics).
         model: static argument of the step.
-        params: where training starts; not changed.
+        params: where training starts; the state takes over their memory.
         key: base key of the stage.
         evaluate: params -> numbers to log now and then.
         spent: seconds before training, by phase.
@@ -236,8 +236,8 @@ def fit(
         lambda p: TrainState(step=jnp.int32(0), rng=key, params=p, opt_state=init(p)),
         run.mesh,
         params,
+        donate=(0,),
     )
-    del params
     compiled = run.compile(functools.partial(step, model=model, tx=tx, hp=job.hp))
     batches = None
 

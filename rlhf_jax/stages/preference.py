@@ -110,13 +110,11 @@ def train_preference(run: Run, job: Preference) -> None:
     """Runs the stage: reference, training, and the comparison with where it began."""
     clock = time.monotonic()
     offline, settings, key = job.offline, job.offline.settings, run.key(job.stage)
-    model, ref_params = load_policy(run, settings.init, key)
-    scorers = scoring.make_scorers(run, job.evaluation.rewards)
-    write = make_writer(run, job.evaluation, model)
+    model, params = load_policy(run, settings.init, key)
     spent = {'setup': time.monotonic() - clock}
     if job.loss.REFERENCE:
         clock = time.monotonic()
-        offline = _with_reference(run, offline, model, ref_params)
+        offline = _with_reference(run, offline, model, params)
         spent['reference'] = time.monotonic() - clock
     how = {'loss': job.loss, 'loss_hp': job.loss_hp}
     rewards_of = run.compile(
@@ -134,16 +132,18 @@ def train_preference(run: Run, job: Preference) -> None:
         return {'accuracy': float((gap > 0).mean()), 'margin': float(gap.mean())}
 
     step = functools.partial(preference_step, **how)
-    state, seconds = fit(run, offline, step, model, ref_params, key, evaluate, spent)
+    state, seconds = fit(run, offline, step, model, params, key, evaluate, spent)
     clock = time.monotonic()
+    # Training needs none of these on the device.
+    _, ref_params = load_policy(run, settings.init, key)
     report = evaluate_policy(
         run,
         job.evaluation,
         model,
         ref_params,
         state.params,
-        write=write,
-        scorers=scorers,
+        write=make_writer(run, job.evaluation, model),
+        scorers=scoring.make_scorers(run, job.evaluation.rewards),
     )
     report |= _held_out(offline, scored(state.params))
     report['loss_settings'] = {'name': settings.name, **dataclasses.asdict(job.loss_hp)}

@@ -14,6 +14,7 @@ from rlhf_jax import checkpoint, preference
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
 from rlhf_jax.sample import sample
+from rlhf_jax.stages import offline
 from tests.small_config import config_file
 from tests.test_main import command, fails, never_compiled  # noqa: F401
 
@@ -52,10 +53,33 @@ def params(workdir, stage='preference'):
 
 
 @pytest.fixture(scope='module')
-def dpo(tmp_path_factory):
+def held():
+    """How many arrays of the shape of the embeddings there are in each step of dpo."""
+    return []
+
+
+@pytest.fixture(scope='module')
+def dpo(tmp_path_factory, held):
     """A finished run and what its report says of it."""
-    workdir = tmp_path_factory.mktemp('runs') / 'dpo'
-    return workdir, launch(get_config(), workdir)['stages']['preference']
+    workdir, run_loop = tmp_path_factory.mktemp('runs') / 'dpo', offline.run_loop
+
+    def counting(folder, state, num_steps, one_step, **how):
+        def counted(state, done):
+            shape = state.params['backbone']['embed']['tokens'].shape
+            held.append(sum(x.shape == shape for x in jax.live_arrays()))
+            return one_step(state, done)
+
+        return run_loop(folder, state, num_steps, counted, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offline, 'run_loop', counting)
+        return workdir, launch(get_config(), workdir)['stages']['preference']
+
+
+def test_training_holds_the_policy_and_its_moments_alone(dpo, held):
+    # Neither where it began, which the reference was asked of before, nor a judge. The
+    # second step ends in a checkpoint, which shares a CPU's memory while it is written.
+    assert held[:2] == [3, 3] and len(held) == 6
 
 
 # ----------------------------------------------------------------------- what it leaves
