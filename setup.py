@@ -36,7 +36,7 @@ setup(
     extras_require={
         'cuda': ['jax[cuda]'],
         'tpu': ['jax[tpu]'],
-        'test': ['pytest', 'pytest-xdist>=3.7', 'ruff'],
+        'test': ['filelock', 'pytest', 'pytest-xdist>=3.7', 'ruff'],
         'parity': ['torch', 'trl==1.12.0', 'pandas', 'requests'],  # the last with PPO
         'parity-latest': ['torch', 'trl==1.16.0', 'pandas', 'requests'],
         'tensorboard': ['tensorboardX'],

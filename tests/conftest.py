@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 from jax._src import compiler
 
 from rlhf_jax import sharding
@@ -287,8 +288,12 @@ def token_scores(config):
 
 
 @pytest.fixture(scope='session')
-def finished(tmp_path_factory, launch_on_all) -> Path:
-    """The work directory of a small run of all four stages on all devices."""
-    workdir = tmp_path_factory.mktemp('runs') / 'small'
-    launch_on_all(small_config.get_config(), workdir)
-    return workdir
+def finished(tmp_path_factory, worker_id, launch_on_all) -> Path:
+    """The work directory of a small run of all four stages on all devices; one for all
+    processes of the tests. Where another has made it, the launch returns at once.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == 'master' else folder.parent
+    with FileLock(folder / 'small.lock'):
+        launch_on_all(small_config.get_config(), folder / 'small')
+    return folder / 'small'

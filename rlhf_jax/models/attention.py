@@ -1,7 +1,8 @@
 """What tokens attend to, computed in the form that each backend runs well.
 
-On an NVIDIA GPU in 16 bits cuDNN's fused attention, elsewhere causal blocks of queries.
-Letters as in ``models/layers.py``, which calls this.
+On an NVIDIA GPU in 16 bits cuDNN's fused attention, on a TPU JAX's splash kernel,
+elsewhere causal blocks of queries. Letters as in ``models/layers.py``, which calls
+this.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
+from jax.sharding import PartitionSpec
 
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.ops.layout import head_axes, row_axes
 from rlhf_jax.ops.logprobs import soft_cap
 from rlhf_jax.types import Array
 
@@ -21,6 +24,9 @@ NEGATIVE = -1e30  # finite, so that a row without any key stays finite
 # Causal attention goes over blocks of queries: of about so many tokens or more, and at
 # most so many blocks, which are unrolled.
 BLOCK, MAX_BLOCKS = 64, 8
+# Queries and keys of a block of the splash kernel: the first that divides the length.
+# It has no smaller ones.
+SPLASH_BLOCKS = 512, 256, 128
 
 
 def attend(
@@ -40,6 +46,8 @@ def attend(
     """
     if has_fused(cfg, q.shape[1], keys.shape[2]):
         return fused_attention(q, keys, values, visible, cfg, 'cudnn')
+    if has_splash(cfg, q.shape[1], keys.shape[2]):
+        return splash_attention(q, keys, values, visible, cfg)
     return blockwise_attention(q, keys, values, visible, cfg)
 
 
@@ -81,6 +89,80 @@ def fused_attention(
         implementation=implementation,
     )
     return out.reshape(batch, length, *heads, size)
+
+
+def has_splash(cfg: TransformerConfig, queries: int, keys: int) -> bool:
+    """Whether the splash kernel has this attention: on TPUs, in bfloat16, of whole
+    causal sequences in multiples of 128 tokens, without windows.
+    """
+    return (
+        get_backend().platform == 'tpu'
+        and cfg.dtype == 'bfloat16'
+        and cfg.attention == 'causal'
+        and not any(cfg.windowed)
+        and queries == keys
+        and queries % SPLASH_BLOCKS[-1] == 0
+    )
+
+
+def splash_attention(
+    q: Array,
+    keys: Array,
+    values: Array,
+    visible: Array,
+    cfg: TransformerConfig,
+    interpret: bool = False,
+) -> Array:
+    """:func:`attend` by ``jax.experimental.pallas.ops.tpu.splash_attention``, on every
+    device for the rows and the heads that it has.
+
+    The kernel skips what is not causal and knows documents by their ids, so ``visible``
+    must be what both leave: the documents of a row begin where its tokens see first.
+    ``interpret`` runs it without a TPU.
+    """
+    # Here, because TPUs alone need Pallas and its import takes time.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    _, length, heads, groups, _ = q.shape
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mqa(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * groups),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=cfg.attention_softcap,
+        interpret=interpret,
+    )
+
+    def rows(q: Array, keys: Array, values: Array, documents: Array) -> Array:
+        ids = splash.SegmentIds(documents, documents)
+        return jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(q, keys, values, ids)
+
+    # Padding sees itself: the kernel divides by the sum of a row's weights.
+    real = jnp.diagonal(visible, axis1=1, axis2=2)
+    documents = jnp.where(real, jnp.argmax(visible, axis=-1), -1)
+    q = jnp.moveaxis(q, 1, 3) * _scale(cfg)
+    args = q.astype(keys.dtype), keys, values, documents.astype(jnp.int32)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:  # the partitioner cannot look into a kernel
+        batch = PartitionSpec(row_axes(q.shape[0]))
+        split = PartitionSpec(row_axes(q.shape[0]), head_axes(heads))
+        specs = (split, split, split, batch)
+        rows = jax.shard_map(rows, in_specs=specs, out_specs=split, check_vma=False)
+    return jnp.moveaxis(rows(*args), 3, 1)
 
 
 def blockwise_attention(

@@ -1,9 +1,9 @@
-"""A hint to the partitioner: this array is split over the batch.
+"""How arrays lie on the mesh, for what the partitioner cannot find out by itself.
 
 Steps do not know their mesh. Where a computation would lose the batch sharding (a
 gather by a permutation, say), they call :func:`over_batch`, which acts only inside a
 mesh that has the axes of ``sharding.py``, and is the identity on one device and under
-``pmap``.
+``pmap``. A kernel is told which axes split its rows and its heads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from rlhf_jax.types import Array
 
 BATCH_AXES = ('data', 'fsdp')  # mesh axes over which the rows of a batch are split
+HEAD_AXIS = 'tensor'  # and the heads of its layers
 
 
 def batch_shards(rows: int) -> int:
@@ -35,3 +36,14 @@ def over_batch(x: Array, axis: int = 0) -> Array:
         return x
     spec = PartitionSpec(*(None,) * axis, BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def row_axes(rows: int) -> tuple[str, ...] | None:
+    """The mesh axes that split so many rows of a batch; None where nothing does."""
+    return BATCH_AXES if batch_shards(rows) > 1 else None
+
+
+def head_axes(heads: int) -> str | None:
+    """The mesh axis that splits so many heads; None where nothing does."""
+    size = jax.sharding.get_abstract_mesh().shape.get(HEAD_AXIS, 1)
+    return HEAD_AXIS if size > 1 and heads % size == 0 else None

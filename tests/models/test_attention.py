@@ -1,15 +1,22 @@
-"""The forms of attention agree; the fused one is chosen where cuDNN has it."""
+"""The forms of attention agree; each is chosen where it is at home."""
 
 import dataclasses
+import functools
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.algos.gradients import mean_gradient
+from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.models import attention
+from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.logprobs import soft_cap
+from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh
+from rlhf_jax.types import TokenBatch
 
 SHAPE = {'rows': 2, 'keys': 12, 'heads': 2, 'groups': 3, 'size': 8}
 
@@ -142,7 +149,7 @@ def test_a_token_that_sees_nothing_moves_no_score(grouped, monkeypatch):
 def test_where_cudnn_is_asked(grouped, monkeypatch, changes, queries, keys, there):
     cfg = dataclasses.replace(grouped, **{'dtype': 'bfloat16', **changes})
     assert not attention.has_fused(cfg, queries, keys)  # on this machine
-    cuda = types.SimpleNamespace(platform_version='cuda 13010')
+    cuda = types.SimpleNamespace(platform='gpu', platform_version='cuda 13010')
     monkeypatch.setattr(attention, 'get_backend', lambda: cuda)
     assert attention.has_fused(cfg, queries, keys) == there
     asked = []
@@ -155,3 +162,145 @@ def test_where_cudnn_is_asked(grouped, monkeypatch, changes, queries, keys, ther
     kv = jnp.zeros((2, 2, keys, cfg.head_dim))
     attention.attend(q, kv, kv, jnp.ones((2, queries, keys), bool), cfg)
     assert asked == (['cudnn'] if there else [])
+
+
+# ------------------------------------------------------------------------------ on TPUs
+
+interpreted = functools.partial(attention.splash_attention, interpret=True)
+
+
+@pytest.fixture
+def packed():
+    """Random q, k and v of 256 tokens, two blocks, what they see, and which are real:
+    row 0 is padded on the left and in the middle, row 1 on the right; each holds two
+    documents.
+    """
+    rng, (b, t, k, g, h) = np.random.default_rng(0), (2, 256, 2, 3, 8)
+    q = rng.normal(size=(b, t, k, g, h)).astype(np.float32)
+    keys, values = rng.normal(size=(2, b, k, t, h)).astype(np.float32)
+    places = np.arange(t)
+    real = np.stack([(places >= 30) & (places // 10 != 15), places < 240])
+    documents = np.stack([places >= 100, places >= 200])
+    same = documents[:, :, None] == documents[:, None]
+    causal = np.tril(np.ones((t, t), bool))
+    return (q, keys, values), real[:, None] & same & causal, real
+
+
+@pytest.mark.parametrize('softcap', [None, 0.7])
+def test_the_splash_kernel_sees_what_blocks_see(grouped, packed, softcap, monkeypatch):
+    monkeypatch.setattr(attention, 'SPLASH_BLOCKS', (128,))
+    cfg = dataclasses.replace(grouped, attention_softcap=softcap)
+    qkv, visible, real = packed
+    real = real[..., None, None, None]
+
+    def run(form):
+        def loss(qkv):
+            out = form(*qkv, visible, cfg)
+            return jnp.sum(jnp.where(real, jnp.sin(out), 0)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(qkv)
+
+    (gradients, out), (expected, wanted) = map(
+        run, (interpreted, attention.blockwise_attention)
+    )
+    assert np.isfinite(out).all()  # where there is padding, too
+    out, wanted = np.where(real, out, 0), np.where(real, wanted, 0)
+    np.testing.assert_allclose(out, wanted, atol=2e-6)
+    for got, want in zip(gradients, expected):
+        assert np.abs(want).max() > 0.1
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_each_device_runs_the_kernel_for_its_rows_and_heads(grouped, packed, shape):
+    (q, keys, values), visible, _ = packed
+    args = [np.tile(x, (4,) + (1,) * (x.ndim - 1)) for x in (q, keys, values, visible)]
+    form = functools.partial(interpreted, cfg=grouped)
+    data, fsdp, tensor = shape
+    mesh = make_mesh(ParallelConfig(data=data, fsdp=fsdp, tensor=tensor))
+    kinds = {'inputs': ('batch',) * 4, 'outputs': ('batch',), 'donate': ()}
+    run = compile_step(form, mesh=mesh, **kinds)
+    np.testing.assert_allclose(run(*args), jax.jit(form)(*args), atol=2e-6)
+    # On TPUs no partitioner would take the kernel apart, and lowering it is an error.
+    form = functools.partial(attention.splash_attention, cfg=grouped)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for x in args]
+        program = jax.export.export(jax.jit(form), platforms=['tpu'])(*placed)
+    assert program.nr_devices == 8
+    assert program.mlir_module().count('@tpu_custom_call') == 1
+
+
+@pytest.mark.parametrize('backend', ['jit', 'pmap'])
+def test_a_step_by_the_kernel_is_the_step(config, policy_params, backend, monkeypatch):
+    """Of a model with scanned layers, recomputed, on all devices."""
+    model = CausalLM(dataclasses.replace(config, max_positions=128, remat=True))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, config.vocab_size, (8, 128)).astype(np.int32)
+    mask = np.arange(128) < rng.integers(60, 128, (8, 1))
+    segments = (np.arange(128) >= 50).astype(np.int32) + np.zeros((8, 1), np.int32)
+    batch = TokenBatch(tokens=tokens, mask=mask, loss_mask=mask, segments=segments)
+
+    def gradient(params, batch, axis_name=None):
+        return mean_gradient(
+            functools.partial(sft_loss, model=model),
+            params,
+            batch,
+            axis_name=axis_name,
+        )
+
+    def run():
+        mesh = make_mesh(ParallelConfig(fsdp=2 if backend == 'jit' else 1))
+        step = compile_step(gradient, mesh=mesh, backend=backend, donate=())
+        return step(policy_params, batch)[0]
+
+    expected, asked = run(), []
+
+    def note(*args):
+        asked.append(args[0].shape)
+        return interpreted(*args)
+
+    monkeypatch.setattr(attention, 'has_splash', lambda cfg, *lengths: True)
+    monkeypatch.setattr(attention, 'splash_attention', note)
+    got = run()
+    assert asked
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, expected
+    )
+
+
+@pytest.mark.parametrize(
+    ('changes', 'queries', 'keys', 'there'),
+    [
+        ({}, 128, 128, True),
+        ({}, 384, 384, True),
+        ({'attention_softcap': 30.0}, 256, 256, True),
+        ({}, 128, 256, False),  # the last layer, for a response
+        ({}, 1, 128, False),
+        ({}, 64, 64, False),
+        ({'dtype': 'float32'}, 128, 128, False),
+        ({'attention': 'bidirectional'}, 128, 128, False),
+        ({'windowed': (False, True), 'sliding_window': 8}, 128, 128, False),
+        ({'windowed': (False, False), 'sliding_window': 8}, 128, 128, True),
+    ],
+)
+def test_where_the_splash_kernel_is_asked(
+    grouped, monkeypatch, changes, queries, keys, there
+):
+    cfg = dataclasses.replace(grouped, **{'dtype': 'bfloat16', **changes})
+    assert not attention.has_splash(cfg, queries, keys)  # on this machine
+    tpu = types.SimpleNamespace(platform='tpu', platform_version='')
+    monkeypatch.setattr(attention, 'get_backend', lambda: tpu)
+    assert attention.has_splash(cfg, queries, keys) == there
+    q = jax.ShapeDtypeStruct((2, queries, 2, 3, 8), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 2, keys, 8), jnp.bfloat16)
+    visible = jax.ShapeDtypeStruct((2, queries, keys), bool)
+
+    def loss(q, keys, values, visible):
+        return jnp.sum(attention.attend(q, keys, values, visible, cfg).astype(float))
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    program = jax.export.export(gradient, platforms=['tpu'])(q, kv, kv, visible)
+    # Forward, of the queries, of keys and values.
+    kernels = program.mlir_module().count('@tpu_custom_call')
+    assert kernels == (3 if there else 0)
