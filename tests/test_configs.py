@@ -99,7 +99,8 @@ def test_real_transcripts_go_through_all_stages(one_device, tmp_path):
         section.train, section.eval, section.num_steps = train, held_out, 2
         section.buckets = section.buckets[-1:]  # one shape: half the compilation
     config.rm.references = held_out
-    config.ppo.prompts, config.ppo.eval_prompts = train, held_out
+    config.ppo.prompts = train
+    config.ppo.eval_prompts = f'hh:{TRANSCRIPTS}[2200:2216]'
     config.ppo.num_rollouts = 2
     report = launch(config, tmp_path)
     assert [s for s in STAGES if report['stages'].get(s, {}).get('finished')] == [
