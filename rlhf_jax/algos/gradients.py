@@ -8,13 +8,13 @@ weigh a token by the company it keeps. Read ``algos/sft.py`` next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.ops.layout import over_batch
+from rlhf_jax.ops.layout import batch_shards, over_batch
 from rlhf_jax.types import (
     Array,
     Metrics,
@@ -26,6 +26,14 @@ from rlhf_jax.types import (
 
 # (params, batch) -> (sum of the loss, its weight, metrics)
 LossFn = Callable[[Params, Any], tuple[Array, Array, Metrics]]
+
+
+class Cuts(NamedTuple):
+    """What spares rows that end early the places behind their end."""
+
+    lengths: Array  # [B] int32, places that each row needs
+    sizes: tuple[int, ...]  # places of a microbatch, ascending; the last suffices all
+    cut: Callable[[Any, int], Any]  # (rows, size) -> rows of so many places
 
 
 def microbatches(batch: Any, count: int) -> Any:
@@ -53,6 +61,25 @@ def microbatches(batch: Any, count: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+def sort_by_length(batch: Any, lengths: Array, count: int) -> Any:
+    """The rows in an order of which :func:`microbatches` makes microbatches of rows
+    about equally long, the shortest first. Every row stays on its device.
+
+    Args:
+        batch: a pytree whose leaves have the rows in front.
+        lengths: [B].
+        count: of the microbatches.
+    """
+    rows = lengths.shape[0]
+    devices = batch_shards(rows)
+    if rows % (devices * count):
+        return batch  # which cannot be split
+    order = jnp.argsort(lengths.reshape(devices, -1), axis=1)
+    order = order + jnp.arange(devices)[:, None] * order.shape[1]
+    order = order.reshape(devices, count, -1).swapaxes(1, 2).reshape(rows)
+    return jax.tree.map(lambda x: over_batch(x[order]), batch)
+
+
 def mean_gradient(
     loss_fn: LossFn,
     params: Params,
@@ -60,6 +87,7 @@ def mean_gradient(
     *,
     num_microbatches: int = 1,
     axis_name: str | None = None,
+    cuts: Cuts | None = None,
 ) -> tuple[Params, Metrics]:
     """Gradient of Σ loss / Σ weight over all microbatches and devices.
 
@@ -69,12 +97,14 @@ def mean_gradient(
         batch: a pytree whose leaves have the rows in front.
         num_microbatches: gradients are accumulated over this many parts, one at a time.
         axis_name: mapped device axis, None outside ``pmap``.
+        cuts: sorts the rows by length, and runs every microbatch at the first size that
+            suffices its rows; one compiled form each. None for whole rows.
 
     Returns:
         (gradient like ``params``, metrics reduced over everything).
     """
 
-    def part(piece: Any) -> tuple[Params, Array, Metrics]:
+    def whole(piece: Any) -> tuple[Params, Array, Metrics]:
         def total(p: Params) -> tuple[Array, tuple[Array, Metrics]]:
             loss, weight, metrics = loss_fn(p, piece)
             return loss, (weight, metrics)
@@ -82,6 +112,16 @@ def mean_gradient(
         gradient, (weight, metrics) = jax.grad(total, has_aux=True)(params)
         return gradient, weight, metrics
 
+    def fitted(piece: tuple[Any, Array]) -> tuple[Params, Array, Metrics]:
+        rows, lengths = piece
+        which = jnp.searchsorted(jnp.asarray(cuts.sizes), jnp.max(lengths))
+        forms = [lambda rows, n=n: whole(cuts.cut(rows, n)) for n in cuts.sizes]
+        return jax.lax.switch(which, forms, rows)
+
+    part = whole
+    if cuts is not None:
+        part, batch = fitted, (batch, cuts.lengths)
+        batch = sort_by_length(batch, cuts.lengths, num_microbatches)
     if num_microbatches == 1:
         gradient, weight, metrics = part(batch)
     else:

@@ -23,6 +23,7 @@ from rlhf_jax.algos.rollout import (
     objective_metrics,
     off_policy_weights,
     per_row,
+    response_cuts,
     response_logprobs,
     sampled_kl,
 )
@@ -73,6 +74,7 @@ class PolicyHParams:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
+    num_length_buckets: int = 1  # parts of the response that microbatches are cut at
     target_approxkl: float | None = None  # above it the rest of the rollout is skipped
 
     def __post_init__(self) -> None:
@@ -244,6 +246,7 @@ def policy_step(
             minibatch,
             num_microbatches=hp.num_microbatches,
             axis_name=axis_name,
+            cuts=response_cuts(minibatch, hp.num_length_buckets),
         )
         metrics['policy/grad_norm'] = Mean(optax.tree.norm(gradient), jnp.float32(1))
         params, opt_state = apply_update(params, opt_state, {'policy': gradient}, tx)

@@ -23,6 +23,7 @@ from rlhf_jax.algos.gradients import mean_gradient
 from rlhf_jax.algos.rollout import (
     objective_metrics,
     off_policy_weights,
+    response_cuts,
     response_logprobs,
     sampled_kl,
 )
@@ -92,6 +93,7 @@ class PPOHParams:
     num_epochs: int = 4
     num_minibatches: int = 1
     num_microbatches: int = 1
+    num_length_buckets: int = 1  # parts of the response that microbatches are cut at
     target_approxkl: float | None = None  # above it the rest of the rollout is skipped
     critic_warmup_rollouts: int = 0  # first ones, in which the critic learns alone
 
@@ -300,8 +302,7 @@ def value_metrics(rollout: Rollout, axis_name: str | None) -> Metrics:
     }
 
 
-# --------------------------------------------------------------------------------
-# update
+# ----------------------------------------------------------------------------- update
 
 
 def policy_loss(
@@ -366,7 +367,11 @@ def policy_gradient(
         raise ValueError(f'ptx_coef={hp.ptx_coef} and ptx={ptx is not None} disagree')
     how = {'num_microbatches': hp.num_microbatches, 'axis_name': axis_name}
     gradient, metrics = mean_gradient(
-        lambda p, part: policy_loss(p, part, model=model, hp=hp), params, rollout, **how
+        lambda p, part: policy_loss(p, part, model=model, hp=hp),
+        params,
+        rollout,
+        cuts=response_cuts(rollout, hp.num_length_buckets),
+        **how,
     )
     if ptx is not None:
         more, ptx_metrics = mean_gradient(
@@ -393,6 +398,7 @@ def critic_gradient(
         rollout,
         num_microbatches=hp.num_microbatches,
         axis_name=axis_name,
+        cuts=response_cuts(rollout, hp.num_length_buckets),
     )
     gradient = jax.tree.map(lambda g: g * hp.value_coef, gradient)
     metrics['val/grad_norm'] = Mean(optax.tree.norm(gradient), jnp.float32(1))

@@ -6,8 +6,12 @@ metrics. Read ``algos/updates.py`` next.
 
 from __future__ import annotations
 
+import math
+
+import jax
 import jax.numpy as jnp
 
+from rlhf_jax.algos.gradients import Cuts
 from rlhf_jax.models.heads import CausalLM, apply_to_last
 from rlhf_jax.ops.kl import KLEstimator, kl_estimate
 from rlhf_jax.ops.logprobs import token_logprobs
@@ -138,6 +142,36 @@ def off_policy_weights(
     }
     weights = jnp.where(response, jnp.minimum(ratio, clip), 0)
     return generation.replace(logprobs=logprobs), weights, metrics
+
+
+def response_cuts(rollout: Rollout, count: int) -> Cuts | None:
+    """Cuts of the rows of a rollout at ``count`` parts of the longest response there
+    can be, behind what policy and critic are trained at; None for one part.
+
+    Raises:
+        ValueError: fewer parts than one, or several of an unknown length.
+    """
+    longest = rollout.response_length
+    if count < 1 or (count > 1 and longest is None):
+        raise ValueError(
+            f'num_length_buckets={count} with response_length={longest}: use 1 or, '
+            'where the length of the responses is known, more'
+        )
+    if count == 1:
+        return None
+    needed = rollout.mask
+    if rollout.value_mask is not None:
+        needed = needed | rollout.value_mask
+    places = jnp.arange(1, longest + 1)
+    lengths = jnp.max(jnp.where(needed[:, -longest:], places, 0), axis=1)
+    sizes = sorted({math.ceil(longest * i / count) for i in range(1, count + 1)})
+
+    def cut(rows: Rollout, size: int) -> Rollout:
+        end = rows.tokens.shape[1] - longest + size
+        kept = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, :end], rows)
+        return kept.replace(response_length=size)
+
+    return Cuts(lengths.astype(jnp.int32), tuple(sizes), cut)
 
 
 def sampled_kl(generation: Generation, ref_logprobs: Array, kind: KLEstimator) -> Array:
