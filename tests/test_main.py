@@ -109,6 +109,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('sft.init', 'pretrian', ['pretrian']),
         ('ppo.rewards.rm.model', 'sft', ['config.ppo.rewards.rm', 'no trained score']),
         ('ppo.clip_epz', 0.1, ['config.ppo.clip_epz is unknown', "'clip_eps'"]),
+        ('sft.num_microbatches', 0, ['config.sft.num_microbatches=0', '1 or more']),
         ('sft.batch_sise', 8, ['config.sft.batch_sise', "'batch_size'"]),
         ('rm.optim.learnin_rate', 1, ['config.rm.optim.learnin_rate', 'learning_rate']),
         ('sft.batch_size', 30, ['config.sft.batch_size=30', '8 devices', '24 or 32']),

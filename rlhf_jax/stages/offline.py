@@ -36,7 +36,7 @@ from rlhf_jax.stages.run import (
     load_policy,
     model_config,
 )
-from rlhf_jax.stages.settings import OfflineSettings
+from rlhf_jax.stages.settings import OfflineSettings, check_counts
 from rlhf_jax.types import Params, TrainState
 from rlhf_jax.verdicts import REWARD_MODELS
 
@@ -104,6 +104,7 @@ def check_offline(
             f'{where}.members={settings.members}: rm alone trains an ensemble, of at '
             'least 1 member; set it to 1'
         )
+    check_counts(hp, where)
     check_batch_size(settings.batch_size, run.mesh, where, hp.num_microbatches)
     config = model_config(run, settings.init)
     pipeline.check_vocabulary(tokenizer, config.vocab_size)

@@ -12,6 +12,20 @@ from typing import Any, Literal
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.rewards import Combine, StepCombine
 
+# Hyperparameters of steps that say how often, or into how many parts.
+COUNTS = ('num_epochs', 'num_minibatches', 'num_microbatches', 'num_length_buckets')
+
+
+def check_counts(hp: Any, where: str) -> None:
+    """Refuses hyperparameters of a step by which nothing would be done.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    for name in COUNTS:
+        if getattr(hp, name, 1) < 1:
+            raise ValueError(f'{where}.{name}={getattr(hp, name)}: use 1 or more')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:

@@ -282,6 +282,8 @@ def test_a_rollout_can_be_learned_from_twice(tmp_path):
         ('dr_grpo', {'fixed_length': None}, ['fixed_length=None', 'fixed_length']),
         ('grpo', {'decode_rows': 0}, ['decode_rows=0', 'at least 1']),
         ('grpo', {'decode_rows': 2}, ['decode_rows=2', "backend='pmap' on 8 devices"]),
+        ('grpo', {'num_length_buckets': 0}, ['num_length_buckets=0', '1 or more']),
+        ('grpo', {'num_microbatches': 0}, ['num_microbatches=0', '1 or more']),
         ('grpo', {'rewards': {}}, ['config.policy_gradient.rewards is empty']),
         ('grpo', {'init': 'rm'}, ['config.policy_gradient.init', 'rm']),
         ('online_dpo', {'name': 'kto'}, ["name='kto'", 'single responses', "'dpo'"]),
