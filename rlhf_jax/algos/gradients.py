@@ -32,7 +32,7 @@ class Cuts(NamedTuple):
     """What spares rows that end early the places behind their end."""
 
     lengths: Array  # [B] int32, places that each row needs
-    sizes: tuple[int, ...]  # places of a microbatch, ascending; the last suffices all
+    sizes: tuple[int, ...]  # places of a microbatch, ascending; the last holds all rows
     cut: Callable[[Any, int], Any]  # (rows, size) -> rows of so many places
 
 
@@ -73,7 +73,7 @@ def sort_by_length(batch: Any, lengths: Array, count: int) -> Any:
     rows = lengths.shape[0]
     devices = batch_shards(rows)
     if rows % (devices * count):
-        return batch  # which cannot be split
+        return batch  # its microbatches do not lie evenly on the devices
     order = jnp.argsort(lengths.reshape(devices, -1), axis=1)
     order = order + jnp.arange(devices)[:, None] * order.shape[1]
     order = order.reshape(devices, count, -1).swapaxes(1, 2).reshape(rows)
@@ -98,7 +98,7 @@ def mean_gradient(
         num_microbatches: gradients are accumulated over this many parts, one at a time.
         axis_name: mapped device axis, None outside ``pmap``.
         cuts: sorts the rows by length, and runs every microbatch at the first size that
-            suffices its rows; one compiled form each. None for whole rows.
+            holds its rows; one compiled form each. None for whole rows.
 
     Returns:
         (gradient like ``params``, metrics reduced over everything).

@@ -116,9 +116,9 @@ def splash_attention(
     """:func:`attend` by ``jax.experimental.pallas.ops.tpu.splash_attention``, on every
     device for the rows and the heads that it has.
 
-    The kernel skips what is not causal and knows documents by their ids, so ``visible``
-    must be what both leave: the documents of a row begin where its tokens see first.
-    ``interpret`` runs it without a TPU.
+    The kernel is causal by itself and keeps documents apart by their ids. Which
+    document a token belongs to is read from the first place that it sees; with windows
+    that would be another one. ``interpret`` runs it without a TPU.
     """
     # Here, because TPUs alone need Pallas and its import takes time.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
