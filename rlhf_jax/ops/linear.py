@@ -76,7 +76,10 @@ def kernel_gradient(x: Array, dy: Array) -> Array:
     """
     if x.shape[1] <= dy.shape[1]:
         return _over_rows(x, dy)
-    return _over_rows(dy, x).T
+    product = _over_rows(dy, x)
+    if _on_cpu():  # XLA would drop the turn and transpose the wider factor
+        product = jax.lax.optimization_barrier(product)
+    return product.T
 
 
 def _over_rows(narrow: Array, wide: Array) -> Array:

@@ -1,6 +1,7 @@
 """The matrix product against JAX's own, forward and backward."""
 
 import importlib
+import re
 import types
 
 import jax
@@ -88,7 +89,9 @@ def test_the_gradient_of_a_wide_kernel_by_whole_numbers(shape):
         ('cpu', (5, WIDE), True),
         ('cpu', (WIDE, 5), True),
         ('cpu', (5, WIDE - 1), False),
+        ('cpu', (WIDE - 1, 5), False),
         ('gpu', (5, WIDE), False),
+        ('gpu', (WIDE, 5), False),
     ],
 )
 def test_the_gradient_of_a_wide_kernel_copies_its_narrow_factor(
@@ -97,10 +100,24 @@ def test_the_gradient_of_a_wide_kernel_copies_its_narrow_factor(
     module = importlib.import_module('rlhf_jax.ops.linear')
     backend = types.SimpleNamespace(platform=platform)
     monkeypatch.setattr(module, 'get_backend', lambda: backend)
-    x = jnp.ones((FEW_ROWS + 1, shape[0]))
+    rows = FEW_ROWS + 1
+    x = jnp.ones((rows, shape[0]))
     gradient = jax.grad(lambda k: jnp.sum(linear(x, k)))
     text = str(jax.make_jaxpr(gradient)(jnp.ones(shape)))
-    assert ('optimization_barrier' in text) == copied
+    assert (f'f32[5,{rows}] = optimization_barrier' in text) == copied
+
+
+@pytest.mark.parametrize('shape', [(6, 40), (40, 6), (6, WIDE), (WIDE, 6)])
+def test_xla_leaves_the_smaller_factor_the_transposed_one(shape):
+    """Simplified, (dyᵀ·x)ᵀ would be xᵀ·dy, whose transposed factor is the wide one."""
+    rows = FEW_ROWS + 1
+    x = jnp.ones((rows, shape[0]))
+    weight = jnp.ones((rows, shape[1]))
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(linear(x, k)) * weight)))
+    text = gradient.lower(jnp.ones(shape)).compile().as_text()
+    wide = max(shape)
+    assert re.search(rf'= f32\[6,{wide}\]\S* dot\(', text)
+    assert not re.search(rf'= f32\[{wide},6\]\S* dot\(', text)
 
 
 def test_members_of_an_ensemble_are_mapped():
