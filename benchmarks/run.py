@@ -83,15 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """Where and when, and what was asked for."""
-    cpu = platform.processor()
-    info = Path('/proc/cpuinfo')
-    if info.exists():
-        lines = info.read_text().splitlines()
-        names = [line.split(':')[1] for line in lines if line.startswith('model name')]
-        cpu = names[0].strip() if names else cpu
     return {
         'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-        'cpu': cpu,
+        'cpu': processor(Path('/proc/cpuinfo')),
         'cores': len(os.sched_getaffinity(0)),
         'python': platform.python_version(),
         'platform': platform.platform(),
@@ -100,6 +94,20 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
             for name, value in vars(args).items()
         },
     }
+
+
+def processor(info: Path) -> str:
+    """Its name, and on Linux its family and model: clouds give one name to several
+    generations.
+    """
+    if not info.exists():
+        return platform.processor()
+    pairs = (line.partition(':') for line in info.read_text().splitlines())
+    known = {key.strip(): value.strip() for key, _, value in pairs}
+    name = known.get('model name') or platform.processor()
+    if 'cpu family' not in known:  # other architectures than x86
+        return name
+    return f'{name} (family {known["cpu family"]}, model {known["model"]})'
 
 
 def say(text: str) -> None:

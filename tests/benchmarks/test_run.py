@@ -150,6 +150,19 @@ def test_scaling_varies_one_thing_at_a_time():
     assert (model, work.kind, work.response) == (TINY, 'generate', 16)
 
 
+@pytest.mark.parametrize(
+    ('lines', 'name'),
+    [
+        ('model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\nflags\t\t: fpu: x',
+         'AMD EPYC (family 26, model 2)'),
+        ('model name\t: ARMv8 Processor\nCPU part\t: 0xd0c', 'ARMv8 Processor'),
+    ],
+)  # fmt: skip
+def test_a_processor_is_known_by_its_generation(tmp_path, lines, name):
+    (tmp_path / 'cpuinfo').write_text(f'processor\t: 0\n{lines}\n\nprocessor\t: 1\n')
+    assert run.processor(tmp_path / 'cpuinfo') == name
+
+
 def test_the_command_on_a_tiny_model(tmp_path, capsys):
     argv = '--size tiny --work generate --rounds 2 --steps 2 --warmup 1 --out'
     run.main([*argv.split(), str(tmp_path)])
