@@ -16,8 +16,6 @@ from rlhf_jax.types import Array
 _OVER_ROWS = (((0,), (0,)), ((), ()))
 # Up to so many rows a CPU has better code for xᵀ as the first factor.
 FEW_ROWS = 32
-# From so many columns on a CPU has better code for a copy of xᵀ than for x read as xᵀ.
-WIDE = 2048
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -84,9 +82,9 @@ def kernel_gradient(x: Array, dy: Array) -> Array:
 
 def _over_rows(narrow: Array, wide: Array) -> Array:
     """[N, D] and [N, F] → [D, F], narrowᵀ·wide."""
-    if wide.shape[1] < WIDE or not _on_cpu():
+    if not _on_cpu():
         return jax.lax.dot_general(narrow, wide, _OVER_ROWS)
-    # XLA turns to Eigen here too, whose products of many columns are slow.
+    # XLA would turn to Eigen here too, which is slower than its library and a copy.
     return jax.lax.optimization_barrier(narrow.T) @ wide
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.linear import FEW_ROWS, WIDE, linear
+from rlhf_jax.ops.linear import FEW_ROWS, linear
 
 
 def _plain(x, kernel):
@@ -68,8 +68,8 @@ def test_few_rows_are_turned_on_a_cpu(monkeypatch, platform, rows, turned):
     assert ('optimization_barrier' in text) == turned
 
 
-@pytest.mark.parametrize('shape', [(5, WIDE), (WIDE, 5)])
-def test_the_gradient_of_a_wide_kernel_by_whole_numbers(shape):
+@pytest.mark.parametrize('shape', [(5, 2048), (2048, 5), (5, 5)])
+def test_the_gradient_of_a_kernel_by_whole_numbers(shape):
     """Small whole numbers, whose products and sums float32 holds exactly."""
     x, kernel, weight = (
         jax.random.randint(jax.random.PRNGKey(i), size, -8, 9).astype(jnp.float32)
@@ -86,15 +86,14 @@ def test_the_gradient_of_a_wide_kernel_by_whole_numbers(shape):
 @pytest.mark.parametrize(
     ('platform', 'shape', 'copied'),
     [
-        ('cpu', (5, WIDE), True),
-        ('cpu', (WIDE, 5), True),
-        ('cpu', (5, WIDE - 1), False),
-        ('cpu', (WIDE - 1, 5), False),
-        ('gpu', (5, WIDE), False),
-        ('gpu', (WIDE, 5), False),
+        ('cpu', (5, 7), True),
+        ('cpu', (7, 5), True),
+        ('cpu', (5, 5), True),
+        ('gpu', (5, 7), False),
+        ('gpu', (7, 5), False),
     ],
 )
-def test_the_gradient_of_a_wide_kernel_copies_its_narrow_factor(
+def test_the_gradient_of_a_kernel_copies_its_narrow_factor(
     monkeypatch, platform, shape, copied
 ):
     module = importlib.import_module('rlhf_jax.ops.linear')
@@ -107,7 +106,7 @@ def test_the_gradient_of_a_wide_kernel_copies_its_narrow_factor(
     assert (f'f32[5,{rows}] = optimization_barrier' in text) == copied
 
 
-@pytest.mark.parametrize('shape', [(6, 40), (40, 6), (6, WIDE), (WIDE, 6)])
+@pytest.mark.parametrize('shape', [(6, 40), (40, 6), (6, 2048), (2048, 6)])
 def test_xla_leaves_the_smaller_factor_the_transposed_one(shape):
     """Simplified, (dyᵀ·x)ᵀ would be xᵀ·dy, whose transposed factor is the wide one."""
     rows = FEW_ROWS + 1
