@@ -14,8 +14,9 @@ from jax.extend.backend import get_backend
 from rlhf_jax.types import Array
 
 _OVER_ROWS = (((0,), (0,)), ((), ()))
-# Up to so many rows a CPU has better code for xᵀ as the first factor.
-FEW_ROWS = 32
+# Up to so many rows a CPU has better code for xᵀ as the first factor; with AVX-512 far
+# worse code above.
+FEW_ROWS = 24
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
