@@ -11,6 +11,7 @@ Read ``stages/run.py`` next.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -53,6 +54,9 @@ def main(argv: list[str]) -> None:
     if not os.environ.get('RLHF_JAX_TRACEBACK'):
         # Orbax reports every rename, and pages of every error before it is raised.
         logging.set_verbosity(logging.FATAL)
+    # What imports, token ids and traced programs hold is no garbage, but Python would
+    # search all of it again and again while a run starts.
+    gc.set_threshold(50_000, 20, 20)
     workdir = Path(flags.FLAGS.workdir)
     try:
         launch(flags.FLAGS.config, workdir, flags.FLAGS.profile)
