@@ -89,9 +89,10 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         'cores': len(os.sched_getaffinity(0)),
         'python': platform.python_version(),
         'platform': platform.platform(),
-        'arguments': {
-            name: str(value) if isinstance(value, Path) else value
+        'arguments': {  # but for the places of files
+            name: value
             for name, value in vars(args).items()
+            if not isinstance(value, Path)
         },
     }
 

@@ -172,6 +172,9 @@ def test_the_command_on_a_tiny_model(tmp_path, capsys):
     assert results['rlhf_jax']['facts']['parameters'] == {'policy': TINY.policy}
     assert len(results['rlhf_jax']['rounds']) == 2
     assert report['peak'].keys() == {'flops', 'bandwidth'}
+    said = report['circumstances']['arguments']
+    assert said['rounds'] == 2 and said['work'] == ['generate']
+    assert str(tmp_path) not in json.dumps(report)  # where it lay tells nobody anything
     table = (tmp_path / 'tables.md').read_text()
     assert '## tiny' in table and '| generate |' in table
     assert table in capsys.readouterr().out
