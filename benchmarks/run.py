@@ -29,6 +29,7 @@ from benchmarks.sizes import (
     SIZES_OF_DEVICE,
     WORKS,
     Model,
+    Probe,
     Work,
     scaling,
 )
@@ -164,19 +165,19 @@ def rounds_of_probe(results: Any) -> list[Any]:
     return [answer for part in results.values() for answer in rounds_of_probe(part)]
 
 
-def render(report: dict[str, Any], names: list[str]) -> str:
+def render(report: dict[str, Any], names: list[str], probe: Probe) -> str:
     """The whole report as markdown."""
     where, peak = report['circumstances'], report['peak']
     parts = [
         f'{where["date"]}, {report["device"]}, {where["cpu"]}, {where["cores"]} cores. '
-        f'Matrix product {peak["flops"] / 1e9:,.0f} GFLOP/s, copy '
+        f'Best of all works: matrix product {peak["flops"] / 1e9:,.0f} GFLOP/s, copy '
         f'{peak["bandwidth"] / 1e9:,.1f} GB/s. Load before and after: '
         f'{report["load"][0]:.2f}, {report["load"][1]:.2f}.\n'
     ]
     for size, results in report.get('works', {}).items():
         works = WORKS[size]
         parts += [f'## {size}\n', tables.speed_table(results, names)]
-        parts.append(tables.share_table(results, names, MODELS[size], works, peak))
+        parts.append(tables.share_table(results, names, MODELS[size], works, probe))
         parts += [tables.cost_table(results, names), tables.phase_table(results)]
         parts.append(tables.reasons(results))
     for size, by_what in report.get('scaling', {}).items():
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             what: results,
         }
         (args.out / 'results.json').write_text(json.dumps(report, indent=1) + '\n')
-        (args.out / 'tables.md').write_text(render(report, names))
+        (args.out / 'tables.md').write_text(render(report, names, size))
 
     measure_all(args, systems, probe, plan, save)
     probe.close()

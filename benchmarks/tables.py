@@ -43,8 +43,8 @@ def ratio_of(theirs: Result, own: Result) -> tuple[float, float, float]:
 
 
 def peak_of(rounds: Sequence[Result], probe: Probe) -> dict[str, float]:
-    """The machine's best: ``flops`` per second of the matrix product, ``bandwidth`` of
-    the copy in bytes per second, read and written.
+    """The machine's best in these rounds: ``flops`` per second of the matrix product,
+    ``bandwidth`` of the copy in bytes per second, read and written.
     """
     product = min(s for answer in rounds for s in answer['phases']['product'])
     copy = min(s for answer in rounds for s in answer['phases']['copy'])
@@ -134,18 +134,21 @@ def share_table(
     names: list[str],
     model: Model,
     works: Mapping[str, Work],
-    peak: Mapping[str, float],
+    probe: Probe,
 ) -> str:
     """MFU of every work and system; of generation, the share of the copy's bandwidth
-    that the bytes of decoding take up.
+    that the bytes of decoding take up. The machine's best is that of the work's own
+    rounds: it drifts from one work to the next.
     """
-    header = ['work', 'GFLOP', *(f'{name}, MFU' for name in names)]
+    header = ['work', 'GFLOP', 'product, GFLOP/s', *(f'{name}, MFU' for name in names)]
     header += [f'{name}, bandwidth' for name in names]
     rows = []
     for label, by_system in results.items():
         work = works[label]
         needed, read = flops.flops(model, work), flops.decode_bytes(model, work)
-        row, bandwidth = [label, number(needed / 1e9)], []
+        peak = peak_of(by_system['machine']['rounds'], probe)
+        row = [label, number(needed / 1e9), number(peak['flops'] / 1e9)]
+        bandwidth = []
         for name in names:
             result = by_system.get(name)
             if not has_figures(result):

@@ -23,6 +23,8 @@ PEERS = ('trl', 'tunix')
 # What a peer does not have; there is no figure for it, and no error.
 LACKS = {'tunix': {'rm': 'no trainer of reward models'}}
 
+PROBES = 3  # of the machine, before every round
+
 
 class WorkerError(RuntimeError):
     """A system could not do a work; the others go on."""
@@ -230,7 +232,7 @@ def measure(
         }
     results['machine'] = {'rounds': []}
     for _ in range(plan.rounds):
-        results['machine']['rounds'].append(probe.steps(1))
+        results['machine']['rounds'].append(probe.steps(PROBES))
         for worker in list(workers):
             try:
                 results[worker.name]['rounds'].append(worker.steps(plan.steps))

@@ -59,8 +59,8 @@ def test_systems_run_in_turns(tmp_path, diary):
     systems = [fake('a', diary), fake('b', diary)]
     results = workers.measure(systems, probe, TINY, WORK, PLAN, tmp_path)
     probe.close()
-    # A step of each to warm up, then the machine and two steps of each, three times.
-    assert diary.read_text() == 'ab' + 3 * 'maabb'
+    # A step of each to warm up; then, three times, three of the machine and two of each.
+    assert diary.read_text() == 'ab' + 3 * 'mmmaabb'
     assert [len(x['seconds']) for x in results['a']['rounds']] == [2, 2, 2]
     assert len(results['b']['warm']) == 1
     assert len(results['machine']['rounds']) == 3
@@ -90,7 +90,7 @@ def test_one_that_fails_leaves_the_others_alone(tmp_path, diary, name, message):
         raise WorkerError(results[name]['error'])
     assert len(results['b']['rounds']) == 2
     # Its first step warmed up; of the second it made one step and no other.
-    assert diary.read_text() == f'{name}bm{name}bbmbb'
+    assert diary.read_text() == f'{name}bmmm{name}bbmmmbb'
 
 
 def test_another_model_is_not_the_same_work(tmp_path, diary):

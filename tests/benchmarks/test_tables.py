@@ -96,10 +96,19 @@ def test_the_table_of_shares():
         'sft': Work(kind='sft', batch=2, length=4),  # 5,088 FLOPs, see test_flops.py
         'write': Work(kind='generate', batch=5, prompt=3, response=2),  # 1,456 bytes
     }
-    results = {name: {'rlhf_jax': OURS} for name in works}
-    peak = {'flops': 25_440.0, 'bandwidth': 7280.0}
-    table = tables.share_table(results, ['rlhf_jax'], model, works, peak).splitlines()
-    assert table[2] == '| sft | 0.00000509 | 10.0% |  |'
+    # 2·1,000 FLOPs and 2·100 bytes. The machine is slower in the rounds of the second.
+    probe = Probe(side=10, dtype='float32', copied=100)
+    quick, slow = (
+        {'rounds': [answer(1.0, product=[2000 / flops], copy=[200 / bandwidth, 1.0])]}
+        for flops, bandwidth in ((25_440.0, 99.0), (10_000.0, 7280.0))
+    )
+    results = {
+        'sft': {'rlhf_jax': OURS, 'machine': quick},
+        'write': {'rlhf_jax': OURS, 'machine': slow},
+    }
+    table = tables.share_table(results, ['rlhf_jax'], model, works, probe).splitlines()
+    assert table[2] == '| sft | 0.00000509 | 0.0000254 | 10.0% |  |'
+    assert table[3].split(' | ')[2] == '0.0000100'
     assert table[3].endswith('| 10.0% |')
 
 
