@@ -59,7 +59,7 @@ def test_systems_run_in_turns(tmp_path, diary):
     systems = [fake('a', diary), fake('b', diary)]
     results = workers.measure(systems, probe, TINY, WORK, PLAN, tmp_path)
     probe.close()
-    # A step of each to warm up; then, three times, three of the machine and two of each.
+    # A step of each to warm up; then, thrice, three of the machine and two of each.
     assert diary.read_text() == 'ab' + 3 * 'mmmaabb'
     assert [len(x['seconds']) for x in results['a']['rounds']] == [2, 2, 2]
     assert len(results['b']['warm']) == 1
