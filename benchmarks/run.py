@@ -18,11 +18,12 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import avx2, tables
 from benchmarks.sizes import (
     MODELS,
     PROBES,
@@ -62,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--steps', type=int, default=3, help='in a turn')
     parser.add_argument('--warmup', type=int, default=3, help='steps before them')
     parser.add_argument('--threads', type=int, default=2, help='of a worker on the CPU')
+    parser.add_argument('--isa', choices=['avx2'], help='as if there was no AVX-512')
     parser.add_argument('--limit', type=float, default=1800.0, help='s to an answer')
     parser.add_argument('--out', type=Path, default=Path('runs/benchmarks'))
     args = parser.parse_args(argv)
@@ -76,6 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                     f'--work={work} is not among the works of --size={size}: '
                     f'{", ".join(WORKS[size])}'
                 )
+    if args.isa and args.device != 'cpu':
+        raise ValueError(f'--isa={args.isa} is for --device=cpu, not {args.device}')
     for name in ('rounds', 'steps', 'warmup', 'threads'):
         if getattr(args, name) < 1:
             raise ValueError(f'--{name}={getattr(args, name)}: use at least 1')
@@ -165,11 +169,32 @@ def rounds_of_probe(results: Any) -> list[Any]:
     return [answer for part in results.values() for answer in rounds_of_probe(part)]
 
 
+def systems_of(args: argparse.Namespace, directory: Path) -> list[System]:
+    """The machine, this package and the peers.
+
+    Args:
+        args: the command line.
+        directory: an empty one, for what the systems need.
+
+    Raises:
+        ValueError: no such peer, or it cannot do with ``--isa``.
+    """
+    place = args.peers_dir.resolve()
+    peers = [peer(name, place) for name in args.peers.split(',') if name]
+    systems = [machine(), ours(), *peers]
+    if not args.isa:
+        return systems
+    limited = avx2.environment([each.command[0] for each in systems], directory)
+    return [dataclasses.replace(each, environment=limited) for each in systems]
+
+
 def render(report: dict[str, Any], names: list[str], probe: Probe) -> str:
     """The whole report as markdown."""
     where, peak = report['circumstances'], report['peak']
+    limited = ' without AVX-512' if where['arguments']['isa'] else ''
     parts = [
-        f'{where["date"]}, {report["device"]}, {where["cpu"]}, {where["cores"]} cores. '
+        f'{where["date"]}, {report["device"]}, {where["cpu"]}{limited}, '
+        f'{where["cores"]} cores. '
         f'Best of all works: matrix product {peak["flops"] / 1e9:,.0f} GFLOP/s, copy '
         f'{peak["bandwidth"] / 1e9:,.1f} GB/s. Load before and after: '
         f'{report["load"][0]:.2f}, {report["load"][1]:.2f}.\n'
@@ -188,17 +213,13 @@ def render(report: dict[str, Any], names: list[str], probe: Probe) -> str:
     return '\n'.join(part for part in parts if part)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and writes.
+def measure_and_write(args: argparse.Namespace, all_systems: list[System]) -> None:
+    """Measures them, the first of which is the machine, and writes.
 
     Raises:
-        ValueError: what is wrong with the command line.
         WorkerError: the machine could not be probed.
     """
-    args = parse(argv)
-    directory = args.peers_dir.resolve()
-    peers = [peer(name, directory) for name in args.peers.split(',') if name]
-    systems = [ours(), *peers]
+    probed, *systems = all_systems
     names = [system.name for system in systems]
     plan = Plan(
         device=args.device,
@@ -213,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = {'device': args.device, 'threads': args.threads}
     spec['probe'] = dataclasses.asdict(size)
     what, before = 'scaling' if args.scaling else 'works', os.getloadavg()[0]
-    probe = Worker(machine(), spec, args.out / 'machine.log', args.limit)
+    probe = Worker(probed, spec, args.out / 'machine.log', args.limit)
     probe.steps(1)  # compiles
 
     def save(results: Any) -> None:
@@ -230,6 +251,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure_all(args, systems, probe, plan, save)
     probe.close()
     say((args.out / 'tables.md').read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and writes.
+
+    Raises:
+        ValueError: what is wrong with the command line.
+        WorkerError: the machine could not be probed.
+    """
+    args = parse(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        measure_and_write(args, systems_of(args, Path(directory)))
 
 
 if __name__ == '__main__':

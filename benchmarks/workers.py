@@ -36,6 +36,7 @@ class System:
 
     name: str
     command: tuple[str, ...]  # the specification of the work follows
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def ours() -> System:
@@ -95,6 +96,7 @@ class Worker:
             environment.setdefault('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
             cores = sorted(os.sched_getaffinity(0))[: spec['threads']]
             spec = {**spec, 'cores': cores}
+        environment |= system.environment
         with log.open('w') as errors:
             self._process = subprocess.Popen(
                 [*system.command, json.dumps(spec)],

@@ -123,6 +123,7 @@ def test_what_a_peer_lacks_is_no_error(tmp_path, diary):
         (['--size', 'huge'], '--size=huge is unknown; use tiny'),
         (['--size', 'tiny', '--work', 'sft_256'], 'not among the works of --size=tiny'),
         (['--rounds', '0'], '--rounds=0: use at least 1'),
+        (['--isa', 'avx2', '--device', 'gpu'], '--isa=avx2 is for --device=cpu'),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_refused(tmp_path, argv, message):
@@ -137,6 +138,33 @@ def test_the_works_of_a_size_are_those_of_ours():
 
     kinds = {work.kind for works in WORKS.values() for work in works.values()}
     assert kinds == ours.WORKS.keys()
+
+
+def test_without_avx512_every_system_is_told(tmp_path, monkeypatch):
+    told = []
+
+    def environment(pythons, directory):
+        told.extend(pythons)
+        return {'ATEN_CPU_CAPABILITY': str(directory)}
+
+    monkeypatch.setattr(run.avx2, 'environment', environment)
+    args = run.parse(['--isa', 'avx2'])
+    systems = run.systems_of(args, tmp_path)
+    assert [system.name for system in systems] == ['machine', 'rlhf_jax']
+    assert told == [sys.executable] * 2
+    for system in systems:
+        assert system.environment == {'ATEN_CPU_CAPABILITY': str(tmp_path)}
+    assert not any(each.environment for each in run.systems_of(run.parse([]), tmp_path))
+
+
+def test_a_system_has_its_environment(tmp_path, diary):
+    say = 'import os, gate; gate.serve(lambda g: g.ready(said=os.environ["SAID"]))'
+    gate = f'import sys; sys.path.insert(0, {str(ROOT / "benchmarks" / "peers")!r})\n'
+    system = System('a', (sys.executable, '-c', gate + say), {'SAID': 'so'})
+    spec = workers.specification(TINY, WORK, 'cpu', 1)
+    worker = Worker(system, spec, tmp_path / 'a.log', 20.0)
+    worker.close()
+    assert worker.facts['said'] == 'so'
 
 
 def test_scaling_varies_one_thing_at_a_time():
