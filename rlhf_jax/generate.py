@@ -23,7 +23,7 @@ from rlhf_jax.types import Array, Generation, Params, PRNGKey
 
 # A cache grows with the response in stretches of at least so many tokens, each of which
 # compiles the decoding of a token once more.
-MIN_STRETCH, MAX_STRETCHES = 64, 4
+MIN_STRETCH, MAX_STRETCHES = 32, 4
 
 
 @struct.dataclass(kw_only=True)
