@@ -6,7 +6,7 @@
 Every system is a worker process; the workers of a work are started together and run in
 turns, A B A B …, so that what else the machine does falls on all of them alike. Writes
 ``results.json``, ``tables.md`` and the workers' logs to ``--out``.
-``docs/performance.md`` says what is measured. Read ``sizes.py`` next.
+``benchmarks/README.md`` says what is measured. Read ``sizes.py`` next.
 """
 
 from __future__ import annotations
