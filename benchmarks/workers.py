@@ -23,7 +23,7 @@ PEERS = ('trl', 'tunix')
 # What a peer does not have; there is no figure for it, and no error.
 LACKS = {'tunix': {'rm': 'no trainer of reward models'}}
 
-PROBES = 3  # of the machine, before every round
+PROBES_A_ROUND = 3  # steps of the machine, before those of the systems
 
 
 class WorkerError(RuntimeError):
@@ -234,7 +234,7 @@ def measure(
         }
     results['machine'] = {'rounds': []}
     for _ in range(plan.rounds):
-        results['machine']['rounds'].append(probe.steps(PROBES))
+        results['machine']['rounds'].append(probe.steps(PROBES_A_ROUND))
         for worker in list(workers):
             try:
                 results[worker.name]['rounds'].append(worker.steps(plan.steps))

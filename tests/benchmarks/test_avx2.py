@@ -12,7 +12,6 @@ from benchmarks import avx2
 from benchmarks.avx2 import LIBRARY
 
 PROGRAM = """
-import sys
 import jax, jax.numpy as jnp, jaxlib
 from jax.experimental.serialize_executable import serialize
 double = jax.jit(lambda x: 2 * x).lower(jnp.ones(8)).compile()
