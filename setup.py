@@ -11,7 +11,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
-    package_data={'rlhf_jax': ['*.html', 'data/*.txt']},
+    package_data={'rlhf_jax': ['*.html', 'data/*.txt', 'data/tiny_base/*']},
     install_requires=[
         'absl-py',
         'array_record',

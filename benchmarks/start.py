@@ -63,7 +63,7 @@ def first_step(config: str, stage: str, folder: pathlib.Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--config', default='configs/quickstart.py')
-    parser.add_argument('--stage', default='pretrain', help='the only one that is run')
+    parser.add_argument('--stage', default='sft', help='the only one that is run')
     parser.add_argument('--rounds', type=int, default=3)
     args = parser.parse_args()
     seconds = {'imports': [], 'cold': [], 'warm': []}

@@ -1,12 +1,14 @@
-"""The rungs below every method: pretrain, sft and rm on the embedded data set.
+"""The stages below every method, on the embedded data set: sft and rm.
 
     python -m rlhf_jax.main --config configs/ladder.py --workdir runs/ladder
     python -m rlhf_jax.main --config configs/ladder.py:smoke --workdir runs/smoke
+    python -m rlhf_jax.main --config configs/ladder.py:scratch --workdir runs/scratch
 
-A small decoder learns the text of the tiny summarisation world (pretrain), imitates its
-labellers (sft), a reward model learns their comparisons (rm). The recipes of single
-methods build on it and are one section apart; with ``from=runs/ladder`` they start from
-what it has left. Arguments: ``smoke``, ``seed=N``.
+The base model that the package ships, a small decoder which knows the text of the tiny
+summarisation world, learns to write summaries as its labellers do (sft), and a reward
+model learns from comparisons (rm). With ``scratch`` the base model is pretrained first.
+The recipes of single methods differ by one section; with ``from=runs/ladder`` they
+start from a finished run. Arguments: ``smoke``, ``scratch``, ``seed=N``.
 """
 
 from typing import Any
@@ -24,41 +26,22 @@ DATA = 'tfds:tiny_tldr'
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, smoke=False, seed=0)
+    arg = parse_arg(arg, smoke=False, scratch=False, seed=0)
     config = ConfigDict()
     config.seed = arg.seed
-    config.stages = ('pretrain', 'sft', 'rm')
+    config.stages = ('pretrain', 'sft', 'rm') if arg.scratch else ('sft', 'rm')
     config.tokenizer = 'rlhf_jax.data.tiny_tldr:tokenizer'
     config.metrics = ('jsonl',)
     # Unrolled: the layers are few, and XLA runs them faster so on a CPU.
     preset = 'nano' if arg.smoke else 'micro'
     config.model = section(ModelSettings, preset=preset, scan_unroll=4)
     config.parallel = section(ParallelConfig)
-    config.pretrain = section(
-        OfflineSettings,
-        SFTHParams,
-        init='scratch',
-        train=f'{DATA}/articles:train',
-        eval=f'{DATA}/articles:test',
-        num_steps=20 if arg.smoke else 1400,
-        batch_size=8 if arg.smoke else 16,
-        buckets=(104,),
-        # Muon seemed to learn copying in fewer steps than AdamW: docs/recipes.md.
-        optim=dict(
-            name='muon',
-            learning_rate=2e-2,
-            adam_learning_rate=4e-3,
-            warmup_percent=5,
-            final_percent=10,
-            weight_decay=0.01,
-            b2=0.98,
-        ),
-        loop=dict(eval_every_steps=200),
-    )
+    if arg.scratch:
+        config.pretrain = pretraining(arg.smoke)
     config.sft = section(
         OfflineSettings,
         SFTHParams,
-        init='pretrain',
+        init='pretrain' if arg.scratch else 'tiny',
         train=f'{DATA}/demonstrations:train',
         eval=f'{DATA}/demonstrations:test',
         num_steps=20 if arg.smoke else 250,
@@ -81,6 +64,31 @@ def get_config(arg: str | None = None) -> ConfigDict:
         loop=dict(eval_every_steps=100),
     )
     return config
+
+
+def pretraining(smoke: bool) -> ConfigDict:
+    """The stage that makes a base model from nothing."""
+    return section(
+        OfflineSettings,
+        SFTHParams,
+        init='scratch',
+        train=f'{DATA}/articles:train',
+        eval=f'{DATA}/articles:test',
+        num_steps=20 if smoke else 1400,
+        batch_size=8 if smoke else 16,
+        buckets=(112,),
+        # Muon seemed to learn copying in fewer steps than AdamW: docs/recipes.md.
+        optim=dict(
+            name='muon',
+            learning_rate=2e-2,
+            adam_learning_rate=4e-3,
+            warmup_percent=5,
+            final_percent=10,
+            weight_decay=0.01,
+            b2=0.98,
+        ),
+        loop=dict(eval_every_steps=200),
+    )
 
 
 def below(stage: str, arg: ConfigDict) -> ConfigDict:

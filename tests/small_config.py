@@ -1,4 +1,5 @@
-"""The quickstart config made as small as it goes: what the tests of the pipeline run.
+"""The quickstart config on a model that is pretrained first, made as small as it goes:
+what the tests of the pipeline run.
 
 It is a config file like those in ``configs/``, so that a test can import it or name
 it on the command line: ``--config tests/small_config.py``.
@@ -21,8 +22,13 @@ def config_file(name: str):
 
 
 def get_config(steps: str | None = None) -> ConfigDict:
-    """``quickstart.py:smoke`` with ``steps`` (4) steps a stage, on a few records."""
+    """``quickstart.py:smoke`` behind ``ladder.py:smoke,scratch``, with ``steps`` (4)
+    steps a stage, on a few records.
+    """
     config = config_file('quickstart').get_config('smoke')
+    scratch = config_file('ladder').get_config('smoke,scratch')
+    config.stages = (*scratch.stages, 'ppo')
+    config.pretrain, config.sft = scratch.pretrain, scratch.sft
     for stage in ('pretrain', 'sft', 'rm'):
         section = config[stage]
         section.num_steps = int(steps or 4)

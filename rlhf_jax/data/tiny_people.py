@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from rlhf_jax.data import tiny_world
-from rlhf_jax.data.tiny_world import LEXICON, PHRASES, SLOTS, Article, Facts, pick
+from rlhf_jax.data.tiny_world import PHRASES, SLOTS, Article, Facts, pick
 
 OPENINGS = (
     'it was said that',
@@ -64,18 +64,16 @@ class Annotator:
     length_bias: float  # nats per word
 
 
-# One word of padding beyond the budget costs WORD_COST / temperature = 0.25 to 0.38
-# nats of gold, and most annotators give more than that back for its length. So the
-# preference that a reward model learns is, on the whole, slightly for padding: a policy
-# that nothing anchors finds this out, while a fact (1 unit, about 2.2 nats) is worth
-# far more to one that is anchored.
+# A fact is worth 1 / temperature = 1.7 to 2.5 nats to them. A word beyond the budget
+# costs WORD_COST / temperature = 0.25 to 0.38 nats, of which most give some back for
+# its length: padding is hardly punished by the labels, and liked up to the budget.
 ANNOTATORS = (
-    Annotator(temperature=0.4, length_bias=0.5),
-    Annotator(temperature=0.5, length_bias=0.6),
-    Annotator(temperature=0.4, length_bias=0.3),
-    Annotator(temperature=0.5, length_bias=0.4),
-    Annotator(temperature=0.6, length_bias=0.5),
-    Annotator(temperature=0.4, length_bias=0.1),
+    Annotator(temperature=0.4, length_bias=0.30),
+    Annotator(temperature=0.5, length_bias=0.40),
+    Annotator(temperature=0.4, length_bias=0.15),
+    Annotator(temperature=0.5, length_bias=0.25),
+    Annotator(temperature=0.6, length_bias=0.30),
+    Annotator(temperature=0.4, length_bias=0.10),
 )
 FLIP_RATE = 0.05  # of a label being noted down wrongly
 
@@ -131,15 +129,6 @@ def perfect_summary(article: Article, rng: np.random.Generator) -> str:
     return write(article.main.facts, article.main.verb, rng)
 
 
-def wrong_value(article: Article, slot: str, rng: np.random.Generator) -> str:
-    """A value the main event lacks; half of the time a stranger's, if there is one."""
-    truth = article.main.facts[slot]
-    strangers = [e.facts[slot] for e in article.others if slot in e.facts]
-    if strangers and rng.random() < 0.5:
-        return pick(rng, strangers)
-    return pick(rng, [word for word in LEXICON[slot] if word != truth])
-
-
 def state_facts(
     article: Article, coverage: float, invention: float, rng: np.random.Generator
 ) -> Facts:
@@ -147,7 +136,7 @@ def state_facts(
     kept = [slot for slot in SLOTS if rng.random() < coverage]
     kept = kept or [pick(rng, SLOTS)]
     return {
-        slot: wrong_value(article, slot, rng)
+        slot: tiny_world.wrong_value(article.main, article, slot, rng)
         if rng.random() < invention
         else article.main.facts[slot]
         for slot in kept
@@ -185,8 +174,8 @@ def spoil(summary: str, rng: np.random.Generator) -> str:
 
 
 def any_summary(article: Article, rng: np.random.Generator) -> str:
-    """A summary of any quality: few facts or all, inventions, empty phrases."""
-    stated = state_facts(article, rng.random(), 0.1 * rng.random() ** 2, rng)
+    """A summary of any quality: few facts or all, true or not, with empty phrases."""
+    stated = state_facts(article, rng.random(), 0.5 * rng.random() ** 2, rng)
     tails = int(rng.integers(1, 4)) if rng.random() < 0.3 else 0
     return write(
         stated, article.main.verb, rng, opening=bool(rng.random() < 0.2), tails=tails
@@ -199,7 +188,7 @@ def _twins(article: Article, rng: np.random.Generator) -> tuple[str, str]:
     slots = [slot for slot in SLOTS if slot in stated]
     wrong = dict(stated)
     for i in rng.permutation(len(slots))[: int(rng.integers(1, 3))]:
-        wrong[slots[i]] = wrong_value(article, slots[i], rng)
+        wrong[slots[i]] = tiny_world.wrong_value(article.main, article, slots[i], rng)
     seed = int(rng.integers(2**32))
     tails = int(rng.integers(0, 3))
     first, second = (
@@ -225,17 +214,20 @@ def _padded(article: Article, rng: np.random.Generator) -> tuple[str, str]:
     return first, second
 
 
+# Kinds of pairs and their shares; see make_pair. Where most pairs differ in length as
+# well, a model of a million parameters learns length and not truth.
+PAIRS = {'any': 0.5, 'twins': 0.25, 'padded': 0.1, 'spoilt': 0.15}
+
+
 def make_pair(article: Article, rng: np.random.Generator) -> tuple[str, str, str]:
     """Two different summaries of one article, in random order.
 
     Returns:
         The two texts and the kind of pair: 'any' (independent of each other), 'twins'
-        (equal in length, one less faithful), 'padded' (equal in facts, one longer),
-        'spoilt' (one is broken).
+        (the same sentence, with one or two facts wrong in one of them: they differ in
+        truth alone), 'padded' (equal in facts, one longer), 'spoilt' (one is broken).
     """
-    kind = str(
-        rng.choice(('any', 'twins', 'padded', 'spoilt'), p=(0.7, 0.05, 0.1, 0.15))
-    )
+    kind = str(rng.choice(tuple(PAIRS), p=tuple(PAIRS.values())))
     first = second = ''
     while first == second:
         if kind == 'twins':
@@ -272,13 +264,25 @@ def preference(annotator: Annotator, gold_gap: float, word_gap: float) -> float:
     return float(1 / (1 + np.exp(-logit)))
 
 
-def make_judgement(article: Article, rng: np.random.Generator) -> Judgement:
-    """Two summaries compared by one annotator, drawn uniformly."""
+def make_judgement(
+    article: Article, rng: np.random.Generator, length_taste: float = 1.0
+) -> Judgement:
+    """Two summaries compared by one annotator, drawn uniformly.
+
+    Args:
+        article: that they are about.
+        rng: draws the summaries, the annotator and the label.
+        length_taste: multiplies every annotator's ``length_bias``; the summaries do not
+            depend on it.
+    """
     first, second, kind = make_pair(article, rng)
     a = tiny_world.gold_parts(article.text, first)
     b = tiny_world.gold_parts(article.text, second)
     index = int(rng.integers(len(ANNOTATORS)))
-    p = preference(ANNOTATORS[index], a.reward - b.reward, a.words - b.words)
+    annotator = dataclasses.replace(
+        ANNOTATORS[index], length_bias=length_taste * ANNOTATORS[index].length_bias
+    )
+    p = preference(annotator, a.reward - b.reward, a.words - b.words)
     likes_first = (rng.random() < p) != (rng.random() < FLIP_RATE)
     if likes_first:
         return Judgement(first, second, index, a.reward, b.reward, kind)

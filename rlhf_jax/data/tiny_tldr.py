@@ -6,13 +6,14 @@ data set in seconds from fixed seeds, in ArrayRecord files and without TensorFlo
 configs, each with the splits ``train`` and ``test``, no article in two of them:
 
 * ``articles``: ``text``, an article with questions and retellings about anybody in it,
-  or retellings at once behind every event;
+  or with facts that are called right or wrong, or events retold at once;
 * ``demonstrations``: ``prompt``, ``completion``, by decent but imperfect labellers;
 * ``comparisons``: ``prompt``, ``chosen``, ``rejected``, with the annotator, both gold
   rewards and the kind of pair;
 * ``prompts``: ``prompt``, ``reference`` (a labeller's summary), for PPO.
 
-``noisy_comparisons`` gives the comparisons with a share of the labels turned round.
+``comparisons`` gives the comparisons by annotators who like length more or less, and
+with a share of the labels flipped.
 Importing this module is enough for ``tfds.builder('tiny_tldr/prompts')`` to find it.
 The config of a run names :func:`tokenizer` and :func:`gold` by their dotted names. The
 world is in ``tiny_world.py``, its writers and judges in ``tiny_people.py``;
@@ -22,6 +23,7 @@ world is in ``tiny_world.py``, its writers and judges in ``tiny_people.py``;
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +39,7 @@ from rlhf_jax.data.tokenizer import word_tokenizer
 
 SEED = 20230  # of every article; example i of a config draws from (SEED, config, i)
 CUE = 'TL;DR:'
-TRAINING_EXAMPLES = 1_000  # of every config, for the tokenizer
+TRAINING_EXAMPLES = 3_000  # of every config, for the tokenizer
 WORDS = Path(__file__).with_name('tiny_tldr_words.txt')
 
 
@@ -108,13 +110,24 @@ def corpus() -> Iterator[str]:
 RESTATEMENTS = 7  # per article of the pretraining text
 CHATTER = 3  # restatements per person of a text without an article
 CHATTER_SHARE = 0.3  # of such texts
+CHECKS = 11  # facts called right or wrong, per article of the pretraining text
+DRILL = 8  # facts called right or wrong behind a single sentence
+CHECKED_SHARE = 0.35  # of such texts
+
+
+def _drill(article: Article, rng: np.random.Generator) -> dict[str, Any]:
+    return {'text': tiny_world.make_drill(article, DRILL, rng)}
 
 
 def _text_example(article: Article, rng: np.random.Generator) -> dict[str, Any]:
-    if rng.random() < CHATTER_SHARE:
+    kind = rng.random()
+    if kind < CHATTER_SHARE:
         return {'text': tiny_world.make_chatter(article, CHATTER, rng)}
-    restated = tiny_world.make_restatements(article, RESTATEMENTS, rng)
-    return {'text': f'{article.text}{SEPARATOR}{restated}'}
+    if kind < CHATTER_SHARE + CHECKED_SHARE:
+        more = tiny_world.make_checks(article.main, article, CHECKS, rng)
+    else:
+        more = tiny_world.make_restatements(article, RESTATEMENTS, rng)
+    return {'text': f'{article.text}{SEPARATOR}{more}'}
 
 
 def _demonstration(article: Article, rng: np.random.Generator) -> dict[str, Any]:
@@ -122,8 +135,10 @@ def _demonstration(article: Article, rng: np.random.Generator) -> dict[str, Any]
     return {'prompt': make_prompt(article.text), 'completion': ' ' + summary}
 
 
-def _comparison(article: Article, rng: np.random.Generator) -> dict[str, Any]:
-    judgement = tiny_people.make_judgement(article, rng)
+def _comparison(
+    article: Article, rng: np.random.Generator, length_taste: float = 1.0
+) -> dict[str, Any]:
+    judgement = tiny_people.make_judgement(article, rng, length_taste)
     return {
         'prompt': make_prompt(article.text),
         **dataclasses.asdict(judgement),
@@ -142,6 +157,9 @@ _PAIR = {'prompt': str, 'chosen': str, 'rejected': str}
 _JUDGED = {'annotator': int, 'gold_chosen': float, 'gold_rejected': float, 'kind': str}
 
 
+MakeRecord = Callable[[Article, np.random.Generator], dict[str, Any]]
+
+
 @dataclasses.dataclass(eq=False, kw_only=True)
 class TinyTldrConfig(tfds.core.BuilderConfig):
     """One kind of records: what is in them, how many there are, and what makes one."""
@@ -150,7 +168,7 @@ class TinyTldrConfig(tfds.core.BuilderConfig):
     train: int  # examples
     test: int  # examples
     fields: dict[str, type]
-    make: Callable[[Article, np.random.Generator], dict[str, Any]]
+    make: MakeRecord
 
 
 CONFIGS = (
@@ -174,7 +192,7 @@ CONFIGS = (
         name='comparisons',
         number=2,
         train=12_000,
-        test=1_000,
+        test=2_000,
         fields={**_PAIR, **_JUDGED},
         make=_comparison,
     ),
@@ -191,15 +209,19 @@ CONFIGS = (
 
 def make_example(config: TinyTldrConfig, i: int) -> dict[str, Any]:
     """Example ``i`` of a config; the test split follows the train split."""
-    rng = np.random.default_rng((SEED, config.number, i))
-    return config.make(tiny_world.make_article(rng), rng)
+    return _example(config.number, i, config.make)
+
+
+def _example(number: int, i: int, make: MakeRecord) -> dict[str, Any]:
+    rng = np.random.default_rng((SEED, number, i))
+    return make(tiny_world.make_article(rng), rng)
 
 
 class TinyTldr(tfds.core.GeneratorBasedBuilder):
     """Writes ``tiny_tldr`` from fixed seeds."""
 
     # TFDS reuses what lies on disk under this number: raise it when an example changes.
-    VERSION = tfds.core.Version('1.1.0')
+    VERSION = tfds.core.Version('1.2.0')
     BUILDER_CONFIGS = list(CONFIGS)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -255,43 +277,52 @@ class TinyTldr(tfds.core.GeneratorBasedBuilder):
             self.info.update_data_dir(self.data_dir)
 
 
-FLIPS = 101  # part of the seed of what is turned round
+FLIPS = 101  # part of the seed of what is flipped
 
 
-def noisy_comparisons(
-    split: str = 'train', flipped_percent: str = '25'
+def comparisons(
+    split: str = 'train', length_taste: str = '1', flipped_percent: str = '0'
 ) -> list[dict[str, Any]]:
-    """The comparisons with some labels turned round, whoever gave them, as a source:
+    """The config ``comparisons`` with other annotators, as a source:
 
-        python:rlhf_jax.data.tiny_tldr:noisy_comparisons?flipped_percent=25
+        python:rlhf_jax.data.tiny_tldr:comparisons?length_taste=2
+        python:rlhf_jax.data.tiny_tldr:comparisons?split=test&flipped_percent=25
 
-    Exactly the share is turned round, on top of the annotators' own mistakes; the same
-    records at every call, and those of a smaller share are among those of a larger one.
-    A record says so in ``flipped`` (1 or 0); its gold rewards stay with their texts.
+    The pairs of summaries are always the same. Exactly the share of the labels is
+    flipped, on top of the annotators' own mistakes; those of a smaller share are among
+    those of a larger one. A record says so in ``flipped`` (1 or 0); its gold rewards
+    stay with their texts.
 
     Source: a quarter of the labels: Coste et al. 2023, arXiv 2310.02743.
 
     Args:
         split: 'train' or 'test'; a slice goes behind the whole spec.
-        flipped_percent: 0 to 100, as text, because it comes from a data spec.
+        length_taste: multiplies how much every annotator likes a word more, ≥ 0.
+        flipped_percent: 0 to 100. Both are text, because they come from a data spec.
 
     Raises:
-        ValueError: no such split, or a share out of range.
+        ValueError: no such split, or a number out of range.
     """
-    numbers = {'train': 0, 'test': 1}
+    (config,) = (config for config in CONFIGS if config.name == 'comparisons')
+    splits = {'train': range(config.train), 'test': range(config.test)}
     try:
-        share = float(flipped_percent) / 100
+        taste, share = float(length_taste), float(flipped_percent) / 100
     except ValueError:
-        share = float('nan')
-    if split not in numbers or not 0 <= share <= 1:
+        taste = share = float('nan')
+    if split not in splits or not (0 <= share <= 1 and 0 <= taste < float('inf')):
         raise ValueError(
-            f'noisy_comparisons: split={split!r}, flipped_percent={flipped_percent!r}; '
-            "use 'train' or 'test', and 0 to 100"
+            f'comparisons: split={split!r}, length_taste={length_taste!r}, '
+            f"flipped_percent={flipped_percent!r}; use 'train' or 'test', 0 or more, "
+            'and 0 to 100'
         )
-    from rlhf_jax.data.sources import read  # which imports this module on demand
-
-    records = [record.fields for record in read(f'tfds:tiny_tldr/comparisons:{split}')]
-    rng = np.random.default_rng((SEED, FLIPS, numbers[split]))
+    start = 0 if split == 'train' else config.train
+    rng = np.random.default_rng((SEED, FLIPS, list(splits).index(split)))
+    records = [
+        _example(
+            config.number, start + i, functools.partial(_comparison, length_taste=taste)
+        )
+        for i in splits[split]
+    ]
     flipped = rng.permutation(len(records)) < round(share * len(records))
     return [_turned(record, turn) for record, turn in zip(records, flipped.tolist())]
 
@@ -303,6 +334,41 @@ def _turned(record: dict[str, Any], turn: bool) -> dict[str, Any]:
     sides |= {f'gold_{one}': f'gold_{other}' for one, other in sides.items()}
     turned = {one: record[other] for one, other in sides.items()}
     return {**record, **turned, 'flipped': 1}
+
+
+def more_articles(count: str = '100000') -> list[dict[str, Any]]:
+    """Further texts of the config ``articles``, none of which is in its splits:
+
+        python:rlhf_jax.data.tiny_tldr:more_articles?count=100000
+
+    Args:
+        count: how many, as text, because it comes from a data spec.
+
+    Raises:
+        ValueError: ``count`` is no whole number above 0.
+    """
+    (articles,) = (config for config in CONFIGS if config.name == 'articles')
+    return _further(count, articles.number, articles.make)
+
+
+def drills(count: str = '20000') -> list[dict[str, Any]]:
+    """Texts of one sentence with its facts called right or wrong, for a model to learn
+    from before it reads articles; see ``tiny_world.make_drill``.
+
+    Args:
+        count: how many, as text, because it comes from a data spec.
+
+    Raises:
+        ValueError: ``count`` is no whole number above 0.
+    """
+    return _further(count, 4, _drill)  # a number that no config has
+
+
+def _further(count: str, number: int, make: MakeRecord) -> list[dict[str, Any]]:
+    if not count.isdecimal() or int(count) < 1:
+        raise ValueError(f'count={count!r}; use a whole number above 0')
+    first = sum(c.train + c.test for c in CONFIGS if c.number == number)
+    return [_example(number, first + i, make) for i in range(int(count))]
 
 
 def prepare(

@@ -41,7 +41,10 @@ def proportion_interval(successes: int, trials: int) -> list[float]:
 
 
 def preference_report(
-    scores: np.ndarray, lengths: np.ndarray, gold: np.ndarray | None = None
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    gold: np.ndarray | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The numbers of a reward model on held-out comparisons.
 
@@ -53,6 +56,8 @@ def preference_report(
         scores: [N, 2] of chosen and rejected.
         lengths: [N, 2] response tokens.
         gold: [N, 2] true rewards where they are known.
+        kinds: N names, where the records name the kind of their pair; accuracy is then
+            given for each.
 
     Returns:
         The fields of ``rm/eval.json``.
@@ -76,6 +81,16 @@ def preference_report(
         report['gold_agreement'] = float(
             (np.sign(gap) == np.sign(order))[order != 0].mean()
         )
+    if kinds is not None:
+        named = np.asarray(kinds)
+        report['by_kind'] = [
+            {
+                'kind': kind,
+                'count': int((named == kind).sum()),
+                'accuracy': float(right[named == kind].mean()),
+            }
+            for kind in sorted(set(kinds))
+        ]
     return report
 
 

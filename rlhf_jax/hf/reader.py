@@ -32,6 +32,8 @@ Place = Callable[[tuple[str, ...], np.ndarray], Array]
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DOWNLOADS = ('*.json', '*.safetensors', 'tokenizer*', '*.model', '*.txt')
+# Models that the package ships, by name: a decoder that knows the text of tiny_tldr.
+SHIPPED = {'tiny': Path(__file__).parents[1] / 'data' / 'tiny_base'}
 READABLE = ('F64', 'F32', 'F16', 'BF16')
 OLD_NAMES = (
     ('LayerNorm.gamma', 'LayerNorm.weight'),
@@ -40,13 +42,14 @@ OLD_NAMES = (
 
 
 def resolve(spec: str | Path) -> Path:
-    """The local directory of a model: itself, or the snapshot of a hub name.
+    """The local directory of a model: itself, that of a model which the package ships
+    (``'tiny'``), or the snapshot of a hub name.
 
     Raises:
         ValueError: it is neither a directory nor a name that the hub, or its cache when
             offline, can give.
     """
-    directory = Path(spec).expanduser()
+    directory = SHIPPED.get(str(spec), Path(spec).expanduser())
     if directory.is_dir():
         return directory
     try:

@@ -199,6 +199,12 @@ def known_gold(records: list[Any]) -> np.ndarray | None:
     return np.asarray(gold, float) if known else None
 
 
+def known_kinds(records: list[Any]) -> list[str] | None:
+    """The kind of every comparison, where all records have a text in ``kind``."""
+    kinds = [record.meta.get('kind') for record in records]
+    return kinds if all(isinstance(kind, str) for kind in kinds) else None
+
+
 def fit(
     run: Run,
     job: Offline,

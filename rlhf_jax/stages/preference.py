@@ -38,7 +38,13 @@ from rlhf_jax.stages.evaluation import (
     evaluate_policy,
     make_writer,
 )
-from rlhf_jax.stages.offline import Offline, check_offline, fit, known_gold
+from rlhf_jax.stages.offline import (
+    Offline,
+    check_offline,
+    fit,
+    known_gold,
+    known_kinds,
+)
 from rlhf_jax.stages.run import Run, finish, load_policy
 from rlhf_jax.stages.settings import PreferenceSettings
 from rlhf_jax.types import Array, Params
@@ -184,12 +190,14 @@ def _opposed(offline: Offline, values: np.ndarray) -> np.ndarray:
 def _held_out(offline: Offline, scores: np.ndarray) -> dict[str, Any]:
     """Accuracy and margins of the implicit reward on the held-out data."""
     examples, records = offline.eval.examples, offline.eval.records
+    kinds = None
     if hasattr(examples[0], 'chosen'):
+        kinds = known_kinds(records)
         lengths = np.asarray([(len(e.chosen), len(e.rejected)) for e in examples])
     else:
         lengths = _opposed(offline, np.asarray([len(e.response) for e in examples]))
         records = [r for r, e in zip(records, examples) if e.is_desirable]
-    report = preference.preference_report(scores, lengths, known_gold(records))
+    report = preference.preference_report(scores, lengths, known_gold(records), kinds)
     return {**report, 'margin': float(np.subtract(*scores.T).mean())}
 
 

@@ -44,7 +44,13 @@ from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.reward_losses import RewardLoss
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.sharding import init_sharded
-from rlhf_jax.stages.offline import Offline, check_offline, fit, known_gold
+from rlhf_jax.stages.offline import (
+    Offline,
+    check_offline,
+    fit,
+    known_gold,
+    known_kinds,
+)
 from rlhf_jax.stages.run import (
     Run,
     ensemble_size,
@@ -275,6 +281,7 @@ def _examination(
         preference.preference_report,
         lengths=np.asarray([(len(e.chosen), len(e.rejected)) for e in examples]),
         gold=known_gold(job.eval.records),
+        kinds=known_kinds(job.eval.records),
     )
     if settings.members > 1:
         return lambda params: ensemble_report(scores_of(params), report_of)

@@ -43,7 +43,7 @@ def test_a_start_that_keeps_nothing_is_not_called_warm(timed, monkeypatch):
 
 def test_the_first_row_ends_a_start_and_programs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '')  # one device, whose programs are read back
-    assert start.first_step('configs/quickstart.py:smoke', 'pretrain', tmp_path) > 1
+    assert start.first_step('configs/quickstart.py:smoke', 'sft', tmp_path) > 1
     assert any(tmp_path.glob('rlhf_jax/xla/*-cache'))
 
 

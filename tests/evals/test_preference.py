@@ -50,6 +50,16 @@ def test_without_gold_there_is_no_ceiling():
     assert 'accuracy_ceiling' not in report and 'gold_agreement' not in report
 
 
+def test_accuracy_by_kind():
+    kinds = ['padded', 'twins', 'twins', 'padded']
+    report = preference_report(SCORES, LENGTHS, kinds=kinds)
+    assert report['by_kind'] == [
+        {'kind': 'padded', 'count': 2, 'accuracy': 1.0},
+        {'kind': 'twins', 'count': 2, 'accuracy': 0.0},
+    ]
+    assert 'by_kind' not in preference_report(SCORES, LENGTHS)
+
+
 def test_bins_hold_every_pair_once():
     report = preference_report(SCORES, LENGTHS)
     for name in ('by_margin', 'by_length_difference'):
