@@ -250,8 +250,10 @@ def _sources(settings: ConfigDict) -> Iterator[tuple[str, Any]]:
     """Where a stage names the models that it needs, and what it names there."""
     for name, value in settings.items():
         if isinstance(value, ConfigDict):
-            yield from ((f'{name}.{place}', model) for place, model in _sources(value))
-        elif name in ('init', 'critic', 'cost_critic', 'model'):
+            if name != 'args':  # of a function, which may mean anything by them
+                inner = _sources(value)
+                yield from ((f'{name}.{place}', model) for place, model in inner)
+        elif name in ('init', 'base', 'critic', 'cost_critic', 'model'):
             yield name, value
 
 
@@ -333,6 +335,8 @@ def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
             f'[{stage}] {result["verdict"]}: {result["figure"]} (expected: '
             f'{result["expected"]})'
         )
+        for warning in result['warnings']:
+            print(f'[{stage}] warning: {warning}')
     print(f'report: {workdir / "report.html"}')
 
 

@@ -40,6 +40,12 @@ class ScoreHParams:
                 'a response without EOS is either rescored or marked down'
             )
 
+    @property
+    def needs_end(self) -> bool:
+        """Whether a response that does not end is scored otherwise."""
+        settings = (self.missing_eos_penalty, self.missing_eos_score)
+        return any(setting is not None for setting in settings)
+
 
 # How the scores of an ensemble's members become one.
 Combine = Literal['mean', 'worst', 'uncertainty']

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from rlhf_jax.main import launch
-from tests.small_config import ROOT, get_config
+from tests.small_config import ROOT, config_file, get_config
 
 
 def command(*arguments, module='rlhf_jax.main'):
@@ -108,6 +108,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('sft.init', 'rm', ["config.sft.init='rm'", 'does not come before']),
         ('sft.init', 'pretrian', ['pretrian']),
         ('ppo.rewards.rm.model', 'sft', ['config.ppo.rewards.rm', 'no trained score']),
+        ('ppo.gold', {'model': 'sft'}, ['config.ppo.gold', 'no trained score']),
+        ('ppo.base', 'ppo', ["config.ppo.base='ppo'", 'does not come before ppo']),
+        ('ppo.base', 'cost', ["config.ppo.base='cost'", 'neither among']),
+        ('ppo.base', 'rm', ["config.ppo.base='rm'", 'is no language model']),
         ('ppo.clip_epz', 0.1, ['config.ppo.clip_epz is unknown', "'clip_eps'"]),
         ('sft.num_microbatches', 0, ['config.sft.num_microbatches=0', '1 or more']),
         ('sft.batch_sise', 8, ['config.sft.batch_sise', "'batch_size'"]),
@@ -145,6 +149,22 @@ def test_mistakes_are_named_before_compilation(
     with config.unlocked(), config.ignore_type():
         section[last] = value
     fails(config, tmp_path, *parts)
+
+
+def test_a_policy_of_this_run_is_no_reward_before_it_has_run(tmp_path, never_compiled):
+    config = get_config()
+    recipe = config_file('grpo').get_config('smoke')
+    config.policy_gradient = recipe.policy_gradient
+    config.stages = ('pretrain', 'sft', 'rm', 'policy_gradient', 'ppo')
+    config.ppo.rewards.rm.model = 'policy_gradient'
+    place = "config.ppo.rewards.rm: model='policy_gradient'"
+    fails(config, tmp_path, place, 'no trained score')
+
+
+def test_a_critic_is_no_reward_model(finished, tmp_path, never_compiled):
+    config = get_config()
+    config.ppo.rewards.rm.model = str(finished / 'ppo')  # its policy and its critic
+    fails(config, tmp_path, 'config.ppo.rewards.rm', 'no trained score')
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ class Evaluation:
     temperature: float  # of the samples
     prompts: pipeline.Dataset
     rewards: dict[str, scoring.Reward]  # by name, and GOLD where there is a judge
+    needs_end: bool = False  # in training, see ``ScoreHParams.needs_end``
 
     @property
     def weights(self) -> dict[str, float]:
@@ -262,7 +263,11 @@ def evaluate_policy(
     lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
     path.write_text(''.join(lines), encoding='utf-8')
     report = policy_eval.policy_report(*both, job.weights)
-    return {**report, 'expected_win_rate': job.settings.expected_win_rate}
+    return {
+        **report,
+        'expected_win_rate': job.settings.expected_win_rate,
+        'needs_end': job.needs_end,
+    }
 
 
 def _judge(run: Run, job: Evaluation, policy: CausalLM, ref_params: Params) -> Any:

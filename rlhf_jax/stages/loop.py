@@ -54,6 +54,7 @@ def run_loop(
     shown: dict[str, str],
     spent: Callable[[], dict[str, float]],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    watch: Callable[[dict[str, float]], list[str]] | None = None,
     profile: bool = False,
 ) -> tuple[Any, dict[str, float]]:
     """Runs ``one_step`` from the last checkpoint, or from ``state``, to ``num_steps``.
@@ -69,6 +70,7 @@ def run_loop(
         shown: metric name -> name in the progress bar.
         spent: seconds that this process has taken for the stage so far, by phase.
         evaluate: numbers to log every ``eval_every_steps``.
+        watch: the metrics of a step -> warnings to print.
         profile: leave a trace and the time per phase in ``stage_dir/profile``.
 
     Returns:
@@ -93,7 +95,7 @@ def run_loop(
             progress(stage_dir.name, num_steps, done) as show,
             tracing(stage_dir / 'profile' if profile else None, done) as trace,
         ):
-            journal = _Journal(stage_dir, manager, log, show, shown, done)
+            journal = _Journal(stage_dir, manager, log, show, shown, done, watch)
             while done < num_steps:
                 trace(done, state)
                 state, metrics, known = one_step(state, done)
@@ -133,6 +135,12 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
 
 
+def tell(line: str) -> None:
+    """Prints a line, of several processes by the first alone."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
 class _Pending(NamedTuple):
     """The metrics of a step that the device may still be working on."""
 
@@ -155,9 +163,11 @@ class _Journal:
         show: Callable[..., None],
         shown: dict[str, str],
         step: int,
+        watch: Callable[[dict[str, float]], list[str]] | None,
     ):
         self.stage_dir, self.manager = stage_dir, manager
         self.log, self.show, self.shown = log, show, shown
+        self.watch = watch
         self.began = time.monotonic()
         self.last = (self.began, step)  # time and step of the last row
         self.pending: _Pending | None = None
@@ -175,6 +185,8 @@ class _Journal:
             # A step shows what the one before has made of the parameters.
             good = checkpoint.drop_state(self.manager, step - 1)
             raise self.diverged(', '.join(bad), step, good)
+        for warning in self.watch(values) if self.watch else ():
+            tell(f'warning: {self.stage_dir.name}, step {step}: {warning}')
         if not logged:
             return
         now = time.monotonic()

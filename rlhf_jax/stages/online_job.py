@@ -140,6 +140,7 @@ def load_online(
     evaluation = check_evaluation(
         run, stage, settings, hp.temperature, settings.init, held_out, prompts, others
     )
+    evaluation = dataclasses.replace(evaluation, needs_end=shaping.needs_end)
     return Online(stage, settings, hp, shaping, anchors, prompts, evaluation, begin)
 
 
