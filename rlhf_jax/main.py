@@ -11,10 +11,12 @@ Read ``stages/run.py`` next.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
 _DEFAULT = _ROOT / 'configs' / 'quickstart.py'
@@ -40,9 +44,6 @@ STAGES = (
     'ppo',
     'ppo_lagrangian',
 )
-# Settings that may differ when a work directory is used again: which stages to run, and
-# where numbers are written to. Neither changes what a stage computes.
-FREE = ('stages', 'metrics')
 
 
 def main(argv: list[str]) -> None:
@@ -64,14 +65,17 @@ def main(argv: list[str]) -> None:
         _stop(error, str(error))
     except OSError as error:
         _stop(error, f'{workdir} cannot be read or written: {error}')
+    except KeyboardInterrupt as error:
+        how = 'the same command goes on from the last checkpoint'
+        _stop(error, f'stopped by Ctrl-C; {how}', 128 + signal.SIGINT)
 
 
-def _stop(error: Exception, message: str) -> NoReturn:
+def _stop(error: BaseException, message: str, code: int = 1) -> NoReturn:
     if os.environ.get('RLHF_JAX_TRACEBACK'):
         raise error
     print(f'error: {message}', file=sys.stderr)
     print('(RLHF_JAX_TRACEBACK=1 shows where it was raised)', file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str, Any]:
@@ -93,14 +97,31 @@ def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str,
     _check_top_level(config)
     _check_sources(config, workdir)
     resolved = json.loads(config.to_json_best_effort())
-    _claim(workdir, resolved)
-    unfinished = [s for s in config.stages if not (workdir / s / 'done.json').exists()]
-    if not unfinished and (workdir / 'report.json').exists():
+    claim(workdir, resolved)
+    if not _unfinished(config, workdir) and (workdir / 'report.json').exists():
         print(f'{workdir} is finished: {workdir / "report.html"}')
         return json.loads((workdir / 'report.json').read_text(encoding='utf-8'))
     # Heavy imports wait until the config and the directory are known to be good.
+    import jax
+
+    # Of several processes of one run, the first alone writes.
+    alone = locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        return _launch_alone(config, workdir, resolved, profile)
+
+
+def _unfinished(config: Any, workdir: Path) -> list[str]:
+    return [s for s in config.stages if not (workdir / s / 'done.json').exists()]
+
+
+def _launch_alone(
+    config: Any, workdir: Path, resolved: Any, profile: bool
+) -> dict[str, Any]:
+    """:func:`launch` in a directory that no other process writes to."""
     from rlhf_jax import checkpoint
 
+    claim(workdir, resolved)  # again: another process may have been here
+    unfinished = _unfinished(config, workdir)
     if unfinished:
         _run_stages(config, workdir, unfinished, resolved, profile)
     else:
@@ -255,49 +276,6 @@ def _sources(settings: ConfigDict) -> Iterator[tuple[str, Any]]:
                 yield from ((f'{name}.{place}', model) for place, model in inner)
         elif name in ('init', 'base', 'critic', 'cost_critic', 'model'):
             yield name, value
-
-
-def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
-    """Makes sure that the directory can be written and belongs to this config."""
-    path = workdir / 'config.json'
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / '.writable'
-        probe.write_bytes(b'\0' * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f'--workdir {workdir} cannot be written ({error.strerror}); make room, '
-            'change its '
-            'rights, or use another directory'
-        ) from error
-    if not path.exists():
-        return
-    old = json.loads(path.read_text(encoding='utf-8'))['config']
-    differing = [
-        f'{key}: {before!r} there, {after!r} now'
-        for key, before, after in _differences(old, resolved)
-        if key.split('.')[0] not in FREE
-    ]
-    if differing:
-        raise ValueError(
-            f'{workdir} holds a run of another config; use another --workdir, or go '
-            'back to its '
-            f'values:\n  ' + '\n  '.join(differing)
-        )
-
-
-def _differences(old: Any, new: Any, key: str = '') -> list[tuple[str, Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = sorted({*old, *new})
-        return [
-            difference
-            for name in names
-            for difference in _differences(
-                old.get(name), new.get(name), f'{key}.{name}' if key else name
-            )
-        ]
-    return [] if old == new else [(key, old, new)]
 
 
 def _description(resolved: Any) -> dict[str, Any]:

@@ -80,11 +80,11 @@ def run_loop(
     Raises:
         ValueError: a metric or a parameter is not finite. The latest checkpoint is one
             from which a step with finite metrics was made.
-        SystemExit: SIGTERM came; the state was saved.
+        SystemExit: SIGTERM or SIGINT (Ctrl-C) came; the state was saved.
     """
     with (
         checkpoint.open_checkpoints(stage_dir, settings.keep_checkpoints) as manager,
-        _sigterm() as terminated,
+        _signals() as received,
     ):
         restored = checkpoint.restore_state(manager, state)
         state = state if restored is None else restored
@@ -107,21 +107,27 @@ def run_loop(
                 if evaluate is not None and every and done % every == 0:
                     journal.flush()
                     journal.write(done, evaluate(state))
-                stop = terminated()  # asked once: it may come between two lines
-                if done % settings.save_every_steps == 0 or stop:
+                stop = received()  # asked once: it may come between two lines
+                if done % settings.save_every_steps == 0 or stop is not None:
                     journal.save(done, state, _total(earlier, spent()))
-                if stop:
+                if stop is not None:
                     break
             journal.flush()
             if manager.latest_step() != done:
                 journal.save(done, state, _total(earlier, spent()))
             manager.wait_until_finished()
-        if terminated():
-            raise SystemExit(128 + signal.SIGTERM)
+        if (number := received()) is not None:
+            raise _stopped(stage_dir.name, number, f'step {done} of {num_steps}')
     seconds = _total(earlier, spent())
     if profile:
         write_phases(stage_dir / 'profile', seconds)
     return state, seconds
+
+
+def _stopped(stage: str, number: int, saved: str) -> SystemExit:
+    name = signal.Signals(number).name
+    tell(f'{stage}: stopped by {name}; {saved} is saved, the same command goes on')
+    return SystemExit(128 + number)
 
 
 def _total(*parts: dict[str, float]) -> dict[str, float]:
@@ -220,19 +226,28 @@ class _Journal:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into a question that the loop asks between steps."""
-    received = []
+def _signals() -> Iterator[Callable[[], int | None]]:
+    """Turns SIGTERM and SIGINT into a question that the loop asks between steps: which
+    has come? A second SIGINT does not wait for the step to end.
+    """
+    received: list[int] = []
 
-    def note(*_: Any) -> None:
-        received.append(os.getpid())
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            if received:
+                raise KeyboardInterrupt
+            # Not by print: the signal may have come in the middle of one.
+            os.write(2, b'\nsaving after this step; Ctrl-C again stops at once\n')
+        received.append(number)
 
+    numbers = (signal.SIGTERM, signal.SIGINT)
     try:
-        previous = signal.signal(signal.SIGTERM, note)
+        previous = [signal.signal(number, note) for number in numbers]
     except ValueError:  # not the main thread: somebody else owns the signals
-        yield lambda: False
+        yield lambda: None
         return
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(numbers, previous):
+            signal.signal(number, handler)
