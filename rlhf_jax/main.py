@@ -15,7 +15,6 @@ import contextlib
 import gc
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rlhf_jax.command_line import read_flags
 from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -321,18 +321,9 @@ def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with a mistake told in a line."""
     try:
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.keys()  # raises only now where the file could not be read
-        return rest
-    except (flags.Error, OSError) as error:  # its text may hold a whole traceback
+        return flags.FLAGS(argv)
+    except flags.Error as error:
         _stop(error, str(error).strip().splitlines()[-1].strip())
-    except (AttributeError, KeyError) as error:  # ml_collections found no such key
-        text = str(error.args[0])
-        key = re.search(r'\w+', text.replace('\\', ''))[0]
-        flag = next(part for part in argv if f'.{key}' in part.split('=')[0])
-        close = re.findall(r'Did you mean "(.*?)"', text)
-        hint = f'; did you mean {close[0]!r}?' if close else ''
-        _stop(error, f'{flag}: there is no {key!r}{hint}')
 
 
 def run() -> None:
@@ -340,10 +331,12 @@ def run() -> None:
     # Otherwise transformers says at every start that PyTorch is missing.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     sys.path.append(str(_ROOT))  # recipes import each other as configs.NAME
-    if not any(re.match('--?config(=|$)', part) for part in sys.argv[1:]):
-        # Not as the flag's default, which would be parsed before its errors are caught.
-        sys.argv.insert(1, f'--config={_DEFAULT}')
-    config_flags.DEFINE_config_file('config', None, 'The recipe to run.')
+    try:
+        config, sys.argv[1:] = read_flags(sys.argv[1:], str(_DEFAULT))
+    except ValueError as error:
+        _stop(error, str(error))
+    text = 'The recipe to run: file.py, or file.py:argument; --config.KEY=VALUE sets.'
+    config_flags.DEFINE_config_dict('config', config, text)
     flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
     flags.DEFINE_bool('profile', False, 'Trace some steps of every stage.')
     app.run(main, flags_parser=_parse_flags)
