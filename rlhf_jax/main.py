@@ -229,6 +229,9 @@ def _check_top_level(config: Any) -> None:
     for name in config:
         if name not in known:
             raise ValueError(f'config.{name} is unknown{nearest(name, known)}')
+    seed = config.seed
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f'config.seed={seed!r}: use a whole number from 0 to 2³² − 1')
     order = [s for s in STAGES if s in config.stages]
     for stage in config.stages:
         if stage not in STAGES:

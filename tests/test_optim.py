@@ -127,7 +127,7 @@ def test_paths_read_as_people_write_them():
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(ValueError, match=r'warmup_percent=101 is outside \[0, 100\]'):
-        make_schedule(_replace(warmup_percent=101), 10)
+    with pytest.raises(ValueError, match=r'warmup_percent=101: use a number in \[0, 1'):
+        _replace(warmup_percent=101)
     with pytest.raises(ValueError, match="schedule='cosin' is unknown"):
         make_schedule(_replace(schedule='cosin'), 10)

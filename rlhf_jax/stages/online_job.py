@@ -21,7 +21,7 @@ from rlhf_jax.optim import make_schedule
 from rlhf_jax.rewards import ScoreHParams, initial_moments
 from rlhf_jax.stages.evaluation import Evaluation, check_evaluation
 from rlhf_jax.stages.run import Run
-from rlhf_jax.stages.settings import OnlineSettings, RewardSource, check_counts
+from rlhf_jax.stages.settings import OnlineSettings, RewardSource
 from rlhf_jax.types import Array, OnlineState, Params
 
 
@@ -108,7 +108,6 @@ def load_online(
             minibatches and the groups, or whatever is wrong with prompts and models.
     """
     where = f'config.{stage}'
-    check_counts(hp, where)
     parts = hp.num_minibatches * hp.num_microbatches
     if group_size > 1:
         _check_groups(run, where, settings.batch_size, group_size)
