@@ -66,11 +66,9 @@ class ActorCritic(NamedTuple):
 class PPOHParams:
     """Hyperparameters of PPO. Where a default has an owner, it is named."""
 
-    # of rollout, reference and training passes alike
-    temperature: Annotated[float, above(0)] = 1.0
+    temperature: Annotated[float, above(0)] = 1.0  # of all passes alike
     # Rewards
-    # β, first value when adaptive (Huang et al. 2024: 0.05)
-    kl_coef: Annotated[float, at_least(0)] = 0.05
+    kl_coef: Annotated[float, at_least(0)] = 0.05  # β, at first (Huang et al.: 0.05)
     kl_estimator: KLEstimator = 'k1'
     # nats per sequence; None keeps β fixed (Ziegler: 6)
     kl_target: Annotated[float | None, above(0)] = None
@@ -90,21 +88,17 @@ class PPOHParams:
     value_clip_eps: Annotated[float | None, above(0)] = 0.2
     value_coef: Annotated[float, at_least(0)] = 0.1
     entropy_coef: Annotated[float, at_least(0)] = 0.0
-    # of the k3 estimate in the loss, beside the reward's β
-    kl_loss_coef: Annotated[float, at_least(0)] = 0.0
-    # weight of the language-model loss (InstructGPT: 27.8)
-    ptx_coef: Annotated[float, at_least(0)] = 0.0
+    kl_loss_coef: Annotated[float, at_least(0)] = 0.0  # of k3, beside the reward's β
+    ptx_coef: Annotated[float, at_least(0)] = 0.0  # of SFT's loss (InstructGPT: 27.8)
     aggregation: Aggregation = 'token_mean'
     # Optimisation of one rollout
     num_epochs: Annotated[int, at_least(1)] = 4
     num_minibatches: Annotated[int, at_least(1)] = 1
     num_microbatches: Annotated[int, at_least(1)] = 1
-    # parts of the response that microbatches are cut at
-    num_length_buckets: Annotated[int, at_least(1)] = 1
+    num_length_buckets: Annotated[int, at_least(1)] = 1  # parts of the response
     # above it the rest of the rollout is skipped
     target_approxkl: Annotated[float | None, above(0)] = None
-    # first ones, in which the critic learns alone
-    critic_warmup_rollouts: Annotated[int, at_least(0)] = 0
+    critic_warmup_rollouts: Annotated[int, at_least(0)] = 0  # the critic learns alone
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import checkpoint
 from rlhf_jax.metrics import Writers, open_writers, progress
+from rlhf_jax.stages.console import tell
 from rlhf_jax.stages.profiling import tracing, write_phases
 from rlhf_jax.stages.settings import LoopSettings
 from rlhf_jax.types import Mean, Metrics
@@ -139,12 +140,6 @@ def _total(*parts: dict[str, float]) -> dict[str, float]:
 def _all_finite(tree: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
-
-
-def tell(line: str) -> None:
-    """Prints a line, of several processes by the first alone."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
 
 
 class _Pending(NamedTuple):

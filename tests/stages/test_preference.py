@@ -93,12 +93,16 @@ def test_the_first_loss_is_that_of_a_policy_that_is_its_reference(dpo):
     assert table[-1]['train/loss'] != pytest.approx(math.log(2), abs=1e-3)
 
 
+WHEN = ('before', 'after')
+
+
 def test_it_is_measured_as_ppo_is_and_on_held_out_comparisons(dpo, finished):
     workdir, report = dpo
     assert report['finished'] and report['steps'] == 6
     ppo = json.loads((finished / 'ppo' / 'eval.json').read_text())
     # There is no reward model here: the proxy is all that is missing.
-    assert ppo.keys() - report.keys() == {'proxy_reward_before', 'proxy_reward_after'}
+    missing = {f'proxy_{x}_{when}' for x in ('reward', 'range') for when in WHEN}
+    assert ppo.keys() - report.keys() == missing
     assert (
         report['prompts'] == 16 and report['kl'] > 0 and 'win rate' in report['figure']
     )
