@@ -85,9 +85,9 @@ def test_hyperparameters_check_themselves():
 
 
 def _all_settings():
-    for name in dir(settings):
-        if dataclasses.is_dataclass(getattr(settings, name)):
-            yield getattr(settings, name)
+    for part in vars(settings).values():
+        if isinstance(part, type) and dataclasses.is_dataclass(part):
+            yield part
     for file in pkgutil.iter_modules(rlhf_jax.preference.__path__):
         yield importlib.import_module(f'rlhf_jax.preference.{file.name}').HParams
 
