@@ -98,7 +98,7 @@ def describe(runs: list[dict[str, Any]]) -> dict[str, Any]:
         'gold_by_seed': gold.mean(axis=1).tolist(),
         'gold_peak_of_rollouts': float(np.mean(peaks)),
         'kl_of_last_rollouts': float(column(last, 'objective/kl').mean()),
-        'proxy_of_last_rollouts': float(column(last, 'objective/scores').mean()),
+        'proxy_of_last_rollouts': float(column(last, 'objective/proxy_reward').mean()),
     }
     if 'reward/rm/std' in last[0]:
         result['std_of_last_rollouts'] = float(column(last, 'reward/rm/std').mean())

@@ -63,7 +63,7 @@ def plot(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
         1, 2, figsize=(9, 3.6), sharex=True, layout='constrained'
     )
     names = (
-        ('objective/scores', 'proxy reward (learned)'),
+        ('objective/proxy_reward', 'proxy reward (learned)'),
         ('objective/gold', 'gold reward (true)'),
     )
     for panel, (name, title) in zip(panels, names):
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
             name: float(np.mean([row[name] for row in rows[-10:]]))
             for name in (
                 'objective/kl',
-                'objective/scores',
+                'objective/proxy_reward',
                 'objective/gold',
                 'rollout/response_length',
             )  # fmt: skip

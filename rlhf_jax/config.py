@@ -22,6 +22,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rlhf_jax.ranges import check_fields
+
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """Parses the part of ``--config=file.py:arg`` behind the colon.
@@ -233,7 +235,8 @@ def build(
 
     Raises:
         ValueError: an unknown key (with the nearest right one), a value of the wrong
-            type, or a required one that is empty.
+            type, one outside the range of its field (``ranges.py``), or a required one
+            that is empty.
     """
     table = _fields(*classes)
     arguments: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
@@ -253,7 +256,16 @@ def build(
     for name, (cls, field, hint) in table.items():
         if _is_required(field, hint) and arguments[cls].get(name) is None:
             raise ValueError(f'{where}.{name} is needed and not set')
-    return tuple(cls(**arguments[cls]) for cls in classes)
+    return tuple(_make(cls, arguments[cls], where) for cls in classes)
+
+
+def _make(cls: type, arguments: dict[str, Any], where: str) -> Any:
+    try:
+        result = cls(**arguments)
+    except ValueError as error:  # of the dataclass itself, which begins with the field
+        raise ValueError(f'{where}.{error}') from error
+    check_fields(result, where)
+    return result
 
 
 def build_named(

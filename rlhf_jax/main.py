@@ -11,10 +11,11 @@ Read ``stages/run.py`` next.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,9 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from rlhf_jax.command_line import read_flags
+from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
 _DEFAULT = _ROOT / 'configs' / 'quickstart.py'
@@ -40,9 +44,6 @@ STAGES = (
     'ppo',
     'ppo_lagrangian',
 )
-# Settings that may differ when a work directory is used again: which stages to run, and
-# where numbers are written to. Neither changes what a stage computes.
-FREE = ('stages', 'metrics')
 
 
 def main(argv: list[str]) -> None:
@@ -64,14 +65,17 @@ def main(argv: list[str]) -> None:
         _stop(error, str(error))
     except OSError as error:
         _stop(error, f'{workdir} cannot be read or written: {error}')
+    except KeyboardInterrupt as error:
+        how = 'the same command goes on from the last checkpoint'
+        _stop(error, f'stopped by Ctrl-C; {how}', 128 + signal.SIGINT)
 
 
-def _stop(error: Exception, message: str) -> NoReturn:
+def _stop(error: BaseException, message: str, code: int = 1) -> NoReturn:
     if os.environ.get('RLHF_JAX_TRACEBACK'):
         raise error
     print(f'error: {message}', file=sys.stderr)
     print('(RLHF_JAX_TRACEBACK=1 shows where it was raised)', file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str, Any]:
@@ -93,14 +97,31 @@ def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str,
     _check_top_level(config)
     _check_sources(config, workdir)
     resolved = json.loads(config.to_json_best_effort())
-    _claim(workdir, resolved)
-    unfinished = [s for s in config.stages if not (workdir / s / 'done.json').exists()]
-    if not unfinished and (workdir / 'report.json').exists():
+    claim(workdir, resolved)
+    if not _unfinished(config, workdir) and (workdir / 'report.json').exists():
         print(f'{workdir} is finished: {workdir / "report.html"}')
         return json.loads((workdir / 'report.json').read_text(encoding='utf-8'))
     # Heavy imports wait until the config and the directory are known to be good.
+    import jax
+
+    # Of several processes of one run, the first alone writes.
+    alone = locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        return _launch_alone(config, workdir, resolved, profile)
+
+
+def _unfinished(config: Any, workdir: Path) -> list[str]:
+    return [s for s in config.stages if not (workdir / s / 'done.json').exists()]
+
+
+def _launch_alone(
+    config: Any, workdir: Path, resolved: Any, profile: bool
+) -> dict[str, Any]:
+    """:func:`launch` in a directory that no other process writes to."""
     from rlhf_jax import checkpoint
 
+    claim(workdir, resolved)  # again: another process may have been here
+    unfinished = _unfinished(config, workdir)
     if unfinished:
         _run_stages(config, workdir, unfinished, resolved, profile)
     else:
@@ -208,6 +229,9 @@ def _check_top_level(config: Any) -> None:
     for name in config:
         if name not in known:
             raise ValueError(f'config.{name} is unknown{nearest(name, known)}')
+    seed = config.seed
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f'config.seed={seed!r}: use a whole number from 0 to 2³² − 1')
     order = [s for s in STAGES if s in config.stages]
     for stage in config.stages:
         if stage not in STAGES:
@@ -250,52 +274,11 @@ def _sources(settings: ConfigDict) -> Iterator[tuple[str, Any]]:
     """Where a stage names the models that it needs, and what it names there."""
     for name, value in settings.items():
         if isinstance(value, ConfigDict):
-            yield from ((f'{name}.{place}', model) for place, model in _sources(value))
-        elif name in ('init', 'critic', 'cost_critic', 'model'):
+            if name != 'args':  # of a function, which may mean anything by them
+                inner = _sources(value)
+                yield from ((f'{name}.{place}', model) for place, model in inner)
+        elif name in ('init', 'base', 'critic', 'cost_critic', 'model'):
             yield name, value
-
-
-def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
-    """Makes sure that the directory can be written and belongs to this config."""
-    path = workdir / 'config.json'
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / '.writable'
-        probe.write_bytes(b'\0' * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f'--workdir {workdir} cannot be written ({error.strerror}); make room, '
-            'change its '
-            'rights, or use another directory'
-        ) from error
-    if not path.exists():
-        return
-    old = json.loads(path.read_text(encoding='utf-8'))['config']
-    differing = [
-        f'{key}: {before!r} there, {after!r} now'
-        for key, before, after in _differences(old, resolved)
-        if key.split('.')[0] not in FREE
-    ]
-    if differing:
-        raise ValueError(
-            f'{workdir} holds a run of another config; use another --workdir, or go '
-            'back to its '
-            f'values:\n  ' + '\n  '.join(differing)
-        )
-
-
-def _differences(old: Any, new: Any, key: str = '') -> list[tuple[str, Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = sorted({*old, *new})
-        return [
-            difference
-            for name in names
-            for difference in _differences(
-                old.get(name), new.get(name), f'{key}.{name}' if key else name
-            )
-        ]
-    return [] if old == new else [(key, old, new)]
 
 
 def _description(resolved: Any) -> dict[str, Any]:
@@ -333,24 +316,17 @@ def _print_summary(report: Mapping[str, Any], workdir: Path) -> None:
             f'[{stage}] {result["verdict"]}: {result["figure"]} (expected: '
             f'{result["expected"]})'
         )
+        for warning in result['warnings']:
+            print(f'[{stage}] warning: {warning}')
     print(f'report: {workdir / "report.html"}')
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with a mistake told in a line."""
     try:
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.keys()  # raises only now where the file could not be read
-        return rest
-    except (flags.Error, OSError) as error:  # its text may hold a whole traceback
+        return flags.FLAGS(argv)
+    except flags.Error as error:
         _stop(error, str(error).strip().splitlines()[-1].strip())
-    except (AttributeError, KeyError) as error:  # ml_collections found no such key
-        text = str(error.args[0])
-        key = re.search(r'\w+', text.replace('\\', ''))[0]
-        flag = next(part for part in argv if f'.{key}' in part.split('=')[0])
-        close = re.findall(r'Did you mean "(.*?)"', text)
-        hint = f'; did you mean {close[0]!r}?' if close else ''
-        _stop(error, f'{flag}: there is no {key!r}{hint}')
 
 
 def run() -> None:
@@ -358,10 +334,12 @@ def run() -> None:
     # Otherwise transformers says at every start that PyTorch is missing.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     sys.path.append(str(_ROOT))  # recipes import each other as configs.NAME
-    if not any(re.match('--?config(=|$)', part) for part in sys.argv[1:]):
-        # Not as the flag's default, which would be parsed before its errors are caught.
-        sys.argv.insert(1, f'--config={_DEFAULT}')
-    config_flags.DEFINE_config_file('config', None, 'The recipe to run.')
+    try:
+        config, sys.argv[1:] = read_flags(sys.argv[1:], str(_DEFAULT))
+    except ValueError as error:
+        _stop(error, str(error))
+    text = 'The recipe to run: file.py, or file.py:argument; --config.KEY=VALUE sets.'
+    config_flags.DEFINE_config_dict('config', config, text)
     flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
     flags.DEFINE_bool('profile', False, 'Trace some steps of every stage.')
     app.run(main, flags_parser=_parse_flags)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 import optax.contrib
 
+from rlhf_jax.ranges import Range, above, at_least, between, check_fields
 from rlhf_jax.types import Params
 
 
@@ -21,17 +22,26 @@ class OptimConfig:
     """AdamW or Muon, with global-norm clipping and a schedule."""
 
     name: Literal['adamw', 'muon'] = 'adamw'
-    learning_rate: float = 3e-4  # at the peak
-    adam_learning_rate: float | None = None  # muon: of all but the layers' matrices
+    learning_rate: Annotated[float, at_least(0)] = 3e-4  # at the peak
+    # muon: of all but the layers' matrices
+    adam_learning_rate: Annotated[float | None, at_least(0)] = None
     schedule: Literal['constant', 'linear', 'cosine'] = 'cosine'  # behind the warm-up
-    warmup_percent: float = 0.0  # of all optimizer steps, linear from 0
-    final_percent: float = 0.0  # of the peak, at the last step
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8  # outside the root, as in PyTorch; Huang et al. 2024 use 1e-5
-    weight_decay: float = 0.0  # on matrices and embeddings, not on norms and biases
-    max_grad_norm: float | None = 1.0
+    # of all optimizer steps, linear from 0
+    warmup_percent: Annotated[float, between(0, 100)] = 0.0
+    # of the peak, at the last step
+    final_percent: Annotated[float, between(0, 100)] = 0.0
+    b1: Annotated[float, Range(0, 1, open_high=True)] = 0.9
+    b2: Annotated[float, Range(0, 1, open_high=True)] = 0.999
+    # outside the root, as in PyTorch; Huang et al. 2024 use 1e-5
+    eps: Annotated[float, above(0)] = 1e-8
+    # adamw: on matrices and embeddings, not on norms and biases; muon: on the matrices
+    # that it orthogonalises (the layers'), on nothing that its Adam trains
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    max_grad_norm: Annotated[float | None, above(0)] = 1.0
     trainable: str | None = None  # regex over parameter paths; None trains everything
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 # Muon: which axes of a stacked matrix are its inputs, which its outputs.
@@ -46,13 +56,8 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Learning rate by optimizer step.
 
     Raises:
-        ValueError: an unknown schedule, or percentages outside [0, 100].
+        ValueError: an unknown schedule.
     """
-    for name in ('warmup_percent', 'final_percent'):
-        if not 0 <= getattr(config, name) <= 100:
-            raise ValueError(
-                f'optim.{name}={getattr(config, name)} is outside [0, 100]'
-            )
     peak, warmup = config.learning_rate, round(num_steps * config.warmup_percent / 100)
     rest, final = max(num_steps - warmup, 1), peak * config.final_percent / 100
     if config.schedule == 'constant':

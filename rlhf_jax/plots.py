@@ -102,10 +102,12 @@ LEARNED = {
 
 
 def _accuracy_bars(stage: str, evaluation: Mapping[str, Any]) -> str:
+    longer = evaluation['length_baseline']
     bars = [
         ('gold order (ceiling)', evaluation.get('accuracy_ceiling'), '#9aa5b1'),
         (LEARNED[stage], evaluation['accuracy'], BLUE),
-        ('longer wins', evaluation['length_baseline'], '#9aa5b1'),
+        ('longer wins', longer, '#9aa5b1'),
+        ('shorter wins', None if longer is None else 1 - longer, '#9aa5b1'),
         ('chance', 0.5, '#c8d0d8'),
     ]
     bars = [bar for bar in reversed(bars) if bar[1] is not None]
@@ -192,7 +194,8 @@ def _held_out(
         return [], []
     caption = (
         'With its 95% interval. The ceiling is what the true order reaches on the same '
-        'noisy labels; what is no better than “longer wins” has learned length.'
+        'noisy labels; what is no better than “longer wins” or “shorter wins” has '
+        'learned length.'
     )
     plots = [Plot('Held-out accuracy', _accuracy_bars(stage, evaluation), caption)]
     bins = evaluation.get('by_margin') or ()
@@ -292,15 +295,23 @@ def _preference(
 
 # ------------------------------------------------------------------------ online stages
 
-PROXY, GOLD = ('objective/scores', 'Proxy reward'), ('objective/gold', 'Gold reward')
+PROXY, GOLD = (
+    ('objective/proxy_reward', 'Proxy reward'),
+    ('objective/gold', 'Gold reward'),
+)
+# What is optimised: the proxy reward after scaling, clipping and penalties.
+SHAPED = ('objective/scores', 'Shaped score')
 
 
 def _rewards(
     name: str, title: str, rows: Rows, by_kl: bool, caption: str
 ) -> list[Plot]:
-    """Proxy and gold, one panel each since their scales differ, by √KL or by step."""
+    """Proxy, shaped score (by step alone) and gold, one panel each since their scales
+    differ, by √KL or by step.
+    """
     rows = [row for row in rows if not by_kl or row.get('objective/kl') is not None]
-    drawn = [item for item in (PROXY, GOLD) if len(series(rows, item[0])[0])]
+    panels = (PROXY, GOLD) if by_kl else (PROXY, SHAPED, GOLD)
+    drawn = [item for item in panels if len(series(rows, item[0])[0])]
     if not drawn:
         return []
     figure, grid = blank(HALF, 0.7 + 1.75 * len(drawn), len(drawn), sharex=True)
@@ -331,7 +342,12 @@ def _online(stage: str, rows: Rows) -> tuple[list[Plot], list[str]]:
         else 'Without a gold reward it cannot show where rising stops being better.'
     )
     plots = _rewards(f'{stage}-frontier', 'Reward against √KL', rows, True, caption)
-    caption = 'Mean score of the responses of each rollout, before the KL penalty.'
+    caption = (
+        'Means over the responses of each rollout. Proxy reward: the weighted sum of '
+        'the rewards, as in the table of the evaluation. Shaped score: the same after '
+        'scaling, clipping and the penalties for responses that do not end or are too '
+        'long; it is what is optimised, less the KL penalty.'
+    )
     plots += _rewards(
         f'{stage}-rewards', 'Reward during training', rows, False, caption
     )
@@ -349,10 +365,18 @@ def _online(stage: str, rows: Rows) -> tuple[list[Plot], list[str]]:
         f'{stage}-updates', 'How the updates go', rows, UPDATES, caption
     )
     # What the updates log differs from method to method.
-    absent = not_logged(rows, [PROXY[0], *(panel.metric for panel in BEHAVIOUR)])
+    names = (PROXY[0], SHAPED[0])
+    absent = not_logged(rows, [*names, *(panel.metric for panel in BEHAVIOUR)])
     if not gold:
         absent.append('No gold reward (objective/gold): only the learned one is shown.')
     return plots, absent
+
+
+def _all_metrics(stage: str, rows: Rows) -> list[Plot]:
+    """A panel per metric, of a stage that has no figures of its own."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    panels = tuple(Panel(n, n, '') for n in names if n not in ('step', 'seconds'))
+    return draw_panels(f'{stage}-panels', 'Metrics', rows, panels, 'All that it logs.')
 
 
 def draw(
@@ -375,4 +399,6 @@ def draw(
             return _preference(rows, evaluation or {})
         if stage in ONLINE:
             return _online(stage, rows)
-        return _language_model(stage, rows, evaluation or {})
+        if stage in ('pretrain', 'sft'):
+            return _language_model(stage, rows, evaluation or {})
+        return _all_metrics(stage, rows), []

@@ -70,7 +70,7 @@ REQUIRED_IN_BINS = {
 }
 
 # Shown on the page.
-MAX_SAMPLES = {**dict.fromkeys(TITLES, 4), **dict.fromkeys(COMPARED, 12)}
+MAX_SAMPLES, MAX_COMPARED = 4, 12
 LONG_PROMPT = 240  # characters; a longer prompt is folded
 
 
@@ -144,7 +144,7 @@ def _read_evaluation(stage: str, folder: Path) -> Json | None:
     if stage in REWARD_MODELS:
         required = REQUIRED_OF_KIND[kind_of(evaluation)]
     else:
-        required = REQUIRED[stage]
+        required = REQUIRED.get(stage, ())
     _require(evaluation, required, str(path))
     for key, keys in REQUIRED_IN_BINS.items():
         for i, row in enumerate(evaluation.get(key) or []):
@@ -163,7 +163,9 @@ def _stage_view(stage: str, folder: Path) -> Json:
     if done is not None:
         _require(done, ('steps', 'seconds'), str(folder / 'done.json'))
     keys = ('before', 'after') if stage in COMPARED else ('response',)
-    samples = _read_rows(folder / 'samples.jsonl', ('prompt', *keys))
+    samples = []
+    if stage in TITLES:
+        samples = _read_rows(folder / 'samples.jsonl', ('prompt', *keys))
     figures, absent = plots.draw(stage, rows, evaluation)
     holes = {
         name: sum(row.get(name, 0) is None for row in rows)
@@ -182,8 +184,10 @@ def _stage_view(stage: str, folder: Path) -> Json:
         absent.append('No samples.jsonl with rows: there are no samples.')
     return {
         'name': stage,
-        'title': TITLES[stage],
+        'title': TITLES.get(stage, stage),
         'compared': stage in COMPARED,
+        'facts': FACTS[stage] if stage in FACTS else _numbers(evaluation or {}),
+        'max_samples': MAX_COMPARED if stage in COMPARED else MAX_SAMPLES,
         'rows': rows,
         'evaluation': evaluation,
         'done': done,
@@ -266,7 +270,7 @@ FACTS['preference'] = (
 )
 # Before and after, under key_before and key_after.
 CHANGES = (
-    ('Proxy reward', 'proxy_reward', 'reward units'),
+    ('Proxy reward', 'proxy_reward', 'reward units, before shaping'),
     ('Gold reward', 'gold_reward', 'reward units'),
     ('Cost', 'cost', 'cost units'),
     ('Log-likelihood under the reference', 'ref_logprob', 'nats/token'),
@@ -275,6 +279,15 @@ CHANGES = (
     ('Responses that ended', 'ended', 'fraction'),
     ('Distinct bigrams', 'distinct', 'fraction'),
 )
+
+
+def _numbers(evaluation: Json) -> tuple[tuple[str, str, str], ...]:
+    """What is shown of a stage that the report does not know: all single numbers."""
+    return tuple(
+        (key, key, '')
+        for key, value in evaluation.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    )
 
 
 def _duration(seconds: float | None) -> str:
@@ -309,11 +322,17 @@ def _page(title: str, report: Json, views: list[Json], run: Json) -> str:
         views=views,
         missing=[TITLES[s] for s in TITLES if s not in report['stages']],
         config=json.dumps(run['config'], indent=2, ensure_ascii=False),
-        facts=FACTS,
         changes=CHANGES,
-        max_samples=MAX_SAMPLES,
         long_prompt=LONG_PROMPT,
     )
+
+
+def _stages(workdir: Path) -> list[str]:
+    """The stages with a folder, in order; those that have no title come last."""
+    files = ('metrics.jsonl', 'eval.json', 'done.json')
+    others = {path.parent.name for name in files for path in workdir.glob(f'*/{name}')}
+    known = [stage for stage in TITLES if (workdir / stage).is_dir()]
+    return known + sorted(others - TITLES.keys())
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Json:
@@ -342,11 +361,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Json:
             f'{path} does not exist; --workdir must name the directory of a run'
         )
     _require(run, ('config',), str(path))
-    views = [
-        _stage_view(stage, workdir / stage)
-        for stage in TITLES
-        if (workdir / stage).is_dir()
-    ]
+    views = [_stage_view(stage, workdir / stage) for stage in _stages(workdir)]
     report = _report(views, run)
     page = _page(workdir.resolve().name, report, views, run)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models.heads import ScalarModel, apply_to_last
 from rlhf_jax.ops.masked import at_last, ended_together, masked_mean
+from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import Array, Params, RunningMoments
 
 
@@ -23,12 +24,16 @@ class ScoreHParams:
 
     # 'running': (s − mean)/std, 'running_std': s/std (MOSS), over all scores so far
     score_scaling: Literal['running', 'running_std'] | None = None
-    score_clip: float | None = None  # bound on |score| (OpenRLHF, MOSS: 10)
-    overlong_buffer: int | None = None  # tokens (DAPO: a fifth of the longest)
-    missing_eos_penalty: float | None = None  # is subtracted from it (TRL: 1)
+    # bound on |score| (OpenRLHF, MOSS: 10)
+    score_clip: Annotated[float | None, above(0)] = None
+    # tokens (DAPO: a fifth of the longest)
+    overlong_buffer: Annotated[int | None, at_least(1)] = None
+    # is subtracted from it (TRL: 1)
+    missing_eos_penalty: Annotated[float | None, at_least(0)] = None
     missing_eos_score: float | None = None  # replaces it (Stiennon: -1)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.score_scaling not in (None, 'running', 'running_std'):
             raise ValueError(
                 f'score_scaling={self.score_scaling!r} is unknown; use '
@@ -39,6 +44,12 @@ class ScoreHParams:
                 'missing_eos_score and missing_eos_penalty are both set; '
                 'a response without EOS is either rescored or marked down'
             )
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether a response that does not end is scored otherwise."""
+        settings = (self.missing_eos_penalty, self.missing_eos_score)
+        return any(setting is not None for setting in settings)
 
 
 # How the scores of an ensemble's members become one.

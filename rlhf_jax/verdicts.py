@@ -22,6 +22,7 @@ ONLINE = (
     'ppo_lagrangian',
 )
 COMPARED = ('preference', *ONLINE)  # stages whose policy is compared with its start
+FEW_END = 0.05  # where a smaller share of the responses ends, practically none does
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,29 @@ def _judge_steps(e: Json) -> Verdict:
     return Verdict('pass' if good else 'fail', figure, expected)
 
 
-def _judge_pairs(e: Json) -> Verdict:
-    """Pass: surely better than chance and than length, and near the ceiling if known.
+def length_rule(longer: float | None) -> tuple[str, float]:
+    """The better of the two rules that look at length alone, and its accuracy.
 
-    The lower end of the accuracy's 95% interval is above max(½, accuracy of 'longer
-    wins'); where the data has a gold order, accuracy is at least its ceiling − 0.05;
-    where it says on which side of 0 a text lies, that is surely told better than by the
-    more frequent side.
+    Args:
+        longer: the accuracy of 'longer wins'; that of 'shorter wins' is the rest. None
+            where it is not known.
     """
-    floor = max(0.5, e['length_baseline'] or 0.0)
+    if longer is None or longer == 0.5:
+        return 'chance', 0.5
+    return ('longer wins', longer) if longer > 0.5 else ('shorter wins', 1 - longer)
+
+
+def _judge_pairs(e: Json) -> Verdict:
+    """Pass: surely better than length alone, and near the ceiling if it is known.
+
+    The lower end of the accuracy's 95% interval is above that of 'longer wins' and of
+    'shorter wins', one of which is at least ½; where the data has a gold order,
+    accuracy is at least its ceiling − 0.05; where it says on which side of 0 a text
+    lies, that is surely told better than by the more frequent side.
+    """
+    rule, floor = length_rule(e['length_baseline'])
     good = _less(floor, e['interval'][0])
-    expected = f'interval above {fraction(floor)}'
-    expected += ' (longer wins)' if floor > 0.5 else ' (chance)'
+    expected = f'interval above {fraction(floor)} ({rule})'
     ceiling = e.get('accuracy_ceiling')
     if ceiling is not None:
         accuracy = e['accuracy']
@@ -156,12 +168,35 @@ def has_gold(e: Json) -> bool:
     return any(e.get(key) is not None for key in keys)
 
 
+def _collapsed(e: Json) -> Verdict | None:
+    """Fail: responses no longer end, or all have the same reward; None otherwise.
+
+    Responses have to end where some did before, or where training marks down those
+    that do not. One reward for all is what a solved task gives too: it fails where the
+    mean has not risen.
+    """
+    before, after = e.get('ended_before'), e.get('ended_after')
+    has_to_end = e.get('needs_end') or _less(FEW_END, before)
+    if has_to_end and _less(after, FEW_END):
+        figure = f'responses that ended {fraction(before)} → {fraction(after)}'
+        return Verdict('fail', figure, f'at least {fraction(FEW_END)} of them')
+    low, high = e.get('proxy_range_after') or (None, None)
+    rose = _less(e.get('proxy_reward_before'), e.get('proxy_reward_after'))
+    if low is not None and low == high and not rose:
+        figure = f'the proxy reward of every response is {number(low)}'
+        return Verdict('fail', figure, 'rewards that differ, or a rise')
+    return None
+
+
 def _judge_online(e: Json) -> Verdict:
     """Pass: surely wins more often than expected; without gold, the proxy reward rose.
 
     The lower end of the win rate's 95% interval is above ``expected_win_rate``, or ½
-    where none is set. A gold reward without a win-rate interval is not judged.
+    where none is set. A gold reward without a win-rate interval is not judged. Nothing
+    passes when responses no longer end or all score the same (``_collapsed``).
     """
+    if (collapse := _collapsed(e)) is not None:
+        return collapse
     ends = e.get('win_rate_interval')
     floor = e.get('expected_win_rate')
     floor = 0.5 if floor is None else floor
@@ -185,6 +220,8 @@ def _judge_preference(e: Json) -> Verdict:
     """
     if has_gold(e):
         return _judge_online(e)
+    if (collapse := _collapsed(e)) is not None:
+        return collapse
     good = _less(0.5, e['interval'][0])
     figure = f'implicit accuracy {fraction(e["accuracy"])} {interval(e["interval"])}'
     expected = 'interval above 0.500 (chance); of the texts it says nothing (no gold)'
@@ -212,6 +249,8 @@ def judge(stage: str, evaluation: Json | None) -> Verdict:
     """
     if evaluation is None:
         return Verdict('unknown', 'not evaluated', 'an evaluation when the stage ends')
+    if stage not in JUDGES:
+        return Verdict('unknown', 'no rule for this stage', 'a rule in verdicts.JUDGES')
     return JUDGES[stage](evaluation)
 
 
@@ -219,8 +258,8 @@ def warnings(stage: str, evaluation: Json | None) -> list[str]:
     """What looks wrong although the verdict may be a pass.
 
     For a policy compared with its start: the proxy reward rose while
-    the gold fell; responses longer than 1.5 times before; fewer of them end; KL above
-    50 nats. For a reward model: a score that
+    the gold fell; responses longer than 1.5 times before; fewer of them end, or none;
+    one proxy reward for all; KL above 50 nats. For a reward model: a score that
     depends on the side of the padding by more than 0.01.
 
     Returns:
@@ -249,6 +288,17 @@ def warnings(stage: str, evaluation: Json | None) -> list[str]:
         found.append(
             f'Responses grew from {number(before)} to {number(after)} tokens, more '
             'than 1.5 times: length may be what is rewarded.'
+        )
+    if _less(after_end := get('ended_after'), FEW_END):
+        found.append(
+            f'{number(after_end)} of the responses end by themselves: look at which '
+            'tokens end a response, or raise max_new_tokens.'
+        )
+    low, high = get('proxy_range_after') or (None, None)
+    if low is not None and low == high:
+        found.append(
+            f'The proxy reward of every response is {number(low)}: nothing is left to '
+            'learn from it.'
         )
     ended = get('ended_before')
     if ended is not None and _less(get('ended_after'), ended - 0.01):  # less is noise

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from rlhf_jax.main import launch
-from tests.small_config import ROOT, get_config
+from tests.small_config import ROOT, config_file, get_config
 
 
 def command(*arguments, module='rlhf_jax.main'):
@@ -108,6 +108,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('sft.init', 'rm', ["config.sft.init='rm'", 'does not come before']),
         ('sft.init', 'pretrian', ['pretrian']),
         ('ppo.rewards.rm.model', 'sft', ['config.ppo.rewards.rm', 'no trained score']),
+        ('ppo.gold', {'model': 'sft'}, ['config.ppo.gold', 'no trained score']),
+        ('ppo.base', 'ppo', ["config.ppo.base='ppo'", 'does not come before ppo']),
+        ('ppo.base', 'cost', ["config.ppo.base='cost'", 'neither among']),
+        ('ppo.base', 'rm', ["config.ppo.base='rm'", 'is no language model']),
         ('ppo.clip_epz', 0.1, ['config.ppo.clip_epz is unknown', "'clip_eps'"]),
         ('sft.num_microbatches', 0, ['config.sft.num_microbatches=0', '1 or more']),
         ('sft.batch_sise', 8, ['config.sft.batch_sise', "'batch_size'"]),
@@ -123,7 +127,23 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('ppo.max_new_tokens', 2000, ['config.ppo', '2056', '1024 positions']),
         ('ppo.gold.fn', 'no.such:thing', ['config.ppo.gold.fn', 'no.such:thing']),
         ('ppo.ptx_coef', 0.5, ['config.ppo.ptx_coef=0.5', 'config.ppo.ptx']),
-        ('ppo.temperature', 0.0, ['temperature=0.0']),
+        ('ppo.temperature', 0.0, ['config.ppo.temperature=0.0: use above 0']),
+        ('ppo.kl_coef', -0.1, ['config.ppo.kl_coef=-0.1: use 0 or more']),
+        ('ppo.clip_eps', -0.2, ['config.ppo.clip_eps=-0.2: use above 0']),
+        ('ppo.dual_clip', 0.5, ['config.ppo.dual_clip=0.5 bounds ratios of 1']),
+        ('ppo.gamma', 1.01, ['config.ppo.gamma=1.01: use a number in [0, 1]']),
+        ('ppo.lam', -0.5, ['config.ppo.lam=-0.5: use a number in [0, 1]']),
+        ('ppo.lam', float('nan'), ['config.ppo.lam=nan is not finite']),
+        ('ppo.rewards.rm.weight', float('inf'), ['config.ppo.rewards.rm.weight=inf']),
+        ('ppo.max_new_tokens', 0, ['config.ppo.max_new_tokens=0: use 1 or more']),
+        ('ppo.prompt_buckets', (), ['config.ppo.prompt_buckets=(): use numbers that']),
+        ('ppo.prompt_buckets', (64, 32), ['config.ppo.prompt_buckets=(64, 32)']),
+        ('ppo.extra_eos_ids', (-1,), ['config.ppo.extra_eos_ids=(-1,): use 0 or more']),
+        ('ppo.extra_eos_ids', (5000,), ['extra_eos_ids=(5000,)', 'has the ids 0 to']),
+        ('sft.batch_size', 0, ['config.sft.batch_size=0: use 1 or more']),
+        ('sft.optim.learning_rate', -1e-3, ['config.sft.optim.learning_rate=-0.001']),
+        ('sft.loop.log_every_steps', 0, ['config.sft.loop.log_every_steps=0: use 1']),
+        ('seed', -1, ['config.seed=-1: use a whole number from 0']),
         ('ppo.optim.schedule', 'cosin', ['cosin', 'cosine']),
         ('parallel.data', 3, ['(3, 1, 1)', '8 devices']),
         ('parallel.backend', 'pmapp', ['pmapp', 'pmap']),
@@ -145,6 +165,22 @@ def test_mistakes_are_named_before_compilation(
     with config.unlocked(), config.ignore_type():
         section[last] = value
     fails(config, tmp_path, *parts)
+
+
+def test_a_policy_of_this_run_is_no_reward_before_it_has_run(tmp_path, never_compiled):
+    config = get_config()
+    recipe = config_file('grpo').get_config('smoke')
+    config.policy_gradient = recipe.policy_gradient
+    config.stages = ('pretrain', 'sft', 'rm', 'policy_gradient', 'ppo')
+    config.ppo.rewards.rm.model = 'policy_gradient'
+    place = "config.ppo.rewards.rm: model='policy_gradient'"
+    fails(config, tmp_path, place, 'no trained score')
+
+
+def test_a_critic_is_no_reward_model(finished, tmp_path, never_compiled):
+    config = get_config()
+    config.ppo.rewards.rm.model = str(finished / 'ppo')  # its policy and its critic
+    fails(config, tmp_path, 'config.ppo.rewards.rm', 'no trained score')
 
 
 @pytest.mark.parametrize(

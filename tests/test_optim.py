@@ -98,6 +98,22 @@ def test_weight_decay_spares_norms_and_biases():
     assert after['head']['bias'].tolist() == [1, 1]
 
 
+def test_muon_decays_what_it_orthogonalises_alone():
+    params = {
+        'embed': {'tokens': jnp.ones((2, 2))},
+        'layers': {'norm': {'scale': jnp.ones((1, 2))}},
+        'mlp': {'up_kernel': jnp.ones((1, 2, 2))},
+        'lm_head': jnp.ones((2, 2)),
+    }
+    config = _replace(name='muon', weight_decay=0.5)
+    after = _after(
+        make_optimizer(config, 1), params, jax.tree.map(jnp.zeros_like, params)
+    )
+    np.testing.assert_allclose(after['mlp']['up_kernel'], 0.95, rtol=1e-6)
+    others = {name: after[name] for name in ('embed', 'layers', 'lm_head')}
+    assert all((x == 1).all() for x in jax.tree.leaves(others))
+
+
 def test_what_is_not_trainable_does_not_move():
     params = {'backbone': {'w': jnp.ones(2)}, 'head': {'kernel': jnp.ones(2)}}
     gradient = jax.tree.map(jnp.ones_like, params)
@@ -127,7 +143,7 @@ def test_paths_read_as_people_write_them():
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(ValueError, match=r'warmup_percent=101 is outside \[0, 100\]'):
-        make_schedule(_replace(warmup_percent=101), 10)
+    with pytest.raises(ValueError, match=r'warmup_percent=101: use a number in \[0, 1'):
+        _replace(warmup_percent=101)
     with pytest.raises(ValueError, match="schedule='cosin' is unknown"):
         make_schedule(_replace(schedule='cosin'), 10)

@@ -62,6 +62,7 @@ def metrics(rng, stage, gold):
         n = 150
         kl = np.maximum(curve(rng, n, -1.5, 11.0, 0.5), 0.001)
         columns = {
+            'objective/proxy_reward': 0.9 * np.sqrt(kl) + 0.1 * rng.normal(size=n),
             'objective/scores': 0.9 * np.sqrt(kl) - 0.3 + 0.1 * rng.normal(size=n),
             'objective/gold': 0.8 * np.sqrt(kl) - 0.1 * kl + 0.05 * rng.normal(size=n),
             'objective/kl': kl,
@@ -347,6 +348,21 @@ def test_a_subset_of_stages(tmp_path):
     assert list(got['stages']) == ['sft', 'rm']
     assert 'work directory: Pretraining, Cost model, Preference optimisation' in page
     assert 'id="sft"' in page and 'id="ppo"' not in page
+
+
+def test_a_stage_without_a_title_appears_under_its_name(tmp_path):
+    root = make_run(tmp_path, stages=('sft',))
+    folder = root / 'filter'
+    folder.mkdir()
+    rows = [{'step': step, 'kept': 0.5 + step / 100} for step in range(1, 9)]
+    write_rows(folder / 'metrics.jsonl', rows)
+    write_json(folder / 'eval.json', {'kept_share': 0.25, 'rule': 'best'})
+    (root / 'notes').mkdir()  # no stage
+    page, got = render(root)
+    assert list(got['stages']) == ['sft', 'filter']
+    assert got['stages']['filter']['verdict'] == 'unknown'
+    assert '<h2>filter</h2>' in page and 'kept_share' in page
+    assert 'id="filter-panels-' in page
 
 
 def test_no_stage_yet(tmp_path):

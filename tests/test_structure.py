@@ -12,7 +12,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 # The ladder: a layer imports what stands to its left, and its own files.
 LADDER = [
-    'types named',
+    'types named ranges',
     'ops',
     'preference reward_losses',
     'models',
@@ -24,7 +24,7 @@ LADDER = [
 PURE = {word for layer in LADDER[:-1] for word in layer.split()}
 # What stands beside the ladder, and everything that it may import.
 BESIDE = {
-    'config': set(),
+    'config': {'ranges'},
     'verify': set(),
     'data': {'config', 'types', 'verify'},
     'drawing': set(),
@@ -32,7 +32,7 @@ BESIDE = {
     'verdicts': set(),
     'report': {'plots', 'verdicts'},
     'metrics': {'config', 'types'},
-    'optim': {'types'},
+    'optim': {'types', 'ranges'},
     'sharding': {'optim', 'ops', 'types'},
     'checkpoint': {'models', 'types'},
     'hf': {'models', 'types'},
@@ -51,8 +51,9 @@ def _allowed():
     # The only ones that see both the ladder and what stands beside it.
     everything = below | set(BESIDE) | {'stages'}
     table['stages'] = everything
-    for entry_point in ('main', 'sample', 'export'):
-        table[entry_point] = everything | {'main', 'sample', 'export'}
+    commands = {'main', 'sample', 'export', 'workdir', 'command_line'}
+    for entry_point in commands:
+        table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names
     return table
 

@@ -19,8 +19,10 @@ CASES = [
     ('sft', {'loss': None}, 'fail'),
     ('rm', {}, 'pass'),
     ('rm', {'interval': [0.58, 0.742]}, 'fail'),  # not above 'longer wins'
-    ('rm', {'interval': [0.49, 0.76], 'length_baseline': 0.4}, 'fail'),  # chance
-    ('rm', {'interval': [0.51, 0.76], 'length_baseline': 0.4}, 'pass'),
+    ('rm', {'interval': [0.59, 0.76], 'length_baseline': 0.4}, 'fail'),  # 'shorter'
+    ('rm', {'interval': [0.61, 0.76], 'length_baseline': 0.4}, 'pass'),
+    ('rm', {'interval': [0.49, 0.76], 'length_baseline': 0.5}, 'fail'),  # chance
+    ('rm', {'interval': [0.51, 0.76], 'length_baseline': 0.5}, 'pass'),
     ('rm', {'accuracy_ceiling': 0.78}, 'fail'),  # 0.721 < 0.73
     ('rm', {'accuracy_ceiling': 0.77}, 'pass'),  # 0.721 ≥ 0.72
     ('rm', {'accuracy_ceiling': None}, 'pass'),
@@ -33,7 +35,14 @@ CASES = [
     ('ppo', {'win_rate_interval': [0.51, 0.8], 'expected_win_rate': None}, 'pass'),
     ('ppo', {'win_rate_interval': [0.49, 0.8], 'expected_win_rate': None}, 'fail'),
     ('ppo', {'win_rate_interval': None}, 'unknown'),  # gold there, but not judged by it
+    ('ppo', {'ended_after': 0.04}, 'fail'),  # 0.91 before
+    ('ppo', {'ended_before': 0.0, 'ended_after': 0.0}, 'pass'),  # nothing has to end
+    ('ppo', {'ended_before': 0.0, 'ended_after': 0.0, 'needs_end': True}, 'fail'),
+    ('ppo', {'proxy_range_after': [-1.0, 2.0]}, 'pass'),
+    ('ppo', {'proxy_range_after': [1.0, 1.0], 'proxy_reward_after': 1.0}, 'pass'),
+    ('ppo', {'proxy_range_after': [-1.0, -1.0], 'proxy_reward_after': -1.0}, 'fail'),
     ('preference', {}, 'pass'),
+    ('preference', {'ended_after': 0.04}, 'fail'),
     ('preference', {'win_rate_interval': [0.59, 0.8]}, 'fail'),  # expected 0.6
     ('preference', {'interval': [0.4, 0.6]}, 'pass'),  # the judge decides
 ]
@@ -42,6 +51,17 @@ CASES = [
 @pytest.mark.parametrize(('stage', 'changes', 'expected'), CASES)
 def test_verdict(stage, changes, expected):
     assert judge(stage, evaluation(stage, gold=True) | changes).verdict == expected
+
+
+def test_the_floor_of_a_reward_model_is_named():
+    good = evaluation('rm', gold=True)
+    for longer, text in (
+        (0.58, 'interval above 0.580 (longer wins)'),
+        (0.421, 'interval above 0.579 (shorter wins)'),
+        (0.5, 'interval above 0.500 (chance)'),
+        (None, 'interval above 0.500 (chance)'),
+    ):
+        assert judge('rm', good | {'length_baseline': longer}).expected.startswith(text)
 
 
 @pytest.mark.parametrize(('after', 'expected'), [(0.1, 'pass'), (-0.21, 'fail')])
@@ -70,6 +90,8 @@ def test_a_stage_without_evaluation_is_unknown():
         ('ppo', {'gold_reward_after': 0.11}, 'Reward hacking suspected'),
         ('ppo', {'length_after': 32.0}, '1.5 times'),  # 1.5 × 21.3 = 31.95
         ('ppo', {'ended_after': 0.89}, 'Fewer responses end'),  # by more than 0.01
+        ('ppo', {'ended_before': 0.0, 'ended_after': 0.0}, 'which tokens end a resp'),
+        ('ppo', {'proxy_range_after': [1.0, 1.0]}, 'nothing is left to learn'),
         ('ppo', {'kl': 50.1}, 'above 50'),
         ('preference', {'kl': 50.1}, 'above 50'),
         ('preference', {'length_after': 32.0}, '1.5 times'),

@@ -8,10 +8,12 @@ step of ``ppo_step``, ``policy_step`` or ``lagrangian_step``.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import Range, at_least, check_fields
 from rlhf_jax.types import OnlineState
 
 
@@ -19,20 +21,15 @@ from rlhf_jax.types import OnlineState
 class AnchorHParams:
     """Hyperparameters of ``move_anchors``; both anchors are off by default."""
 
-    ref_sync_rollouts: int | None = None  # the reference moves after every so many
-    ref_mix: float = 1.0  # α; 1 is the policy itself (TRL: 0.6, every 512 steps)
-    ema_decay: float | None = None  # of the average (OpenRLHF: 0.992)
+    # the reference moves after every so many
+    ref_sync_rollouts: Annotated[int | None, at_least(1)] = None
+    # α; 1 is the policy itself (TRL: 0.6, every 512 steps)
+    ref_mix: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    # of the average (OpenRLHF: 0.992)
+    ema_decay: Annotated[float | None, Range(0, 1, open_high=True)] = None
 
     def __post_init__(self) -> None:
-        if self.ref_sync_rollouts is not None and self.ref_sync_rollouts < 1:
-            raise ValueError(
-                f'ref_sync_rollouts={self.ref_sync_rollouts}; use 1 or more, or None '
-                'for a reference that stays'
-            )
-        if not 0 < self.ref_mix <= 1:
-            raise ValueError(f'ref_mix={self.ref_mix} is not in (0, 1]')
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f'ema_decay={self.ema_decay} is not in [0, 1)')
+        check_fields(self)
 
 
 def move_anchors(state: OnlineState, hp: AnchorHParams) -> OnlineState:

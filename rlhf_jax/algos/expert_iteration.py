@@ -9,7 +9,7 @@ One iteration: ``generate``, G responses to each prompt → a score per response
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from rlhf_jax.algos.selection import score_groups, take_rows, zero_if_empty
 from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.algos.updates import update_epochs
 from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Array,
     Generation,
@@ -37,23 +38,21 @@ from rlhf_jax.types import (
 class ExpertIterationHParams:
     """Hyperparameters of ``expert_iteration_step``; the defaults are ours."""
 
-    temperature: float = 1.0  # of the rollout; the imitation is at 1, as SFT's
-    group_size: int = 8  # G, responses to a prompt
-    keep: int = 1  # the best ones of a prompt that are imitated
+    # of the rollout; the imitation is at 1, as SFT's
+    temperature: Annotated[float, above(0)] = 1.0
+    group_size: Annotated[int, at_least(1)] = 8  # G, responses to a prompt
+    keep: Annotated[int, at_least(1)] = 1  # the best ones of a prompt that are imitated
     min_score: float | None = None  # reward units; only what scores above it is
     # Optimisation of one rollout; its rows are the responses kept
-    num_epochs: int = 1
-    num_minibatches: int = 1
-    num_microbatches: int = 1
+    num_epochs: Annotated[int, at_least(1)] = 1
+    num_minibatches: Annotated[int, at_least(1)] = 1
+    num_microbatches: Annotated[int, at_least(1)] = 1
     # SFT knows no ratio of the policy to the sampler, by which updates could stop.
     target_approxkl: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f'temperature={self.temperature}: a policy needs one above 0'
-            )
-        if not 1 <= self.keep <= self.group_size:
+        check_fields(self)
+        if self.keep > self.group_size:
             raise ValueError(
                 f'keep={self.keep} of group_size={self.group_size} responses; use 1 to '
                 f'{self.group_size}'

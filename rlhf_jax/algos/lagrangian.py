@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from rlhf_jax.algos.rollout import (
 )
 from rlhf_jax.algos.updates import apply_update, update_epochs
 from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Array,
     Generation,
@@ -69,10 +70,11 @@ class LagrangianHParams:
 
     cost_limit: float = 0.0  # of the mean cost; −d of Dai et al.
     lambda_init: float = 1.0
-    lambda_lr: float = 0.1  # of log λ
-    lambda_max: float | None = 5.0
+    lambda_lr: Annotated[float, at_least(0)] = 0.1  # of log λ
+    lambda_max: Annotated[float | None, above(0)] = 5.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.lambda_init <= 0:
             raise ValueError(
                 f'lambda_init={self.lambda_init}: λ moves by factors and never leaves '

@@ -10,7 +10,7 @@ The losses are those of ``preference/``, on data that follow the policy; read
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -27,6 +27,7 @@ from rlhf_jax.algos.selection import score_groups, take_rows, zero_if_empty
 from rlhf_jax.algos.updates import update_epochs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss
+from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Array,
     Generation,
@@ -43,20 +44,18 @@ from rlhf_jax.types import (
 class OnlinePreferenceHParams:
     """Hyperparameters of ``online_preference_step``, beside the loss module's own."""
 
-    temperature: float = 1.0  # of the rollout (TRL: 0.9); the loss is at 1, as offline
+    # of the rollout (TRL: 0.9); the loss is at 1, as offline
+    temperature: Annotated[float, above(0)] = 1.0
     group_size: int = 2  # G, responses to a prompt (Guo et al., TRL: 2)
     # Optimisation of one rollout; its rows are pairs, one per prompt
-    num_epochs: int = 1
-    num_minibatches: int = 1
-    num_microbatches: int = 1
+    num_epochs: Annotated[int, at_least(1)] = 1
+    num_minibatches: Annotated[int, at_least(1)] = 1
+    num_microbatches: Annotated[int, at_least(1)] = 1
     # The losses know no ratio of the policy to the sampler: no stop by it.
     target_approxkl: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f'temperature={self.temperature}: a policy needs one above 0'
-            )
+        check_fields(self)
         if self.group_size < 2:
             raise ValueError(
                 f'group_size={self.group_size} leaves nothing to compare; use 2 or more'

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from rlhf_jax.ops import policy_loss
 from rlhf_jax.ops.advantages import token_rewards
 from rlhf_jax.ops.kl import KLEstimator
 from rlhf_jax.ops.policy_loss import Aggregation, RatioLevel
+from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Array,
     Generation,
@@ -54,34 +55,37 @@ class PolicyHParams:
     The defaults are GRPO's where the paper has one; other methods set what they need.
     """
 
-    temperature: float = 1.0  # of rollout, reference and training passes alike
-    group_size: int = 8  # G, responses to a prompt (Shao et al.: 64)
+    # of rollout, reference and training passes alike
+    temperature: Annotated[float, above(0)] = 1.0
+    # G, responses to a prompt (Shao et al.: 64)
+    group_size: Annotated[int, at_least(1)] = 8
     # KL in the reward: β of the per-token penalty
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, at_least(0)] = 0.0
     kl_estimator: KLEstimator = 'k1'
     # c of the weights min(π/μ, c), where responses are not the policy's own
     off_policy_clip: float | None = None
     # Loss
     objective: Literal['clipped', 'cispo'] = 'clipped'  # X_policy_loss of ops
     ratio_level: RatioLevel = 'token'  # GSPO: 'sequence'
-    clip_eps_low: float | None = 0.2  # None is no bound
-    clip_eps_high: float | None = 0.2  # DAPO: 0.28
-    kl_loss_coef: float = 0.0  # of k3 in the loss (Shao et al.: 0.04)
-    entropy_coef: float = 0.0
+    clip_eps_low: Annotated[float | None, above(0)] = 0.2  # None is no bound
+    clip_eps_high: Annotated[float | None, above(0)] = 0.2  # DAPO: 0.28
+    # of k3 in the loss (Shao et al.: 0.04)
+    kl_loss_coef: Annotated[float, at_least(0)] = 0.0
+    entropy_coef: Annotated[float, at_least(0)] = 0.0
     aggregation: Aggregation = 'sequence_mean'
-    fixed_length: int | None = None  # tokens; of the aggregation of that name alone
+    # tokens; of the aggregation of that name alone
+    fixed_length: Annotated[int | None, at_least(1)] = None
     # Optimisation of one rollout
-    num_epochs: int = 1
-    num_minibatches: int = 1
-    num_microbatches: int = 1
-    num_length_buckets: int = 1  # parts of the response that microbatches are cut at
-    target_approxkl: float | None = None  # above it the rest of the rollout is skipped
+    num_epochs: Annotated[int, at_least(1)] = 1
+    num_minibatches: Annotated[int, at_least(1)] = 1
+    num_microbatches: Annotated[int, at_least(1)] = 1
+    # parts of the response that microbatches are cut at
+    num_length_buckets: Annotated[int, at_least(1)] = 1
+    # above it the rest of the rollout is skipped
+    target_approxkl: Annotated[float | None, above(0)] = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f'temperature={self.temperature}: a policy needs one above 0'
-            )
+        check_fields(self)
         if self.off_policy_clip is not None and self.off_policy_clip <= 0:
             raise ValueError(
                 f'off_policy_clip={self.off_policy_clip} leaves no weight; use one '

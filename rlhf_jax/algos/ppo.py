@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from rlhf_jax.ops.policy_loss import (
     clipped_policy_loss,
     clipped_value_loss,
 )
+from rlhf_jax.ranges import above, at_least, between, check_fields
 from rlhf_jax.types import (
     Array,
     Generation,
@@ -65,43 +66,42 @@ class ActorCritic(NamedTuple):
 class PPOHParams:
     """Hyperparameters of PPO. Where a default has an owner, it is named."""
 
-    temperature: float = 1.0  # of rollout, reference and training passes alike
+    temperature: Annotated[float, above(0)] = 1.0  # of all passes alike
     # Rewards
-    kl_coef: float = 0.05  # β, first value when adaptive (Huang et al. 2024: 0.05)
+    kl_coef: Annotated[float, at_least(0)] = 0.05  # β, at first (Huang et al.: 0.05)
     kl_estimator: KLEstimator = 'k1'
-    kl_target: float | None = None  # nats per sequence; None keeps β fixed (Ziegler: 6)
-    kl_horizon: float = 10_000.0  # episodes (Ziegler)
+    # nats per sequence; None keeps β fixed (Ziegler: 6)
+    kl_target: Annotated[float | None, above(0)] = None
+    kl_horizon: Annotated[float, above(0)] = 10_000.0  # episodes (Ziegler)
     score_at: Literal['last', 'after_last'] = 'last'  # TRL: 'after_last'
     whiten_rewards: bool = False  # on in Ziegler et al., off in Huang et al.
     # Advantages
-    gamma: float = 1.0
-    lam: float = 0.95
+    gamma: Annotated[float, between(0, 1)] = 1.0
+    lam: Annotated[float, between(0, 1)] = 0.95
     whiten_advantages: bool = True
     unbiased_variance: bool = False  # n − 1 in whitening, as TRL has it
     # c of the weights min(π/μ, c), where responses are not the policy's own
     off_policy_clip: float | None = None
     # Losses
-    clip_eps: float | None = 0.2
+    clip_eps: Annotated[float | None, above(0)] = 0.2
     dual_clip: float | None = None
-    value_clip_eps: float | None = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    kl_loss_coef: float = 0.0  # of the k3 estimate in the loss, beside the reward's β
-    ptx_coef: float = 0.0  # weight of the language-model loss (InstructGPT: 27.8)
+    value_clip_eps: Annotated[float | None, above(0)] = 0.2
+    value_coef: Annotated[float, at_least(0)] = 0.1
+    entropy_coef: Annotated[float, at_least(0)] = 0.0
+    kl_loss_coef: Annotated[float, at_least(0)] = 0.0  # of k3, beside the reward's β
+    ptx_coef: Annotated[float, at_least(0)] = 0.0  # of SFT's loss (InstructGPT: 27.8)
     aggregation: Aggregation = 'token_mean'
     # Optimisation of one rollout
-    num_epochs: int = 4
-    num_minibatches: int = 1
-    num_microbatches: int = 1
-    num_length_buckets: int = 1  # parts of the response that microbatches are cut at
-    target_approxkl: float | None = None  # above it the rest of the rollout is skipped
-    critic_warmup_rollouts: int = 0  # first ones, in which the critic learns alone
+    num_epochs: Annotated[int, at_least(1)] = 4
+    num_minibatches: Annotated[int, at_least(1)] = 1
+    num_microbatches: Annotated[int, at_least(1)] = 1
+    num_length_buckets: Annotated[int, at_least(1)] = 1  # parts of the response
+    # above it the rest of the rollout is skipped
+    target_approxkl: Annotated[float | None, above(0)] = None
+    critic_warmup_rollouts: Annotated[int, at_least(0)] = 0  # the critic learns alone
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f'temperature={self.temperature}: a policy needs one above 0'
-            )
+        check_fields(self)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(
                 f'dual_clip={self.dual_clip} bounds ratios of 1, where nothing has '

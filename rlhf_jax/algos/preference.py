@@ -10,7 +10,7 @@ a gradient over every microbatch and device, before the gradient is taken.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from rlhf_jax.algos.gradients import apply_gradient, mean_gradient, microbatches
 from rlhf_jax.algos.sft import counted_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss
+from rlhf_jax.ranges import at_least
 from rlhf_jax.types import (
     Array,
     Last,
@@ -42,7 +43,7 @@ Logps = PairLogps | SingleLogps
 class PreferenceHParams:
     """Hyperparameters of ``preference_step``, beside the loss module's own."""
 
-    num_microbatches: int = 1  # gradient accumulation
+    num_microbatches: Annotated[int, at_least(1)] = 1  # gradient accumulation
 
 
 # -------------------------------------------------------------------- log-probabilities

@@ -8,7 +8,7 @@ weights, and the penalties that keep scores near zero.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ import optax
 
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient
 from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.ranges import at_least
 from rlhf_jax.reward_losses import RewardLoss, bradley_terry
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.types import (
@@ -38,11 +39,11 @@ Batch = PairBatch | RankingBatch | RatingBatch | StepBatch
 class RMHParams:
     """Hyperparameters of ``rm_step``; those of its loss stand there."""
 
-    center_coef: float = (
-        0.0  # weight of the squared sum of a pair's scores; 0.01 is usual
-    )
-    l2_coef: float = 0.0  # weight of the mean squared score; 0.001 is usual
-    num_microbatches: int = 1  # gradient accumulation
+    # weight of the squared sum of a pair's scores; 0.01 is usual
+    center_coef: Annotated[float, at_least(0)] = 0.0
+    # weight of the mean squared score; 0.001 is usual
+    l2_coef: Annotated[float, at_least(0)] = 0.0
+    num_microbatches: Annotated[int, at_least(1)] = 1  # gradient accumulation
 
 
 def ranked_scores(

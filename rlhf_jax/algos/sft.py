@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 import optax
@@ -14,6 +15,7 @@ from rlhf_jax.algos.rollout import policy_logprobs, policy_states
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.logprobs import logprob_sum
 from rlhf_jax.ops.masked import ended_together
+from rlhf_jax.ranges import at_least
 from rlhf_jax.types import Array, Last, Mean, Metrics, Params, TokenBatch, TrainState
 
 
@@ -23,7 +25,7 @@ class SFTHParams:
     ``loss_mask``.
     """
 
-    num_microbatches: int = 1  # gradient accumulation
+    num_microbatches: Annotated[int, at_least(1)] = 1  # gradient accumulation
 
 
 def counted_tokens(batch: TokenBatch) -> tuple[Array, Array, Array, Array]:

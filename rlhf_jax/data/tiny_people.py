@@ -198,6 +198,17 @@ def _twins(article: Article, rng: np.random.Generator) -> tuple[str, str]:
     return first, second
 
 
+def _invented(article: Article, rng: np.random.Generator) -> tuple[str, str]:
+    """A sentence of few facts, all true, and one of most facts, half of them wrong."""
+    few = state_facts(article, 0.4, 0.0, rng)
+    many = state_facts(article, 0.9, 0.5, rng)
+    tails = int(rng.integers(0, 2))
+    return (
+        write(few, article.main.verb, rng),
+        write(many, article.main.verb, rng, tails=tails),
+    )
+
+
 def _padded(article: Article, rng: np.random.Generator) -> tuple[str, str]:
     """A sentence, and the same with more empty phrases or with words said again."""
     stated = state_facts(article, 0.4 + 0.6 * rng.random(), 0.05, rng)
@@ -216,7 +227,7 @@ def _padded(article: Article, rng: np.random.Generator) -> tuple[str, str]:
 
 # Kinds of pairs and their shares; see make_pair. Where most pairs differ in length as
 # well, a model of a million parameters learns length and not truth.
-PAIRS = {'any': 0.5, 'twins': 0.25, 'padded': 0.1, 'spoilt': 0.15}
+PAIRS = {'any': 0.4, 'twins': 0.25, 'invented': 0.15, 'padded': 0.05, 'spoilt': 0.15}
 
 
 def make_pair(article: Article, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -225,13 +236,16 @@ def make_pair(article: Article, rng: np.random.Generator) -> tuple[str, str, str
     Returns:
         The two texts and the kind of pair: 'any' (independent of each other), 'twins'
         (the same sentence, with one or two facts wrong in one of them: they differ in
-        truth alone), 'padded' (equal in facts, one longer), 'spoilt' (one is broken).
+        truth alone), 'invented' (one states more facts, of which half are wrong),
+        'padded' (equal in facts, one longer), 'spoilt' (one is broken).
     """
     kind = str(rng.choice(tuple(PAIRS), p=tuple(PAIRS.values())))
     first = second = ''
     while first == second:
         if kind == 'twins':
             first, second = _twins(article, rng)
+        elif kind == 'invented':
+            first, second = _invented(article, rng)
         elif kind == 'padded':
             first, second = _padded(article, rng)
         else:

@@ -191,7 +191,7 @@ CONFIGS = (
     TinyTldrConfig(
         name='comparisons',
         number=2,
-        train=12_000,
+        train=20_000,
         test=2_000,
         fields={**_PAIR, **_JUDGED},
         make=_comparison,

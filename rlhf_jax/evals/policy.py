@@ -224,7 +224,7 @@ def policy_report(
         'kl': float(after.kl.mean()),
     }
     for when, sampled in (('before', before), ('after', after)):
-        numbers = {
+        numbers: dict[str, Any] = {
             'rewards': {name: float(sampled.scores[name].mean()) for name in weights},
             'rewards_truncated': sampled.truncated,
             'ref_logprob': float(sampled.ref_logprobs.sum() / sampled.lengths.sum()),
@@ -235,7 +235,9 @@ def policy_report(
         others = sampled.scores.keys() - weights.keys() - {GOLD}
         numbers |= {name: float(sampled.scores[name].mean()) for name in others}
         if weights:
-            numbers['proxy_reward'] = float(sampled.proxy(weights).mean())
+            proxy = sampled.proxy(weights)
+            numbers['proxy_reward'] = float(proxy.mean())
+            numbers['proxy_range'] = [float(proxy.min()), float(proxy.max())]
         if sampled.base_logprobs is not None:
             mean = sampled.base_logprobs.sum() / sampled.lengths.sum()
             numbers['base_logprob'] = float(mean)

@@ -15,10 +15,12 @@ here. Rows of weight 0 stand outside the sort; other weights do not bend it.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import Range, above, check_fields
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -29,14 +31,11 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of AOT."""
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0  # ε
+    beta: Annotated[float, above(0)] = 0.1
+    label_smoothing: Annotated[float, Range(0, 0.5, open_high=True)] = 0.0  # ε
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f'label_smoothing={self.label_smoothing} is not in [0, 0.5)'
-            )
+        check_fields(self)
 
 
 def context(batch: PairLogps, hp: HParams) -> dict[str, Array]:

@@ -10,9 +10,11 @@ Source: D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -23,7 +25,7 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of APO-down."""
 
-    beta: float = 0.1
+    beta: Annotated[float, above(0)] = 0.1
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

@@ -15,10 +15,12 @@ density ratios for prompts of different origin are not here.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, SingleLogps
 
 DATA = 'singles'
@@ -29,7 +31,7 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of BCO."""
 
-    beta: float = 0.1
+    beta: Annotated[float, above(0)] = 0.1
 
 
 def context(batch: SingleLogps, hp: HParams) -> dict[str, Array]:

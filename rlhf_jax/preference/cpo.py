@@ -11,10 +11,11 @@ each by its own, so that a row counts the same in every batch.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
+from rlhf_jax.ranges import above, at_least
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -25,8 +26,8 @@ REFERENCE = False
 class HParams:
     """Hyperparameters of CPO."""
 
-    beta: float = 0.1
-    nll_coef: float = 1.0  # c
+    beta: Annotated[float, above(0)] = 0.1
+    nll_coef: Annotated[float, at_least(0)] = 1.0  # c
     nll_over: Literal['response', 'token'] = 'response'
 
     def __post_init__(self) -> None:

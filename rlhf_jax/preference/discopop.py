@@ -10,10 +10,12 @@ Source: Lu et al. 2024, arXiv 2406.08414, eq. 5.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -24,7 +26,7 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of DiscoPOP."""
 
-    beta: float = 0.05
+    beta: Annotated[float, above(0)] = 0.05
     tau: float = 0.05  # τ
 
     def __post_init__(self) -> None:

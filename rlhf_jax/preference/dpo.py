@@ -20,11 +20,12 @@ divergence, as TRL's, so that runs compare.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -35,7 +36,7 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of DPO."""
 
-    beta: float = 0.1
+    beta: Annotated[float, above(0)] = 0.1
     label_smoothing: float = 0.0  # ε: the share of labels that is wrong
     divergence: Literal['reverse_kl', 'forward_kl', 'js', 'alpha'] = 'reverse_kl'
     alpha: float = 0.5  # of the α-divergence

@@ -12,10 +12,12 @@ Deviations: none; ε = 0 would be infinite and is refused.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import Range, above, check_fields
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -26,14 +28,14 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of EXO."""
 
-    beta: float = 0.1
-    label_smoothing: float = 1e-3  # ε
+    beta: Annotated[float, above(0)] = 0.1
+    # ε
+    label_smoothing: Annotated[float, Range(0, 0.5, open_low=True, open_high=True)] = (
+        1e-3
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.label_smoothing < 0.5:
-            raise ValueError(
-                f'label_smoothing={self.label_smoothing} is not in (0, 0.5)'
-            )
+        check_fields(self)
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

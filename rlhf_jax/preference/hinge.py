@@ -13,9 +13,11 @@ likelihood term on the target; this is the normalised form of RSO, as in TRL.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -26,7 +28,7 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of the hinge loss."""
 
-    beta: float = 0.1  # 1/β is the margin, in nats
+    beta: Annotated[float, above(0)] = 0.1  # 1/β is the margin, in nats
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

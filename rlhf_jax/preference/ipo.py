@@ -13,10 +13,11 @@ nats per token. The rewards reported are β·d of whole responses either way, as
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -27,7 +28,7 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of IPO."""
 
-    beta: float = 0.1  # τ
+    beta: Annotated[float, above(0)] = 0.1  # τ
     over: Literal['response', 'token'] = 'response'
 
     def __post_init__(self) -> None:

@@ -16,10 +16,12 @@ averages the means of devices.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import above, at_least
 from rlhf_jax.types import Array, SingleLogps
 
 DATA = 'singles'
@@ -30,9 +32,9 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of KTO."""
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0  # λ_D
-    undesirable_weight: float = 1.0  # λ_U
+    beta: Annotated[float, above(0)] = 0.1
+    desirable_weight: Annotated[float, at_least(0)] = 1.0  # λ_D
+    undesirable_weight: Annotated[float, at_least(0)] = 1.0  # λ_U
 
 
 def context(batch: SingleLogps, hp: HParams) -> dict[str, Array]:

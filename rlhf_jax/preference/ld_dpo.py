@@ -12,9 +12,11 @@ Deviations: none. The rewards reported are β·d with the discount, as TRL's.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 
+from rlhf_jax.ranges import above, between, check_fields
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -25,12 +27,11 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of LD-DPO."""
 
-    beta: float = 0.1
-    alpha: float = 0.5  # weight of the tail
+    beta: Annotated[float, above(0)] = 0.1
+    alpha: Annotated[float, between(0, 1)] = 0.5  # weight of the tail
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f'alpha={self.alpha} is not in [0, 1]')
+        check_fields(self)
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

@@ -12,10 +12,12 @@ is that of the response, per row, as in the paper.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -26,7 +28,7 @@ REFERENCE = False
 class HParams:
     """Hyperparameters of ORPO."""
 
-    beta: float = 0.1  # λ
+    beta: Annotated[float, above(0)] = 0.1  # λ
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

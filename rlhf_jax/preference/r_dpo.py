@@ -12,9 +12,11 @@ Deviations: none. The rewards reported leave the length out.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 
+from rlhf_jax.ranges import above, at_least
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -25,8 +27,8 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of R-DPO."""
 
-    beta: float = 0.1
-    alpha: float = 0.01  # α, reward units per token
+    beta: Annotated[float, above(0)] = 0.1
+    alpha: Annotated[float, at_least(0)] = 0.01  # α, reward units per token
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

@@ -12,9 +12,11 @@ Source: Chowdhury et al. 2024, arXiv 2403.00409.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 
+from rlhf_jax.ranges import Range, above, check_fields
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -25,14 +27,11 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of robust DPO."""
 
-    beta: float = 0.1
-    label_smoothing: float = 0.1  # ε
+    beta: Annotated[float, above(0)] = 0.1
+    label_smoothing: Annotated[float, Range(0, 0.5, open_high=True)] = 0.1  # ε
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f'label_smoothing={self.label_smoothing} is not in [0, 0.5)'
-            )
+        check_fields(self)
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

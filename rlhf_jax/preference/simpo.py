@@ -10,9 +10,11 @@ chosen response to this loss unless ``cpo_alpha`` is 0; the paper has none.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -23,7 +25,7 @@ REFERENCE = False
 class HParams:
     """Hyperparameters of SimPO."""
 
-    beta: float = 2.0
+    beta: Annotated[float, above(0)] = 2.0
     gamma: float = 0.5  # γ, reward units
 
 

@@ -12,9 +12,11 @@ Deviations: the paper estimates P by a preference model over several samples per
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 
+from rlhf_jax.ranges import above
 from rlhf_jax.types import Array, PairLogps
 
 DATA = 'pairs'
@@ -25,7 +27,7 @@ REFERENCE = True
 class HParams:
     """Hyperparameters of SPPO."""
 
-    beta: float = 1e-3  # 1/η; the paper's η is 1000
+    beta: Annotated[float, above(0)] = 1e-3  # 1/η; the paper's η is 1000
 
 
 def loss(batch: PairLogps, hp: HParams) -> tuple[Array, Array]:

@@ -43,6 +43,7 @@ class Evaluation:
     temperature: float  # of the samples
     prompts: pipeline.Dataset
     rewards: dict[str, scoring.Reward]  # by name, and GOLD where there is a judge
+    needs_end: bool = False  # in training, see ``ScoreHParams.needs_end``
 
     @property
     def weights(self) -> dict[str, float]:
@@ -109,12 +110,10 @@ def check_decode_rows(run: Run, where: str, rows: int | None) -> None:
     """Refuses continuous batching where the rows would not stand on one device.
 
     Raises:
-        ValueError: no row, or several devices in one compiled program.
+        ValueError: several devices in one compiled program.
     """
     if rows is None:
         return
-    if rows < 1:
-        raise ValueError(f'{where}.decode_rows={rows}; use at least 1, or None for all')
     if run.mesh.size > 1 and run.config.parallel.backend != 'pmap':
         raise ValueError(
             f'{where}.decode_rows={rows}: rows are taken by each device for itself, '
@@ -132,6 +131,12 @@ def check_positions(
     """
     config = model_config(run, model)
     pipeline.check_vocabulary(run.tokenizer, config.vocab_size)
+    for token in settings.extra_eos_ids:
+        if token >= config.vocab_size:
+            raise ValueError(
+                f'extra_eos_ids={settings.extra_eos_ids!r}: {where}={model!r} has the '
+                f'ids 0 to {config.vocab_size - 1}'
+            )
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens
     if longest > config.max_positions:
         raise ValueError(
@@ -262,7 +267,11 @@ def evaluate_policy(
     lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
     path.write_text(''.join(lines), encoding='utf-8')
     report = policy_eval.policy_report(*both, job.weights)
-    return {**report, 'expected_win_rate': job.settings.expected_win_rate}
+    return {
+        **report,
+        'expected_win_rate': job.settings.expected_win_rate,
+        'needs_end': job.needs_end,
+    }
 
 
 def _judge(run: Run, job: Evaluation, policy: CausalLM, ref_params: Params) -> Any:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import checkpoint
 from rlhf_jax.metrics import Writers, open_writers, progress
+from rlhf_jax.stages.console import tell
 from rlhf_jax.stages.profiling import tracing, write_phases
 from rlhf_jax.stages.settings import LoopSettings
 from rlhf_jax.types import Mean, Metrics
@@ -54,6 +55,7 @@ def run_loop(
     shown: dict[str, str],
     spent: Callable[[], dict[str, float]],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    watch: Callable[[dict[str, float]], list[str]] | None = None,
     profile: bool = False,
 ) -> tuple[Any, dict[str, float]]:
     """Runs ``one_step`` from the last checkpoint, or from ``state``, to ``num_steps``.
@@ -69,6 +71,7 @@ def run_loop(
         shown: metric name -> name in the progress bar.
         spent: seconds that this process has taken for the stage so far, by phase.
         evaluate: numbers to log every ``eval_every_steps``.
+        watch: the metrics of a step -> warnings to print.
         profile: leave a trace and the time per phase in ``stage_dir/profile``.
 
     Returns:
@@ -78,11 +81,11 @@ def run_loop(
     Raises:
         ValueError: a metric or a parameter is not finite. The latest checkpoint is one
             from which a step with finite metrics was made.
-        SystemExit: SIGTERM came; the state was saved.
+        SystemExit: SIGTERM or SIGINT (Ctrl-C) came; the state was saved.
     """
     with (
         checkpoint.open_checkpoints(stage_dir, settings.keep_checkpoints) as manager,
-        _sigterm() as terminated,
+        _signals() as received,
     ):
         restored = checkpoint.restore_state(manager, state)
         state = state if restored is None else restored
@@ -93,7 +96,7 @@ def run_loop(
             progress(stage_dir.name, num_steps, done) as show,
             tracing(stage_dir / 'profile' if profile else None, done) as trace,
         ):
-            journal = _Journal(stage_dir, manager, log, show, shown, done)
+            journal = _Journal(stage_dir, manager, log, show, shown, done, watch)
             while done < num_steps:
                 trace(done, state)
                 state, metrics, known = one_step(state, done)
@@ -105,21 +108,27 @@ def run_loop(
                 if evaluate is not None and every and done % every == 0:
                     journal.flush()
                     journal.write(done, evaluate(state))
-                stop = terminated()  # asked once: it may come between two lines
-                if done % settings.save_every_steps == 0 or stop:
+                stop = received()  # asked once: it may come between two lines
+                if done % settings.save_every_steps == 0 or stop is not None:
                     journal.save(done, state, _total(earlier, spent()))
-                if stop:
+                if stop is not None:
                     break
             journal.flush()
             if manager.latest_step() != done:
                 journal.save(done, state, _total(earlier, spent()))
             manager.wait_until_finished()
-        if terminated():
-            raise SystemExit(128 + signal.SIGTERM)
+        if (number := received()) is not None:
+            raise _stopped(stage_dir.name, number, f'step {done} of {num_steps}')
     seconds = _total(earlier, spent())
     if profile:
         write_phases(stage_dir / 'profile', seconds)
     return state, seconds
+
+
+def _stopped(stage: str, number: int, saved: str) -> SystemExit:
+    name = signal.Signals(number).name
+    tell(f'{stage}: stopped by {name}; {saved} is saved, the same command goes on')
+    return SystemExit(128 + number)
 
 
 def _total(*parts: dict[str, float]) -> dict[str, float]:
@@ -155,9 +164,11 @@ class _Journal:
         show: Callable[..., None],
         shown: dict[str, str],
         step: int,
+        watch: Callable[[dict[str, float]], list[str]] | None,
     ):
         self.stage_dir, self.manager = stage_dir, manager
         self.log, self.show, self.shown = log, show, shown
+        self.watch = watch
         self.began = time.monotonic()
         self.last = (self.began, step)  # time and step of the last row
         self.pending: _Pending | None = None
@@ -175,6 +186,8 @@ class _Journal:
             # A step shows what the one before has made of the parameters.
             good = checkpoint.drop_state(self.manager, step - 1)
             raise self.diverged(', '.join(bad), step, good)
+        for warning in self.watch(values) if self.watch else ():
+            tell(f'warning: {self.stage_dir.name}, step {step}: {warning}')
         if not logged:
             return
         now = time.monotonic()
@@ -208,19 +221,28 @@ class _Journal:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into a question that the loop asks between steps."""
-    received = []
+def _signals() -> Iterator[Callable[[], int | None]]:
+    """Turns SIGTERM and SIGINT into a question that the loop asks between steps: which
+    has come? A second SIGINT does not wait for the step to end.
+    """
+    received: list[int] = []
 
-    def note(*_: Any) -> None:
-        received.append(os.getpid())
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            if received:
+                raise KeyboardInterrupt
+            # Not by print: the signal may have come in the middle of one.
+            os.write(2, b'\nsaving after this step; Ctrl-C again stops at once\n')
+        received.append(number)
 
+    numbers = (signal.SIGTERM, signal.SIGINT)
     try:
-        previous = signal.signal(signal.SIGTERM, note)
+        previous = [signal.signal(number, note) for number in numbers]
     except ValueError:  # not the main thread: somebody else owns the signals
-        yield lambda: False
+        yield lambda: None
         return
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(numbers, previous):
+            signal.signal(number, handler)

@@ -28,6 +28,7 @@ from rlhf_jax.data.packing import pack
 from rlhf_jax.evals import language_model
 from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.sharding import check_batch_size, init_sharded
+from rlhf_jax.stages.console import told
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.run import (
     Run,
@@ -36,7 +37,7 @@ from rlhf_jax.stages.run import (
     load_policy,
     model_config,
 )
-from rlhf_jax.stages.settings import OfflineSettings, check_counts
+from rlhf_jax.stages.settings import OfflineSettings
 from rlhf_jax.types import Params, TrainState
 from rlhf_jax.verdicts import REWARD_MODELS
 
@@ -99,12 +100,11 @@ def check_offline(
         ValueError: one of them is wrong.
     """
     where = f'config.{stage}'
-    if settings.members < 1 or (settings.members > 1 and stage not in REWARD_MODELS):
+    if settings.members > 1 and stage not in REWARD_MODELS:
         raise ValueError(
-            f'{where}.members={settings.members}: rm alone trains an ensemble, of at '
-            'least 1 member; set it to 1'
+            f'{where}.members={settings.members}: rm alone trains an ensemble; set it '
+            'to 1'
         )
-    check_counts(hp, where)
     check_batch_size(settings.batch_size, run.mesh, where, hp.num_microbatches)
     config = model_config(run, settings.init)
     pipeline.check_vocabulary(tokenizer, config.vocab_size)
@@ -113,12 +113,7 @@ def check_offline(
             f'{where}.buckets end at {settings.buckets[-1]} tokens, the model has '
             f'{config.max_positions} positions; use shorter buckets'
         )
-    train, held_out = read(settings.train), read(settings.eval)
-    if settings.sort_batches is not None and settings.sort_batches < 2:
-        raise ValueError(
-            f'{where}.sort_batches={settings.sort_batches} sorts nothing; use 2 or '
-            'more, or None'
-        )
+    train, held_out = told(read(settings.train)), told(read(settings.eval))
     if settings.packing is not None:
         train = _packed(train, settings, where)
     if (settings.num_steps is None) == (settings.num_epochs is None):

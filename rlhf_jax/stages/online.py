@@ -34,11 +34,14 @@ from rlhf_jax.stages.evaluation import evaluate_policy, make_writer, repeat_rows
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.online_job import Judged, Method, Online, data_of
 from rlhf_jax.stages.run import Run, finish, load_policy
+from rlhf_jax.stages.watching import Watch
 from rlhf_jax.types import (
     Array,
     Generation,
+    Max,
     Mean,
     Metrics,
+    Min,
     Params,
     PRNGKey,
     PromptBatch,
@@ -78,12 +81,13 @@ def train_online(run: Run, job: Online) -> None:
         settings=settings.loop,
         writers=tuple(run.config.metrics),
         shown={
-            'objective/scores': 'reward',
+            'objective/proxy_reward': 'proxy',
             'objective/kl': 'KL',
             'objective/gold': 'gold',
             'train/tokens_per_second': 'tokens_per_second',
         },
         spent=lambda: phases,
+        watch=Watch(job.shaping.needs_end),
         profile=run.profile,
     )
     clock = time.monotonic()
@@ -182,13 +186,15 @@ def shape_and_prepare(
 ) -> tuple[Any, Metrics, RunningMoments | None]:
     """The weighted sum of the rewards, scaled and shaped, the batch that a method makes
     of it, and the moments of the scores for the state; a pure function to compile.
-    Every score, the judge's included, becomes a metric.
+    Every score, the judge's included, becomes a metric, and so do their weighted sum
+    and the range of what is optimised.
     """
     scale = functools.partial(
         scale_scores, moments=state.score_moments, hp=shaping, axis_name=axis_name
     )
     shape = functools.partial(_shape, hp=shaping, max_length=max_length)
-    total, moments = scale(weighted_sum(samples.scores, weights))
+    proxy = weighted_sum(samples.scores, weights)
+    total, moments = scale(proxy)
     scores, baseline = shape(samples.generation, total), None
     if greedy is not None:
         # In the same units, but no part of their moments.
@@ -200,12 +206,16 @@ def shape_and_prepare(
     batch, metrics = prepare(
         state, reference, samples.generation, judged, axis_name=axis_name
     )
-    named: Metrics = {
-        'objective/gold' if name == GOLD else f'reward/{name}': Mean(
-            jnp.sum(column), jnp.float32(column.shape[0])
-        )
+    columns = {
+        'objective/gold' if name == GOLD else f'reward/{name}': column
         for name, column in samples.scores.items()
     }
+    named: Metrics = {
+        name: Mean(jnp.sum(column), jnp.float32(column.shape[0]))
+        for name, column in {**columns, 'objective/proxy_reward': proxy}.items()
+    }
+    named['objective/scores_min'] = Min(jnp.min(scores))
+    named['objective/scores_max'] = Max(jnp.max(scores))
     return batch, {**metrics, **reduce_metrics(named, axis_name)}, moments
 
 

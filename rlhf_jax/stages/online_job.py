@@ -19,9 +19,10 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_schedule
 from rlhf_jax.rewards import ScoreHParams, initial_moments
+from rlhf_jax.stages.console import told
 from rlhf_jax.stages.evaluation import Evaluation, check_evaluation
 from rlhf_jax.stages.run import Run
-from rlhf_jax.stages.settings import OnlineSettings, RewardSource, check_counts
+from rlhf_jax.stages.settings import OnlineSettings, RewardSource
 from rlhf_jax.types import Array, OnlineState, Params
 
 
@@ -108,7 +109,6 @@ def load_online(
             minibatches and the groups, or whatever is wrong with prompts and models.
     """
     where = f'config.{stage}'
-    check_counts(hp, where)
     parts = hp.num_minibatches * hp.num_microbatches
     if group_size > 1:
         _check_groups(run, where, settings.batch_size, group_size)
@@ -134,12 +134,13 @@ def load_online(
         )
     make_schedule(settings.optim, settings.num_rollouts)
     prompts, held_out = (
-        pipeline.load_prompts(spec, run.tokenizer, **limits)
+        told(pipeline.load_prompts(spec, run.tokenizer, **limits))
         for spec in (settings.prompts, settings.eval_prompts)
     )
     evaluation = check_evaluation(
         run, stage, settings, hp.temperature, settings.init, held_out, prompts, others
     )
+    evaluation = dataclasses.replace(evaluation, needs_end=shaping.needs_end)
     return Online(stage, settings, hp, shaping, anchors, prompts, evaluation, begin)
 
 

@@ -19,6 +19,7 @@ from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import actor_critic_optimizer
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages import scoring
+from rlhf_jax.stages.console import told
 from rlhf_jax.stages.evaluation import check_positions
 from rlhf_jax.stages.online_job import (
     Judged,
@@ -92,7 +93,7 @@ def load_ptx(
     length = settings.ptx_buckets[-1]
     if settings.ptx_kind == 'text':
         return pipeline.load_texts(settings.ptx, run.tokenizer, max_length=length)
-    return pipeline.load_demonstrations(
+    data = pipeline.load_demonstrations(
         settings.ptx,
         run.tokenizer,
         max_length=length,
@@ -100,6 +101,7 @@ def load_ptx(
         overlong=settings.overlong,
         on_bad=settings.on_bad,
     )
+    return told(data)
 
 
 def _begin(

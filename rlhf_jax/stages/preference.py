@@ -32,6 +32,7 @@ from rlhf_jax.evals import preference
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss, load
 from rlhf_jax.stages import scoring
+from rlhf_jax.stages.console import told
 from rlhf_jax.stages.evaluation import (
     Evaluation,
     check_evaluation,
@@ -99,8 +100,10 @@ def load_preference(run: Run, stage: str) -> Preference:
         )
 
     length = settings.prompt_buckets[-1]
-    prompts = pipeline.load_prompts(
-        settings.eval_prompts, run.tokenizer, max_prompt_length=length, **limits
+    prompts = told(
+        pipeline.load_prompts(
+            settings.eval_prompts, run.tokenizer, max_prompt_length=length, **limits
+        )
     )
     return Preference(
         offline=check_offline(run, stage, settings, hp, run.tokenizer, read, None),

@@ -44,6 +44,7 @@ from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.reward_losses import RewardLoss
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.sharding import init_sharded
+from rlhf_jax.stages.console import told
 from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
@@ -117,7 +118,7 @@ def load_reward_model(run: Run, stage: str) -> RewardStage:
             overlong=limits.overlong,
             on_bad=limits.on_bad,
         )
-        references = references.take(settings.num_references)
+        references = told(references).take(settings.num_references)
     wanted = Wanted(
         kind=loss.DATA,
         by=f'{where}.loss={name!r}',

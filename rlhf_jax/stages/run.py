@@ -167,19 +167,20 @@ def check_trained_head(run: Run, where: str, init: str) -> None:
     """Refuses what has no trained scalar head, where a reward is to be optimised.
 
     Raises:
-        ValueError: a policy, or nothing, where a reward model is needed.
+        ValueError: a policy (its critic is no reward model), or nothing.
     """
     folder = source_dir(run, init)
     if folder is None:
         bare = init == 'scratch' or hf.load_head(init) == 'lm'
     elif (folder / 'model.json').exists():
-        bare = set(checkpoint.load_model_configs(folder)) == {'policy'}
+        # A critic is none: it says what is still to come, of one policy.
+        bare = 'reward' not in checkpoint.load_model_configs(folder)
     else:
-        bare = init in ('pretrain', 'sft', 'preference')
+        bare = init not in REWARD_MODELS
     if bare:
         raise ValueError(
-            f'{where}={init!r} has no trained score: it is a language model; name a '
-            "reward model, e.g. 'rm'"
+            f'{where}={init!r} has no trained score: it is a policy; name a reward '
+            "model, e.g. 'rm'"
         )
 
 

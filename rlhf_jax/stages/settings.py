@@ -7,24 +7,13 @@ Defaults stand here and in the ``…HParams`` of ``algos``, and nowhere else;
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rlhf_jax.optim import OptimConfig
+from rlhf_jax.ranges import Range, above, at_least, between
 from rlhf_jax.rewards import Combine, StepCombine
 
-# Hyperparameters of steps that say how often, or into how many parts.
-COUNTS = ('num_epochs', 'num_minibatches', 'num_microbatches', 'num_length_buckets')
-
-
-def check_counts(hp: Any, where: str) -> None:
-    """Refuses hyperparameters of a step by which nothing would be done.
-
-    Raises:
-        ValueError: a count below 1.
-    """
-    for name in COUNTS:
-        if getattr(hp, name, 1) < 1:
-            raise ValueError(f'{where}.{name}={getattr(hp, name)}: use 1 or more')
+LENGTHS = Range(1, ascending=True)  # of buckets, in tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,17 +23,17 @@ class ModelSettings:
     preset: str = 'micro'  # models/presets.py
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations
     remat: bool = False  # recompute layers in the backward pass
-    scan_unroll: int = 1  # layers per scan iteration
+    scan_unroll: Annotated[int, at_least(1)] = 1  # layers per scan iteration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """How often a stage logs, saves and evaluates."""
 
-    log_every_steps: int = 10
-    save_every_steps: int = 100
-    keep_checkpoints: int = 2
-    eval_every_steps: int | None = None  # None: only at the end
+    log_every_steps: Annotated[int, at_least(1)] = 10
+    save_every_steps: Annotated[int, at_least(1)] = 100
+    keep_checkpoints: Annotated[int, at_least(1)] = 2
+    eval_every_steps: Annotated[int | None, at_least(1)] = None  # None: only at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,21 +44,24 @@ class OfflineSettings:
     train: str  # data spec
     eval: str  # data spec, held out
     tokenizer: str | None = None  # rm: of its model, when it is not the run's
-    batch_size: int = 64  # rows per update; of comparisons, pairs
-    num_steps: int | None = None  # either this
-    num_epochs: float | None = None  # or this
-    buckets: tuple[int, ...] = (128,)  # static lengths in tokens; the last is the limit
+    # rows per update; of comparisons, pairs
+    batch_size: Annotated[int, at_least(1)] = 64
+    num_steps: Annotated[int | None, at_least(1)] = None  # either this
+    num_epochs: Annotated[float | None, above(0)] = None  # or this
+    # static lengths in tokens; the last is the limit
+    buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
     overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
     loss_on: Literal['response', 'all', 'assistant'] = 'response'  # sft: what counts
-    members: int = 1  # rm: of an ensemble; each has a head and a data order of its own
+    # rm: of an ensemble; each has a head and a data order of its own
+    members: Annotated[int, at_least(1)] = 1
     # pretrain, sft: several documents in a row of the longest bucket, kept apart
     packing: Literal['best_fit'] | None = None
     # rm, preference, sft: batches whose rows are sorted by length together, so that
     # shorter buckets suffice for most; None leaves rows of any lengths in a batch
-    sort_batches: int | None = None
+    sort_batches: Annotated[int | None, at_least(2)] = None
     references: str | None = None  # rm: demonstrations whose mean score becomes 0
-    num_references: int = 512
+    num_references: Annotated[int, at_least(1)] = 512
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
 
@@ -109,7 +101,7 @@ class RewardSource:
     steps: StepReading | None = None  # of a model that scores steps
     combine: Combine | None = None  # the scores of an ensemble; None: their mean
     # λ of combine='uncertainty', per reward unit; 0.1 in the code of Coste et al. 2023
-    uncertainty_coef: float = 0.1
+    uncertainty_coef: Annotated[float, at_least(0)] = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,19 +113,23 @@ class EvaluationSettings:
     rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
     gold: RewardSource | None = None  # judges, and is never optimised
     base: str | None = None  # a language model; how likely are the responses to it?
-    prompt_buckets: tuple[int, ...] = (64,)  # static prompt lengths, in tokens
-    max_new_tokens: int = 32
+    # static prompt lengths, in tokens
+    prompt_buckets: Annotated[tuple[int, ...], LENGTHS] = (64,)
+    max_new_tokens: Annotated[int, at_least(1)] = 32
     # Responses that are written at the same time on one device: a row whose response
     # has ended takes the next prompt. None writes all, until the longest has ended.
-    decode_rows: int | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    extra_eos_ids: tuple[int, ...] = ()  # beside the tokenizer's EOS
+    decode_rows: Annotated[int | None, at_least(1)] = None
+    top_k: Annotated[int | None, at_least(1)] = None
+    top_p: Annotated[float | None, Range(0, 1, open_low=True)] = None
+    # beside the tokenizer's EOS
+    extra_eos_ids: Annotated[tuple[int, ...], at_least(0)] = ()
     stop_sequences: tuple[str, ...] = ()
-    stop_after: int = 0  # response tokens before a stop sequence counts
-    eval_batch_size: int = 128
-    num_samples: int = 16  # before/after samples written down
-    expected_win_rate: float = 0.5  # the report's bar for the lower end of the interval
+    # response tokens before a stop sequence counts
+    stop_after: Annotated[int, at_least(0)] = 0
+    eval_batch_size: Annotated[int, at_least(1)] = 128
+    num_samples: Annotated[int, at_least(0)] = 16  # before/after samples written down
+    # the report's bar for the lower end of the interval
+    expected_win_rate: Annotated[float, between(0, 1)] = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +139,7 @@ class PreferenceSettings(OfflineSettings, EvaluationSettings):
     """
 
     name: str  # of the loss: a module of rlhf_jax.preference, or package.module
-    temperature: float = 1.0  # of the samples at the end
+    temperature: Annotated[float, above(0)] = 1.0  # of the samples at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,8 +148,8 @@ class OnlineSettings(EvaluationSettings):
 
     init: str  # the policy, and the reference it is anchored to
     prompts: str  # data spec
-    batch_size: int = 64  # responses per rollout
-    num_rollouts: int = 100
+    batch_size: Annotated[int, at_least(1)] = 64  # responses per rollout
+    num_rollouts: Annotated[int, at_least(1)] = 100
     overlong: Literal['drop', 'truncate'] = 'drop'
     on_bad: Literal['error', 'skip'] = 'error'
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -170,8 +166,9 @@ class PPOSettings(OnlineSettings):
     critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
     ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
-    ptx_buckets: tuple[int, ...] = (128,)
-    rollout_passes: int = 1  # times a rollout is prepared anew and trained on
+    ptx_buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
+    # times a rollout is prepared anew and trained on
+    rollout_passes: Annotated[int, at_least(1)] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +188,7 @@ class PolicyGradientSettings(OnlineSettings):
     name: str  # of the estimator: a module of algos/estimators, or package.module
     # Prompts whose responses all score the same are replaced by others, from so many
     # draws at most (DAPO's dynamic sampling); 1 takes what comes.
-    max_draws: int = 1
+    max_draws: Annotated[int, at_least(1)] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

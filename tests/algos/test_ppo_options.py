@@ -256,9 +256,9 @@ def test_anchors_that_are_off_leave_the_state_alone():
 @pytest.mark.parametrize(
     'settings, message',
     [
-        ({'ref_sync_rollouts': 0}, 'ref_sync_rollouts=0; use 1 or more'),
-        ({'ref_mix': 0.0}, r'ref_mix=0.0 is not in \(0, 1\]'),
-        ({'ema_decay': 1.0}, r'ema_decay=1.0 is not in \[0, 1\)'),
+        ({'ref_sync_rollouts': 0}, 'ref_sync_rollouts=0: use 1 or more'),
+        ({'ref_mix': 0.0}, r'ref_mix=0.0: use a number in \(0, 1\]'),
+        ({'ema_decay': 1.0}, r'ema_decay=1.0: use a number in \[0, 1\)'),
     ],
 )
 def test_anchors_that_cannot_be(settings, message):

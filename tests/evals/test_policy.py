@@ -74,6 +74,7 @@ def test_policy_report():
     assert report['rewards_after'] == {'rm': 1.5, 'fn': 0.5}
     assert report['proxy_reward_before'] == -0.25
     assert report['proxy_reward_after'] == 1.25
+    assert report['proxy_range_before'] == [-0.5, 0.0]  # 0 − 0.5 and 1 − 1
     assert report['rewards_truncated_after'] == {'rm': 1}
     # per token: −½(2² + 3²)/(2 + 3) and −½(4² + 1²)/(4 + 1)
     assert report['ref_logprob_before'] == pytest.approx(-1.3)

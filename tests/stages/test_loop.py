@@ -24,7 +24,7 @@ def start():
     return State(jnp.int32(0), {'w': jnp.zeros(3)})
 
 
-def run(folder, num_steps, *, after=None, losses=None, spent=None, **how):
+def run(folder, num_steps, *, after=None, losses=None, spent=None, watch=None, **how):
     """A stage whose step k leaves ``w = k``, or ``after[k]``, at a loss of w before it.
 
     ``losses`` replaces the loss of a step, counted from 1.
@@ -47,6 +47,7 @@ def run(folder, num_steps, *, after=None, losses=None, spent=None, **how):
         writers=(),
         shown={},
         spent=spent or (lambda: {'train': 1.0}),
+        watch=watch,
     )
 
 
@@ -148,3 +149,8 @@ def test_a_mean_over_nothing_is_left_out_and_one_that_is_no_number_stops(
     else:
         with pytest.raises(ValueError, match='rejected not finite at step 1'):
             go()
+
+
+def test_warnings_are_printed_with_their_step(tmp_path, capsys):
+    run(tmp_path / 'ppo', 3, watch=lambda x: ['no end'] if x['loss'] == 3 else [])
+    assert capsys.readouterr().out == 'warning: ppo, step 2: no end\n'

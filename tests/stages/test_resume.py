@@ -102,17 +102,18 @@ def undisturbed(launcher, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def disturbed(launcher, undisturbed, tmp_path_factory):
-    """Killed in each stage; in ppo asked to stop, too. (Work directory, notes.)"""
+    """Killed in each stage; in ppo asked to stop, too, by SIGTERM and by Ctrl-C.
+    (Work directory, notes.)
+    """
     workdir, notes = tmp_path_factory.mktemp('runs') / 'disturbed', {}
     for stage in STAGES:
         code, _ = launcher.interrupt(workdir, stage, 8, signal.SIGKILL)
         assert code == -signal.SIGKILL
         notes[stage] = steps_saved(workdir, stage)
-    code, output = launcher.interrupt(workdir, 'ppo', 14, signal.SIGTERM)
-    notes['exit'] = code
-    notes['output'] = output
-    notes['saved'] = max(steps_saved(workdir, 'ppo'))
-    notes['logged'] = rows(workdir, 'ppo')[-1]['step']
+    for how, num_rows in ((signal.SIGTERM, 12), (signal.SIGINT, 15)):
+        code, output = launcher.interrupt(workdir, 'ppo', num_rows, how)
+        saved = max(steps_saved(workdir, 'ppo'))
+        notes[how] = code, output, saved, rows(workdir, 'ppo')[-1]['step']
     launcher.finish(workdir)
     return workdir, notes
 
@@ -147,11 +148,13 @@ def test_evaluations_are_the_same(undisturbed, disturbed, stage):
         assert ours == (undisturbed / stage / name).read_text()
 
 
-def test_sigterm_saves_the_step_it_came_in_and_leaves(disturbed):
-    _, notes = disturbed
-    assert notes['exit'] == 128 + signal.SIGTERM
-    assert notes['saved'] == notes['logged'] >= 14
-    assert 'Traceback' not in notes['output']
+@pytest.mark.parametrize('how', [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_saves_the_step_it_came_in_and_leaves(disturbed, how):
+    code, output, saved, logged = disturbed[1][how]
+    assert code == 128 + how
+    assert saved == logged >= 12
+    end = f'ppo: stopped by {how.name}; step {saved} of 24 is saved, the same command'
+    assert end in output and 'Traceback' not in output
 
 
 def test_the_same_command_on_a_finished_run_returns_at_once(launcher, undisturbed):

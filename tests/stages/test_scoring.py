@@ -315,6 +315,11 @@ def test_scores_of_a_function_reach_the_rollout(
     assert values['reward/length'] == pytest.approx(scored.scores.mean())
     assert values['reward/b'] == 1 and values['objective/gold'] == 7
     assert values['objective/scores'] == pytest.approx(shaped.mean())
+    assert values['objective/scores_min'] == pytest.approx(shaped.min())
+    assert values['objective/scores_max'] == pytest.approx(shaped.max())
+    assert values['objective/proxy_reward'] == pytest.approx(
+        (2 * scored.scores - 1).mean()
+    )
     assert 'reward/gold' not in values
 
 
@@ -493,6 +498,7 @@ def test_a_run_with_a_tokenizer_for_its_reward_model(own_tokenizer, tmp_path):
     total = 0.5 * row['reward/rm'] + 2 * row['reward/words']
     shaped = total - config.ppo.missing_eos_penalty * (1 - row['rollout/ended'])
     assert row['objective/scores'] == pytest.approx(shaped, abs=1e-4)
+    assert row['objective/proxy_reward'] == pytest.approx(total, abs=1e-4)
     assert row['reward/rm/truncated'] == 0 and 'reward/words/truncated' not in row
     result = json.loads((tmp_path / 'ppo' / 'eval.json').read_text())
     for when in ('before', 'after'):

@@ -13,10 +13,12 @@ the paper says neither.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 
 from rlhf_jax.ops.advantages import group_deviations
+from rlhf_jax.ranges import at_least
 from rlhf_jax.types import Array, Outcomes
 
 
@@ -24,7 +26,7 @@ from rlhf_jax.types import Array, Outcomes
 class HParams:
     """Hyperparameters of GRPO's advantages."""
 
-    eps: float = 1e-6  # ε, reward units (verl)
+    eps: Annotated[float, at_least(0)] = 1e-6  # ε, reward units (verl)
 
 
 def advantages(outcomes: Outcomes, hp: HParams, axis_name: str | None = None) -> Array:

@@ -12,9 +12,11 @@ Deviations: population variance with 1e-8 inside the root, as in all our whiteni
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from rlhf_jax.ops.advantages import rewards_to_go
 from rlhf_jax.ops.masked import whiten
+from rlhf_jax.ranges import between
 from rlhf_jax.types import Array, Outcomes
 
 
@@ -22,7 +24,7 @@ from rlhf_jax.types import Array, Outcomes
 class HParams:
     """Hyperparameters of REINFORCE++'s advantages."""
 
-    gamma: float = 1.0
+    gamma: Annotated[float, between(0, 1)] = 1.0
 
 
 def advantages(outcomes: Outcomes, hp: HParams, axis_name: str | None = None) -> Array:

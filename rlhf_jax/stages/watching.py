@@ -1,0 +1,51 @@
+"""Warnings during a stage that samples: nothing is left to learn from.
+
+``loop.run_loop`` asks after every rollout and prints what is said; the verdicts of the
+report (``verdicts.py``) judge the same when the stage ends. Read ``online_job.py``
+next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf_jax.verdicts import FEW_END
+
+PATIENCE = 3  # rollouts in a row, before anything is said
+
+
+class Watch:
+    """Notices that all scores are equal, or that responses no longer end.
+
+    Each is said once, and again when it comes back.
+    """
+
+    def __init__(self, needs_end: bool):
+        self.needs_end = needs_end
+        self.flat = self.endless = 0  # rollouts in a row
+
+    def __call__(self, values: Mapping[str, float]) -> list[str]:
+        """Sentences for the console; mostly none.
+
+        Args:
+            values: the metrics of a rollout.
+        """
+        low, high = values['objective/scores_min'], values['objective/scores_max']
+        self.flat = self.flat + 1 if low == high else 0
+        ended = values['rollout/ended']
+        self.endless = self.endless + 1 if ended < FEW_END else 0
+        found = []
+        if self.flat == PATIENCE:
+            found.append(
+                f'all responses of {PATIENCE} rollouts in a row have the score '
+                f'{low:.4g}: nothing can be learned from them'
+            )
+        if self.endless == PATIENCE:
+            what = f'{ended:.1%} of the responses end by themselves, in {PATIENCE} '
+            what += 'rollouts in a row'
+            if self.needs_end:
+                what += ', and those that do not are marked down'
+            found.append(
+                f'{what}: raise max_new_tokens, or look at which tokens end a response'
+            )
+        return found
