@@ -6,20 +6,23 @@ Used by the tables in ``families.py``; read that next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.hf.schema import Codec, Entries
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
 
 
-def rope_codec(theta: float = 10_000.0, fraction: float | None = None) -> Codec:
+def rope_codec(
+    theta: float = 10_000.0, fraction: float | None = None, kind: str = 'rope_type'
+) -> Codec:
     """Rotary positions, in the spellings of transformers 4 and 5.
 
     Args:
         theta: the family's default base.
         fraction: the family's default share of a head that is rotated; None for the
             whole head, always.
+        kind: what the family's ``rope_scaling`` calls the kind in transformers 4.
     """
 
     def read(entries: Entries) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def rope_codec(theta: float = 10_000.0, fraction: float | None = None) -> Codec:
         }
 
     def write(config: TransformerConfig) -> dict[str, Any]:
-        return _write_rope(config, fraction)
+        entries = _write_rope(config, fraction)
+        return {**entries, **_old_scaling(config.rope_scaling, kind)}
 
     return Codec(read, write)
 
@@ -91,23 +95,32 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
     }
 
 
+def _old_scaling(scaling: RopeScaling | None, kind: str) -> dict[str, Any]:
+    """The entry of transformers 4, which is absent where nothing is stretched."""
+    if scaling is None:
+        return {}
+    entries = _write_scaling(scaling)
+    return {'rope_scaling': {kind: entries.pop('rope_type'), **entries}}
+
+
 def _write_rope(config: TransformerConfig, fraction: float | None) -> dict[str, Any]:
-    scaling = _write_scaling(config.rope_scaling)
-    rope = {'rope_theta': config.rope_theta, **scaling}
-    entries = {'rope_parameters': rope}  # transformers 5
-    if fraction is not None:
-        rope['partial_rotary_factor'] = config.rope_fraction
-    else:  # transformers 4; of a partial rotation each family had a spelling of its own
-        entries['rope_theta'] = config.rope_theta
-        if config.rope_scaling is not None:
-            entries['rope_scaling'] = scaling
-    return entries
+    """Base and rotated share for both versions, scaling for transformers 5."""
+    rope = {'rope_theta': config.rope_theta, **_write_scaling(config.rope_scaling)}
+    if fraction is None:
+        return {'rope_parameters': rope, 'rope_theta': config.rope_theta}
+    rope['partial_rotary_factor'] = config.rope_fraction
+    return {
+        'rope_parameters': rope,
+        'rotary_pct': config.rope_fraction,
+        'rotary_emb_base': config.rope_theta,
+    }
 
 
 def layer_windows(
     default: Callable[[Entries], list[bool]], switch: str | None = None
 ) -> Codec:
-    """``sliding_window`` and ``layer_types``.
+    """``sliding_window`` and ``layer_types``; beside them ``sliding_window_pattern`` of
+    transformers 4 where every n-th layer, and no other, has no window.
 
     Args:
         default: config.json → which layers are windowed where it has no layer_types.
@@ -135,9 +148,19 @@ def layer_windows(
         if switch is not None and config.sliding_window is not None:
             entries[switch] = True
             entries['max_window_layers'] = windowed.index(True)
+        if switch is None and (period := _period(windowed)) is not None:
+            entries['sliding_window_pattern'] = period
         return entries
 
     return Codec(read, write)
+
+
+def _period(windowed: Sequence[bool]) -> int | None:
+    """n where every n-th layer, and no other, has no window; None without such an n."""
+    for n in range(1, len(windowed) + 2):
+        if list(windowed) == [bool((i + 1) % n) for i in range(len(windowed))]:
+            return n
+    return None
 
 
 def from_layer(entries: Entries) -> list[bool]:
@@ -175,14 +198,19 @@ def rope_per_kind() -> Codec:
         both = entries.get('rope_parameters') or {}
         full = {'rope_parameters': both['full_attention']} if both else entries
         local = (both.get('sliding_attention') or {}).get('rope_theta')
-        local = local or entries.get('rope_local_base_freq', 10_000.0)
+        local = local or entries.get('rope_local_base_freq') or 10_000.0
         return {**usual.read(full), 'window_rope_theta': float(local)}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
         full = {'rope_theta': config.rope_theta, **_write_scaling(config.rope_scaling)}
         local = {'rope_theta': config.window_rope_theta, 'rope_type': 'default'}
         both = {'full_attention': full, 'sliding_attention': local}
-        return {'rope_parameters': both}
+        return {
+            'rope_parameters': both,
+            'rope_theta': config.rope_theta,
+            'rope_local_base_freq': config.window_rope_theta,
+            **_old_scaling(config.rope_scaling, 'rope_type'),
+        }
 
     return Codec(read, write)
 

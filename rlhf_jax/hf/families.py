@@ -171,6 +171,7 @@ OLMO2 = _llama_like(
         UNTIED,
         BIASES,
     ),
+    codecs=(rope_codec(kind='type'),),
     weights=_llama_body(POST_NORMS + QK_NORMS),
 )
 GEMMA_FIXED = {
