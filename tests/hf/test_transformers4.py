@@ -19,8 +19,10 @@ from rlhf_jax.models.config import RopeScaling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.ops.logprobs import logits_of
 from rlhf_jax.rewards import reward_model_scores
+from tests.hf.scored_texts import TOKENIZERS, export_scorer
 from tests.hf.small_families import ENCODERS, FAMILIES
-from tests.hf.test_directories import make_params
+from tests.hf.small_tokenizers import TEXTS
+from tests.hf.test_directories import make_config, make_params
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 SIDE = pathlib.Path(__file__).parent / 'transformers4_side.py'
@@ -87,6 +89,22 @@ def test_every_family_gives_the_same_logits_and_scores(tmp_path):
             if not error <= 1e-4:
                 wrong[name] = float(error)
     assert not wrong
+
+
+def test_texts_without_a_pad_token_get_the_same_scores(tmp_path):
+    expected = {}
+    for name, tokenizer in TOKENIZERS.items():
+        config = replace(make_config(), vocab_size=len(tokenizer))
+        expected[name] = export_scorer(tmp_path / name, config, tokenizer)
+        inputs = {'head': 'scalar', 'texts': TEXTS}
+        (tmp_path / name / 'inputs.json').write_text(json.dumps(inputs))
+    theirs = outputs(tmp_path)
+    assert theirs.keys() == expected.keys()
+    for name, given in theirs.items():
+        assert given['class'] == 'PreTrainedTokenizerFast'
+        assert given['ids'] == TOKENIZERS[name](TEXTS)['input_ids']
+        for way in ('batch', 'pipeline'):
+            np.testing.assert_allclose(given[way], expected[name], rtol=0, atol=1e-4)
 
 
 def ours(config, params, head, name):

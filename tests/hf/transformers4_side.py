@@ -42,7 +42,7 @@ def outputs(folder: pathlib.Path, inputs: dict) -> dict:
     pipeline = transformers.pipeline(
         'text-classification', model=model, tokenizer=tokenizer
     )
-    labels = pipeline(inputs['texts'], batch_size=3, function_to_apply='none')
+    labels = pipeline(inputs['texts'], batch_size=3)
     return {**result, 'pipeline': [label['score'] for label in labels]}
 
 
