@@ -357,6 +357,8 @@ def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
     # Otherwise transformers says at every start that PyTorch is missing.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+    # A console without UTF-8 shows other characters by their code.
+    sys.stdout.reconfigure(errors='backslashreplace')
     sys.path.append(str(_ROOT))  # recipes import each other as configs.NAME
     if not any(re.match('--?config(=|$)', part) for part in sys.argv[1:]):
         # Not as the flag's default, which would be parsed before its errors are caught.

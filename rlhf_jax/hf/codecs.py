@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.hf.schema import Codec, Entries
+from rlhf_jax.hf.schema import (
+    Codec,
+    Entries,
+    entry,
+    mapping,
+    real_number,
+    true_or_false,
+    whole_number,
+)
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
 
 
@@ -27,15 +35,17 @@ def rope_codec(
 
     def read(entries: Entries) -> dict[str, Any]:
         rope = _rope_entries(entries)
-        base = rope.get('rope_theta', entries.get('rotary_emb_base', theta))
-        part = rope.get('partial_rotary_factor') or entries.get('rotary_pct', fraction)
-        if fraction is None and part not in (None, 1):
-            raise ValueError(
-                f'partial_rotary_factor={part} is not supported; only 1 is'
-            )
+        base = entry(rope, 'rope_theta', entry(entries, 'rotary_emb_base', theta))
+        usual = entry(entries, 'rotary_pct', fraction or 1)
+        part = real_number(
+            'partial_rotary_factor', entry(rope, 'partial_rotary_factor', usual)
+        )
+        if part > 1 or (fraction is None and part != 1):
+            only = 'only 1 is' if fraction is None else 'at most 1 is'
+            raise ValueError(f'partial_rotary_factor={part} is not supported; {only}')
         return {
-            'rope_theta': float(base),
-            'rope_fraction': float(part or 1),
+            'rope_theta': float(real_number('rope_theta', base)),
+            'rope_fraction': float(part),
             'rope_scaling': _scaling(rope),
         }
 
@@ -50,8 +60,8 @@ def _rope_entries(entries: Entries) -> dict[str, Any]:
     flat = ('rope_theta', 'partial_rotary_factor')
     return {
         **{name: entries[name] for name in flat if entries.get(name) is not None},
-        **(entries.get('rope_scaling') or {}),  # transformers 4
-        **(entries.get('rope_parameters') or {}),  # transformers 5
+        **mapping(entries, 'rope_scaling'),  # transformers 4
+        **mapping(entries, 'rope_parameters'),  # transformers 5
     }
 
 
@@ -59,25 +69,24 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind == 'default':
         return None
-    if kind == 'linear':
-        return RopeScaling(kind='linear', factor=float(rope['factor']))
+    if kind not in ('linear', 'llama3'):
+        raise ValueError(
+            f'rope_type={kind!r} is not supported; supported are default, linear, '
+            'llama3'
+        )
+    names = {'factor': 'factor'}
     if kind == 'llama3':
-        names = {
-            'factor': 'factor',
+        names |= {
             'low_freq_factor': 'low_freq_factor',
             'high_freq_factor': 'high_freq_factor',
             'original_max_position_embeddings': 'original_positions',
         }
-        if missing := names.keys() - rope.keys():
-            raise ValueError(
-                f"rope_type='llama3' lacks {', '.join(sorted(missing))} in config.json"
-            )
-        return RopeScaling(
-            kind='llama3', **{ours: rope[theirs] for theirs, ours in names.items()}
+    if missing := [name for name in names if rope.get(name) is None]:
+        raise ValueError(
+            f'rope_type={kind!r} lacks {", ".join(sorted(missing))} in config.json'
         )
-    raise ValueError(
-        f'rope_type={kind!r} is not supported; supported are default, linear, llama3'
-    )
+    numbers = {ours: real_number(hf, rope[hf]) for hf, ours in names.items()}
+    return RopeScaling(kind=kind, **{**numbers, 'factor': float(numbers['factor'])})
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -116,6 +125,15 @@ def _write_rope(config: TransformerConfig, fraction: float | None) -> dict[str, 
     }
 
 
+LAYER_TYPES = ('full_attention', 'sliding_attention')
+
+
+def _window(entries: Entries) -> int | None:
+    """Of this entry alone null is not absence: it means no window."""
+    size = entries.get('sliding_window', 4096)
+    return None if size is None else whole_number('sliding_window', size)
+
+
 def layer_windows(
     default: Callable[[Entries], list[bool]], switch: str | None = None
 ) -> Codec:
@@ -128,22 +146,30 @@ def layer_windows(
     """
 
     def read(entries: Entries) -> dict[str, Any]:
-        on = switch is None or entries.get(switch, False)
-        size = entries.get('sliding_window', 4096) if on else None
-        kinds = entries.get('layer_types')
-        windowed = [kind == 'sliding_attention' for kind in kinds or ()]
+        on = switch is None or true_or_false(switch, entry(entries, switch, False))
+        size = _window(entries) if on else None
+        kinds, layers = entries.get('layer_types'), entries['num_hidden_layers']
         if kinds is None:
             windowed = default(entries)
+        elif not isinstance(kinds, list) or any(k not in LAYER_TYPES for k in kinds):
+            raise ValueError(
+                f'layer_types={kinds!r} must be a list of {" and ".join(LAYER_TYPES)}'
+            )
+        elif len(kinds) != layers:
+            raise ValueError(
+                f'layer_types has {len(kinds)} entries, num_hidden_layers is {layers}'
+            )
+        else:
+            windowed = [kind == LAYER_TYPES[1] for kind in kinds]
         if size is None or not any(windowed):
             size, windowed = None, ()
         return {'sliding_window': size, 'windowed': tuple(windowed)}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
         windowed = config.windowed or (False,) * config.num_layers
-        kinds = ('full_attention', 'sliding_attention')
         entries = {
             'sliding_window': config.sliding_window,
-            'layer_types': [kinds[there] for there in windowed],
+            'layer_types': [LAYER_TYPES[there] for there in windowed],
         }
         if switch is not None and config.sliding_window is not None:
             entries[switch] = True
@@ -165,7 +191,8 @@ def _period(windowed: Sequence[bool]) -> int | None:
 
 def from_layer(entries: Entries) -> list[bool]:
     """Windows from layer ``max_window_layers`` on: the default of Qwen."""
-    start = entries.get('max_window_layers', 28)
+    start = entry(entries, 'max_window_layers', 28)
+    whole_number('max_window_layers', start, least=0)
     return [layer >= start for layer in range(entries['num_hidden_layers'])]
 
 
@@ -173,7 +200,8 @@ def all_but_every(default: int) -> Callable[[Entries], list[bool]]:
     """Windows but in every n-th layer: the default of Gemma."""
 
     def windowed(entries: Entries) -> list[bool]:
-        period = entries.get('sliding_window_pattern', default)
+        period = entry(entries, 'sliding_window_pattern', default)
+        whole_number('sliding_window_pattern', period)
         return [bool((i + 1) % period) for i in range(entries['num_hidden_layers'])]
 
     return windowed
@@ -183,7 +211,7 @@ def one_window() -> Codec:
     """A window in every layer, or none; no layer_types."""
 
     def read(entries: Entries) -> dict[str, Any]:
-        size = entries.get('sliding_window', 4096)
+        size = _window(entries)
         layers = 0 if size is None else entries['num_hidden_layers']
         return {'sliding_window': size, 'windowed': (True,) * layers}
 
@@ -195,10 +223,11 @@ def rope_per_kind() -> Codec:
     usual = rope_codec(1_000_000.0)
 
     def read(entries: Entries) -> dict[str, Any]:
-        both = entries.get('rope_parameters') or {}
-        full = {'rope_parameters': both['full_attention']} if both else entries
-        local = (both.get('sliding_attention') or {}).get('rope_theta')
-        local = local or entries.get('rope_local_base_freq') or 10_000.0
+        both = mapping(entries, 'rope_parameters')
+        full = {'rope_parameters': mapping(both, 'full_attention')} if both else entries
+        local = entry(entries, 'rope_local_base_freq', 10_000.0)
+        local = entry(mapping(both, 'sliding_attention'), 'rope_theta', local)
+        real_number('rope_local_base_freq', local)
         return {**usual.read(full), 'window_rope_theta': float(local)}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
@@ -224,8 +253,9 @@ def padded_positions() -> Codec:
     """The table begins behind the row of the padding id."""
 
     def read(entries: Entries) -> dict[str, Any]:
-        offset = entries.get('pad_token_id', 1) + 1
-        rows = entries.get('max_position_embeddings', 512)
+        pad = whole_number('pad_token_id', entry(entries, 'pad_token_id', 1), least=0)
+        offset, name = pad + 1, 'max_position_embeddings'
+        rows = whole_number(name, entry(entries, name, 512), least=offset + 1)
         return {'position_offset': offset, 'max_positions': rows - offset}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
