@@ -56,9 +56,8 @@ def save(
     transformers has no bias there: it goes into config.json as
     ``{"rlhf_jax": {"score_bias": …}}``, where :func:`load_params` finds it, and the
     scores of transformers are lower by it. transformers reads a decoder's score at the
-    last token that is not ``pad_token_id``: the pad id must end no text, and where the
-    tokenizer has no such token it is given one, with a row of zeros in the embeddings
-    if they have none for it.
+    last token that is not ``pad_token_id``, which therefore must end no text; a token
+    that the tokenizer lacks is added, with a row of zeros where there is none for it.
 
     Args:
         directory: must not exist, or be empty.
@@ -91,9 +90,7 @@ def save(
     if head == 'scalar' and config.attention == 'causal':
         tokenizer, special['pad'] = _score_pad(special, tokenizer)
         if pad_token_id is None and special['pad'] == config.vocab_size:  # a new token
-            config = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
-            table = np.asarray(flat['backbone/embed/tokens'])
-            flat['backbone/embed/tokens'] = np.pad(table, ((0, 1), (0, 0)))
+            config, flat = _with_row(config, flat)
     ids = _token_ids(special, tokenizer, config.vocab_size)
 
     entries = {
@@ -154,6 +151,16 @@ def _check_params(
             f'parameters do not fit the config and head={head!r}: {"; ".join(problems)}'
         )
     return flat
+
+
+def _with_row(
+    config: TransformerConfig, flat: Mapping[str, Any]
+) -> tuple[TransformerConfig, dict[str, Any]]:
+    """A row of zeros more in the embeddings."""
+    name = 'backbone/embed/tokens'
+    table = np.pad(np.asarray(flat[name]), ((0, 1), (0, 0)))
+    config = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
+    return config, {**flat, name: table}
 
 
 def _score_pad(
