@@ -116,6 +116,8 @@ def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
     # Otherwise transformers says at every start that PyTorch is missing.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+    # A console without UTF-8 shows other characters by their code.
+    sys.stdout.reconfigure(errors='backslashreplace')
     flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
     flags.DEFINE_string(
         'stage', None, 'Finished stage, e.g. sft, rm, ppo.', required=True

@@ -333,6 +333,8 @@ def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
     # Otherwise transformers says at every start that PyTorch is missing.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+    # A console without UTF-8 shows other characters by their code.
+    sys.stdout.reconfigure(errors='backslashreplace')
     sys.path.append(str(_ROOT))  # recipes import each other as configs.NAME
     try:
         config, sys.argv[1:] = read_flags(sys.argv[1:], str(_DEFAULT))

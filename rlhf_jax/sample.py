@@ -159,7 +159,9 @@ def main(argv: list[str]) -> None:
         if values.prompt is None:
             prompts = _known(workdir, values.stage)
         else:
-            prompts = [values.prompt.replace('\\n', '\n')]
+            # The shell's bytes are UTF-8, whatever the locale took them for.
+            prompt = os.fsencode(values.prompt).decode('utf-8')
+            prompts = [prompt.replace('\\n', '\n')]
         for prompt in prompts:
             console.print(Panel(Text(prompt), title='prompt', title_align='left'))
             for text, ended, score in sample(
@@ -193,6 +195,8 @@ def run() -> None:
     """Entry point; defines the flags, so that an import of this file defines none."""
     # Otherwise transformers says at every start that PyTorch is missing.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+    # A console without UTF-8 shows other characters by their code.
+    sys.stdout.reconfigure(errors='backslashreplace')
     flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
     flags.DEFINE_string('stage', 'ppo', 'Finished stage with a policy.')
     flags.DEFINE_string('prompt', None, 'Text to continue.')

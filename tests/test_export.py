@@ -1,7 +1,10 @@
 """What a finished stage gives away: Hugging Face directories and samples."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,6 +14,7 @@ from transformers import AutoTokenizer
 from rlhf_jax import hf
 from rlhf_jax.export import export
 from rlhf_jax.sample import load_part, sample
+from tests.small_config import ROOT
 from tests.test_main import command
 
 PARTS = [
@@ -129,3 +133,37 @@ def test_without_a_reward_model_there_is_no_score(finished, tmp_path):
         (tmp_path / name).symlink_to(finished / name)
     [(_, _, score)] = sample(tmp_path, 'sft', 'the mayor', num=1, max_new_tokens=2)
     assert score is None
+
+
+@pytest.mark.parametrize('module', ['main', 'sample', 'export'])
+def test_a_console_without_utf_8_ends_no_command(module):
+    """What the encoding lacks is shown by its code."""
+    script = (
+        f'from absl import app; from rlhf_jax import {module}; '
+        f"app.run = lambda *_, **__: print('a → b'); {module}.run()"
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', script],
+        env={**os.environ, 'PYTHONIOENCODING': 'ascii', 'JAX_PLATFORMS': 'cpu'},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == 'a \\u2192 b\n'
+
+
+def test_a_prompt_in_a_locale_without_utf_8(finished, monkeypatch):
+    for name, value in (
+        ('LC_ALL', 'C'),
+        ('PYTHONUTF8', '0'),
+        ('PYTHONCOERCECLOCALE', '0'),
+    ):
+        monkeypatch.setenv(name, value)
+    code, text = command(
+        *('--workdir', str(finished), '--stage', 'sft', '--num=1'),
+        *('--max_new_tokens=2', '--prompt=the → mayor'),
+        module='rlhf_jax.sample',
+    )
+    assert code == 0 and 'the \\u2192 mayor' in text, text

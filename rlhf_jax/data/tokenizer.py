@@ -72,8 +72,14 @@ def _load_fast(spec: str) -> PreTrainedTokenizerBase:
         name = str(folder) if folder.exists() else spec
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the parser of tokenizer.json raises no other
             reason = str(error).strip().splitlines()[:1]
+            if (folder / 'tokenizer.json').exists():
+                raise ValueError(
+                    f'tokenizer={spec!r} cannot be loaded: tokenizer.json or '
+                    'tokenizer_config.json in it is damaged '
+                    f'({type(error).__name__}: {"".join(reason)}); fetch it again'
+                ) from error
             raise ValueError(
                 f'tokenizer={spec!r} cannot be loaded: it is neither a directory with '
                 f'tokenizer files nor a hub name that can be reached '

@@ -6,38 +6,52 @@ Used by the tables in ``families.py``; read that next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.hf.schema import Codec, Entries
+from rlhf_jax.hf.schema import (
+    Codec,
+    Entries,
+    entry,
+    mapping,
+    real_number,
+    true_or_false,
+    whole_number,
+)
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
 
 
-def rope_codec(theta: float = 10_000.0, fraction: float | None = None) -> Codec:
+def rope_codec(
+    theta: float = 10_000.0, fraction: float | None = None, kind: str = 'rope_type'
+) -> Codec:
     """Rotary positions, in the spellings of transformers 4 and 5.
 
     Args:
         theta: the family's default base.
         fraction: the family's default share of a head that is rotated; None for the
             whole head, always.
+        kind: what the family's ``rope_scaling`` calls the kind in transformers 4.
     """
 
     def read(entries: Entries) -> dict[str, Any]:
         rope = _rope_entries(entries)
-        base = rope.get('rope_theta', entries.get('rotary_emb_base', theta))
-        part = rope.get('partial_rotary_factor') or entries.get('rotary_pct', fraction)
-        if fraction is None and part not in (None, 1):
-            raise ValueError(
-                f'partial_rotary_factor={part} is not supported; only 1 is'
-            )
+        base = entry(rope, 'rope_theta', entry(entries, 'rotary_emb_base', theta))
+        usual = entry(entries, 'rotary_pct', fraction or 1)
+        part = real_number(
+            'partial_rotary_factor', entry(rope, 'partial_rotary_factor', usual)
+        )
+        if part > 1 or (fraction is None and part != 1):
+            only = 'only 1 is' if fraction is None else 'at most 1 is'
+            raise ValueError(f'partial_rotary_factor={part} is not supported; {only}')
         return {
-            'rope_theta': float(base),
-            'rope_fraction': float(part or 1),
+            'rope_theta': float(real_number('rope_theta', base)),
+            'rope_fraction': float(part),
             'rope_scaling': _scaling(rope),
         }
 
     def write(config: TransformerConfig) -> dict[str, Any]:
-        return _write_rope(config, fraction)
+        entries = _write_rope(config, fraction)
+        return {**entries, **_old_scaling(config.rope_scaling, kind)}
 
     return Codec(read, write)
 
@@ -46,8 +60,8 @@ def _rope_entries(entries: Entries) -> dict[str, Any]:
     flat = ('rope_theta', 'partial_rotary_factor')
     return {
         **{name: entries[name] for name in flat if entries.get(name) is not None},
-        **(entries.get('rope_scaling') or {}),  # transformers 4
-        **(entries.get('rope_parameters') or {}),  # transformers 5
+        **mapping(entries, 'rope_scaling'),  # transformers 4
+        **mapping(entries, 'rope_parameters'),  # transformers 5
     }
 
 
@@ -55,25 +69,24 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind == 'default':
         return None
-    if kind == 'linear':
-        return RopeScaling(kind='linear', factor=float(rope['factor']))
+    if kind not in ('linear', 'llama3'):
+        raise ValueError(
+            f'rope_type={kind!r} is not supported; supported are default, linear, '
+            'llama3'
+        )
+    names = {'factor': 'factor'}
     if kind == 'llama3':
-        names = {
-            'factor': 'factor',
+        names |= {
             'low_freq_factor': 'low_freq_factor',
             'high_freq_factor': 'high_freq_factor',
             'original_max_position_embeddings': 'original_positions',
         }
-        if missing := names.keys() - rope.keys():
-            raise ValueError(
-                f"rope_type='llama3' lacks {', '.join(sorted(missing))} in config.json"
-            )
-        return RopeScaling(
-            kind='llama3', **{ours: rope[theirs] for theirs, ours in names.items()}
+    if missing := [name for name in names if rope.get(name) is None]:
+        raise ValueError(
+            f'rope_type={kind!r} lacks {", ".join(sorted(missing))} in config.json'
         )
-    raise ValueError(
-        f'rope_type={kind!r} is not supported; supported are default, linear, llama3'
-    )
+    numbers = {ours: real_number(hf, rope[hf]) for hf, ours in names.items()}
+    return RopeScaling(kind=kind, **{**numbers, 'factor': float(numbers['factor'])})
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -91,23 +104,41 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
     }
 
 
+def _old_scaling(scaling: RopeScaling | None, kind: str) -> dict[str, Any]:
+    """The entry of transformers 4, which is absent where nothing is stretched."""
+    if scaling is None:
+        return {}
+    entries = _write_scaling(scaling)
+    return {'rope_scaling': {kind: entries.pop('rope_type'), **entries}}
+
+
 def _write_rope(config: TransformerConfig, fraction: float | None) -> dict[str, Any]:
-    scaling = _write_scaling(config.rope_scaling)
-    rope = {'rope_theta': config.rope_theta, **scaling}
-    entries = {'rope_parameters': rope}  # transformers 5
-    if fraction is not None:
-        rope['partial_rotary_factor'] = config.rope_fraction
-    else:  # transformers 4; of a partial rotation each family had a spelling of its own
-        entries['rope_theta'] = config.rope_theta
-        if config.rope_scaling is not None:
-            entries['rope_scaling'] = scaling
-    return entries
+    """Base and rotated share for both versions, scaling for transformers 5."""
+    rope = {'rope_theta': config.rope_theta, **_write_scaling(config.rope_scaling)}
+    if fraction is None:
+        return {'rope_parameters': rope, 'rope_theta': config.rope_theta}
+    rope['partial_rotary_factor'] = config.rope_fraction
+    return {
+        'rope_parameters': rope,
+        'rotary_pct': config.rope_fraction,
+        'rotary_emb_base': config.rope_theta,
+    }
+
+
+LAYER_TYPES = ('full_attention', 'sliding_attention')
+
+
+def _window(entries: Entries) -> int | None:
+    """Of this entry alone null is not absence: it means no window."""
+    size = entries.get('sliding_window', 4096)
+    return None if size is None else whole_number('sliding_window', size)
 
 
 def layer_windows(
     default: Callable[[Entries], list[bool]], switch: str | None = None
 ) -> Codec:
-    """``sliding_window`` and ``layer_types``.
+    """``sliding_window`` and ``layer_types``; beside them ``sliding_window_pattern`` of
+    transformers 4 where every n-th layer, and no other, has no window.
 
     Args:
         default: config.json → which layers are windowed where it has no layer_types.
@@ -115,34 +146,53 @@ def layer_windows(
     """
 
     def read(entries: Entries) -> dict[str, Any]:
-        on = switch is None or entries.get(switch, False)
-        size = entries.get('sliding_window', 4096) if on else None
-        kinds = entries.get('layer_types')
-        windowed = [kind == 'sliding_attention' for kind in kinds or ()]
+        on = switch is None or true_or_false(switch, entry(entries, switch, False))
+        size = _window(entries) if on else None
+        kinds, layers = entries.get('layer_types'), entries['num_hidden_layers']
         if kinds is None:
             windowed = default(entries)
+        elif not isinstance(kinds, list) or any(k not in LAYER_TYPES for k in kinds):
+            raise ValueError(
+                f'layer_types={kinds!r} must be a list of {" and ".join(LAYER_TYPES)}'
+            )
+        elif len(kinds) != layers:
+            raise ValueError(
+                f'layer_types has {len(kinds)} entries, num_hidden_layers is {layers}'
+            )
+        else:
+            windowed = [kind == LAYER_TYPES[1] for kind in kinds]
         if size is None or not any(windowed):
             size, windowed = None, ()
         return {'sliding_window': size, 'windowed': tuple(windowed)}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
         windowed = config.windowed or (False,) * config.num_layers
-        kinds = ('full_attention', 'sliding_attention')
         entries = {
             'sliding_window': config.sliding_window,
-            'layer_types': [kinds[there] for there in windowed],
+            'layer_types': [LAYER_TYPES[there] for there in windowed],
         }
         if switch is not None and config.sliding_window is not None:
             entries[switch] = True
             entries['max_window_layers'] = windowed.index(True)
+        if switch is None and (period := _period(windowed)) is not None:
+            entries['sliding_window_pattern'] = period
         return entries
 
     return Codec(read, write)
 
 
+def _period(windowed: Sequence[bool]) -> int | None:
+    """n where every n-th layer, and no other, has no window; None without such an n."""
+    for n in range(1, len(windowed) + 2):
+        if list(windowed) == [bool((i + 1) % n) for i in range(len(windowed))]:
+            return n
+    return None
+
+
 def from_layer(entries: Entries) -> list[bool]:
     """Windows from layer ``max_window_layers`` on: the default of Qwen."""
-    start = entries.get('max_window_layers', 28)
+    start = entry(entries, 'max_window_layers', 28)
+    whole_number('max_window_layers', start, least=0)
     return [layer >= start for layer in range(entries['num_hidden_layers'])]
 
 
@@ -150,7 +200,8 @@ def all_but_every(default: int) -> Callable[[Entries], list[bool]]:
     """Windows but in every n-th layer: the default of Gemma."""
 
     def windowed(entries: Entries) -> list[bool]:
-        period = entries.get('sliding_window_pattern', default)
+        period = entry(entries, 'sliding_window_pattern', default)
+        whole_number('sliding_window_pattern', period)
         return [bool((i + 1) % period) for i in range(entries['num_hidden_layers'])]
 
     return windowed
@@ -160,7 +211,7 @@ def one_window() -> Codec:
     """A window in every layer, or none; no layer_types."""
 
     def read(entries: Entries) -> dict[str, Any]:
-        size = entries.get('sliding_window', 4096)
+        size = _window(entries)
         layers = 0 if size is None else entries['num_hidden_layers']
         return {'sliding_window': size, 'windowed': (True,) * layers}
 
@@ -172,17 +223,23 @@ def rope_per_kind() -> Codec:
     usual = rope_codec(1_000_000.0)
 
     def read(entries: Entries) -> dict[str, Any]:
-        both = entries.get('rope_parameters') or {}
-        full = {'rope_parameters': both['full_attention']} if both else entries
-        local = (both.get('sliding_attention') or {}).get('rope_theta')
-        local = local or entries.get('rope_local_base_freq', 10_000.0)
+        both = mapping(entries, 'rope_parameters')
+        full = {'rope_parameters': mapping(both, 'full_attention')} if both else entries
+        local = entry(entries, 'rope_local_base_freq', 10_000.0)
+        local = entry(mapping(both, 'sliding_attention'), 'rope_theta', local)
+        real_number('rope_local_base_freq', local)
         return {**usual.read(full), 'window_rope_theta': float(local)}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
         full = {'rope_theta': config.rope_theta, **_write_scaling(config.rope_scaling)}
         local = {'rope_theta': config.window_rope_theta, 'rope_type': 'default'}
         both = {'full_attention': full, 'sliding_attention': local}
-        return {'rope_parameters': both}
+        return {
+            'rope_parameters': both,
+            'rope_theta': config.rope_theta,
+            'rope_local_base_freq': config.window_rope_theta,
+            **_old_scaling(config.rope_scaling, 'rope_type'),
+        }
 
     return Codec(read, write)
 
@@ -196,8 +253,9 @@ def padded_positions() -> Codec:
     """The table begins behind the row of the padding id."""
 
     def read(entries: Entries) -> dict[str, Any]:
-        offset = entries.get('pad_token_id', 1) + 1
-        rows = entries.get('max_position_embeddings', 512)
+        pad = whole_number('pad_token_id', entry(entries, 'pad_token_id', 1), least=0)
+        offset, name = pad + 1, 'max_position_embeddings'
+        rows = whole_number(name, entry(entries, name, 512), least=offset + 1)
         return {'position_offset': offset, 'max_positions': rows - offset}
 
     def write(config: TransformerConfig) -> dict[str, Any]:

@@ -171,6 +171,7 @@ OLMO2 = _llama_like(
         UNTIED,
         BIASES,
     ),
+    codecs=(rope_codec(kind='type'),),
     weights=_llama_body(POST_NORMS + QK_NORMS),
 )
 GEMMA_FIXED = {
@@ -429,7 +430,10 @@ def family_for(config: TransformerConfig) -> Family:
     """
     nearest: tuple[Family, list[str]] | None = None
     for family in FAMILIES:
-        again = read_config(family, write_config(family, config))
+        try:
+            again = read_config(family, write_config(family, config))
+        except ValueError:  # such as no token types, which this family must have
+            continue
         lost = [
             f'{field.name}={getattr(config, field.name)!r}'
             for field in dataclasses.fields(config)
@@ -440,7 +444,8 @@ def family_for(config: TransformerConfig) -> Family:
             return family
         if nearest is None or len(lost) < len(nearest[1]):
             nearest = family, lost
-    raise ValueError(
-        'no Hugging Face family can hold this model: '
-        f'{nearest[0].model_type}, the nearest, has no {", ".join(nearest[1])}'
-    )
+    near = 'a value is out of range for all of them'
+    if nearest is not None:
+        family, lost = nearest
+        near = f'{family.model_type}, the nearest, has no {", ".join(lost)}'
+    raise ValueError(f'no Hugging Face family can hold this model: {near}')

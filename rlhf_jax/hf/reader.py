@@ -21,7 +21,15 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.hf.families import family_of
-from rlhf_jax.hf.schema import LAYOUTS, Family, Weight, read_config
+from rlhf_jax.hf.schema import (
+    LARGEST,
+    LAYOUTS,
+    Family,
+    Weight,
+    entry,
+    mapping,
+    read_config,
+)
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.types import Array, Params
@@ -34,6 +42,7 @@ WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DOWNLOADS = ('*.json', '*.safetensors', 'tokenizer*', '*.model', '*.txt')
 # Models that the package ships, by name: a decoder that knows the text of tiny_tldr.
 SHIPPED = {'tiny': Path(__file__).parents[1] / 'data' / 'tiny_base'}
+PIECE = 2**22  # numbers that are checked at a time
 READABLE = ('F64', 'F32', 'F16', 'BF16')
 OLD_NAMES = (
     ('LayerNorm.gamma', 'LayerNorm.weight'),
@@ -68,15 +77,18 @@ def load_config(spec: str | Path) -> TransformerConfig:
     """The model in a directory or under a hub name, computing in float32.
 
     Raises:
-        ValueError: no config.json, an architecture or a setting that is not supported.
+        ValueError: no config.json, an architecture or a setting that is not supported,
+            or weights beside it that hold another number of layers.
     """
     directory = resolve(spec)
     entries = _read_json(directory / 'config.json')
     family, _ = _family(directory, entries)
     try:
-        return read_config(family, entries)
+        config = read_config(family, entries)
+        _check_layers(directory, family, config)
     except ValueError as error:
         raise ValueError(f'{directory / "config.json"}: {error}') from error
+    return config
 
 
 def load_head(spec: str | Path) -> Source:
@@ -98,8 +110,10 @@ def load_score_names(spec: str | Path) -> tuple[str, ...]:
 
 
 def _score_names(entries: Mapping[str, Any]) -> tuple[str, ...]:
-    ours = entries.get('rlhf_jax', {})
-    return tuple(ours['score_names']) if 'score_names' in ours else ()
+    names = entry(mapping(entries, 'rlhf_jax'), 'score_names', [])
+    if not isinstance(names, list) or any(type(name) is not str for name in names):
+        raise ValueError(f'score_names={names!r} must be a list of names')
+    return tuple(names)
 
 
 def load_params(
@@ -143,12 +157,12 @@ def load_params(
             f'language-model head to sample from; use a {wanted}, or head=scalar'
         )
     place = place or (lambda path, array: jax.device_put(array))
+    files = _find_tensors(directory, family)
     expected = expected_shapes(config, head, _score_names(entries))
     if head == 'scalar' and source != 'scalar':
         expected = {
             path: x for path, x in expected.items() if not path.startswith('head/')
         }
-    files = _find_tensors(directory, family)
     weights = named_weights(family, expected)
     _check_tensors(directory, files, family, config, weights, expected)
     if head == 'lm' and config.tied_embeddings:
@@ -162,38 +176,59 @@ def load_params(
             path = tuple(name.split('/'))
             params[path] = place(path, arrays.pop(0))
     if ('head', 'kernel') in params and ('head', 'bias') not in params:
-        bias = entries.get('rlhf_jax', {}).get('score_bias', 0.0)
-        params['head', 'bias'] = place(('head', 'bias'), np.asarray(bias, dtype))
+        bias = _score_bias(directory, entries, expected['head/bias'].shape)
+        params['head', 'bias'] = place(('head', 'bias'), bias.astype(dtype))
     return traverse_util.unflatten_dict(params)
+
+
+def _score_bias(
+    directory: Path, entries: Mapping[str, Any], shape: tuple[int, ...]
+) -> np.ndarray:
+    """What :func:`save` left in config.json, else 0."""
+    value = entry(mapping(entries, 'rlhf_jax'), 'score_bias', np.zeros(shape).tolist())
+    numbers = value if isinstance(value, list) else [value]
+    if (
+        any(type(x) not in (int, float) or not math.isfinite(x) for x in numbers)
+        or np.shape(value) != shape
+    ):
+        raise ValueError(
+            f'{directory / "config.json"}: score_bias={value!r} must be '
+            f'{math.prod(shape)} finite numbers'
+        )
+    return np.asarray(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        entries = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
         raise ValueError(
             f'{path} is missing: {path.parent} is no model directory'
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not valid JSON: {error}') from error
+    if not isinstance(entries, dict):
+        raise ValueError(f'{path} is a {type(entries).__name__}, not a JSON object')
+    return entries
 
 
 def _family(directory: Path, entries: Mapping[str, Any]) -> tuple[Family, Source]:
-    names = entries.get('architectures') or []
-    if len(names) != 1:
-        raise ValueError(
-            f'{directory / "config.json"}: architectures={names} must name one class'
-        )
+    path = directory / 'config.json'
+    names = entry(entries, 'architectures', [])
+    if not isinstance(names, list) or len(names) != 1 or type(names[0]) is not str:
+        raise ValueError(f'{path}: architectures={names!r} must name one class')
     try:
         family, source = family_of(names[0])
+        # transformers builds two labels where none are named.
+        labels = len(mapping(entries, 'id2label')) or 2
+        labels = entry(entries, 'num_labels', labels)
+        scores = max(1, len(_score_names(entries)))
     except ValueError as error:
-        raise ValueError(f'{directory / "config.json"}: {error}') from error
-    # transformers builds two labels where none are named.
-    labels = entries.get('num_labels', len(entries.get('id2label') or (0, 1)))
-    if source == 'scalar' and labels != max(1, len(_score_names(entries))):
+        raise ValueError(f'{path}: {error}') from error
+    if source == 'scalar' and labels != scores:
         raise ValueError(
-            f'{directory / "config.json"}: a classifier with {labels} labels is no '
-            'reward model; num_labels must be 1'
+            f'{path}: a classifier with {labels} labels is no reward model; num_labels '
+            'must be 1'
         )
     return family, source
 
@@ -235,16 +270,74 @@ class _Tensor(NamedTuple):
 
     def read(self) -> np.ndarray:
         with safe_open(self.file, framework='np') as file:
-            return file.get_tensor(self.name)
+            array = file.get_tensor(self.name)
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, PIECE):
+            if not np.isfinite(flat[start : start + PIECE]).all():
+                raise ValueError(
+                    f'{self.file}: {self.name} holds NaN or infinite numbers; the '
+                    'model was damaged before it was saved'
+                )
+        return array
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model; none where the directory has no weights."""
+    path = directory / INDEX
+    if not path.exists():
+        return [path for path in [directory / WEIGHTS] if path.exists()]
+    places = _read_json(path).get('weight_map')
+    if not isinstance(places, dict) or not places:
+        raise ValueError(
+            f"{path} has no 'weight_map', which says in which file each tensor is; "
+            'fetch it again'
+        )
+    names = list(places.values())
+    if any(type(name) is not str or Path(name).name != name for name in names):
+        raise ValueError(
+            f"{path}: 'weight_map' must give the name of a file for every tensor"
+        )
+    return [directory / name for name in sorted(set(names))]
+
+
+def _stored(path: Path) -> list[_Tensor]:
+    """The tensors of a file; their numbers are not read yet."""
+    tensors = []
+    try:
+        with safe_open(path, framework='np') as file:
+            for key in file.keys():
+                stored = file.get_slice(key)
+                shape = tuple(stored.get_shape())
+                tensors.append(_Tensor(path, key, shape, stored.get_dtype()))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f'{path} cannot be read: {error}') from error
+    return tensors
+
+
+def _check_layers(directory: Path, family: Family, config: TransformerConfig) -> None:
+    """Compares the number of layers with the weights, if there are any: what is made of
+    a wrong one may take hours, or all memory.
+    """
+    named = next(w.name for w in family.weights if '{layer}' in w.name)
+    before = re.escape(named.split('{layer}')[0].removeprefix(family.prefix))
+    pattern = rf'(?:{re.escape(family.prefix)})?{before}(\d+)\.'
+    found = [
+        re.match(pattern, tensor.name)
+        for path in _weight_files(directory)
+        for tensor in _stored(path)
+    ]
+    layers = {int(match[1]) for match in found if match}
+    if layers and config.num_layers != len(layers):
+        raise ValueError(
+            f'it has {config.num_layers} layers, and the weights have {len(layers)}; '
+            'one of them belongs to another model'
+        )
 
 
 def _find_tensors(directory: Path, family: Family) -> dict[str, _Tensor]:
     """Tensors by name. The bare body that some files hold lacks the family's prefix."""
-    if (directory / INDEX).exists():
-        names = sorted(set(_read_json(directory / INDEX)['weight_map'].values()))
-    elif (directory / WEIGHTS).exists():
-        names = [WEIGHTS]
-    else:
+    paths = _weight_files(directory)
+    if not paths:
         pickles = sorted(path.name for path in directory.glob('pytorch_model*.bin'))
         reason = 'it holds no weights that can be read'
         if pickles:
@@ -253,17 +346,7 @@ def _find_tensors(directory: Path, family: Family) -> dict[str, _Tensor]:
                 'convert it by save_pretrained of transformers'
             )
         raise ValueError(f'{directory} has neither {WEIGHTS} nor {INDEX}; {reason}')
-    tensors = []
-    for name in names:
-        path = directory / name
-        try:
-            with safe_open(path, framework='np') as file:
-                for key in file.keys():
-                    stored = file.get_slice(key)
-                    shape = tuple(stored.get_shape())
-                    tensors.append(_Tensor(path, key, shape, stored.get_dtype()))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f'{path} cannot be read: {error}') from error
+    tensors = [tensor for path in paths for tensor in _stored(path)]
     bare = not any(tensor.name.startswith(family.prefix) for tensor in tensors)
     found = {}
     for tensor in tensors:
@@ -289,20 +372,29 @@ def _check_tensors(
     weights: Sequence[Weight],
     expected: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
-    wanted = {}
+    wanted, problems = {}, []
     for weight in weights:
+        names = tensor_names(weight, config.num_layers)
         stacked = '{layer}' in weight.name
         shapes = [expected[path].shape[stacked:] for path in weight.paths]
+        size = sum(map(math.prod, shapes))
+        odd = [n for n in names if n in files and math.prod(files[n].shape) != size]
+        if odd and size > LARGEST:  # more than can be laid out, by a wrong setting
+            problems += [
+                f'{n} is {list(files[n].shape)}, not {size} numbers' for n in odd
+            ]
+            wanted.update(dict.fromkeys(names))
+            continue
         # The layout itself shows their shape, on a byte for each number at most.
         ours = [np.broadcast_to(np.int8(0), shape) for shape in shapes]
         shape = LAYOUTS[weight.layout].write(ours).shape
-        wanted.update(dict.fromkeys(tensor_names(weight, config.num_layers), shape))
-    problems = [f'{name} is missing' for name in wanted if name not in files]
+        wanted.update(dict.fromkeys(names, shape))
+    problems += [f'{name} is missing' for name in wanted if name not in files]
     # An LM head is spare where embeddings are tied or a scalar head takes its place.
     spare = {w.name for w in family.weights if w.paths == ('lm_head',)}
     for name, stored in files.items():
         if name in wanted:
-            if stored.shape != wanted[name]:
+            if wanted[name] not in (None, stored.shape):
                 problems.append(
                     f'{name} is {list(stored.shape)}, not {list(wanted[name])}'
                 )

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -181,21 +182,103 @@ class Family:
     prefix: str = ''  # of names, which files of the bare body lack
 
 
+LARGEST = 2**31 - 1  # of what is counted; indices are int32
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """``value``, which must be an integer, at least ``least``; ``name`` is its entry.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if type(value) is not int or not least <= value <= LARGEST:
+        raise ValueError(
+            f'{name}={value!r} must be a whole number ≥ {least} and ≤ {LARGEST}'
+        )
+    return value
+
+
+def real_number(name: str, value: Any, *, zero: bool = False) -> int | float:
+    """``value``, which must be a finite number above 0, or with ``zero`` 0 itself.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    if not is_number or value < 0 or (value == 0 and not zero):
+        raise ValueError(
+            f'{name}={value!r} must be a finite number {"≥" if zero else ">"} 0'
+        )
+    return value
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """``value``, which must be a bool.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f'{name}={value!r} must be true or false')
+    return value
+
+
+def entry(entries: Entries, name: str, default: Any) -> Any:
+    """An entry of config.json; absent and null mean the same to transformers."""
+    value = entries.get(name)
+    return default if value is None else value
+
+
+def mapping(entries: Entries, name: str) -> Entries:
+    """An entry that is an object, {} where it is absent.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = entry(entries, name, {})
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{name}={value!r} must be an object')
+    return value
+
+
+KINDS = {field.name: field.type for field in dataclasses.fields(TransformerConfig)}
+MAY_BE_ZERO = ('init_std', 'norm_eps')
+
+
+def _checked(field: Field, value: Any) -> Any:
+    """A value that stands for itself, if it is what ``TransformerConfig`` wants."""
+    kind, *optional = KINDS[field.ours[0]].split(' | ')
+    if value is None and optional:
+        return None
+    if kind == 'int':
+        return whole_number(field.name, value)
+    if kind == 'float':
+        return real_number(field.name, value, zero=field.ours[0] in MAY_BE_ZERO)
+    return true_or_false(field.name, value)
+
+
 def read_config(family: Family, entries: Entries) -> TransformerConfig:
     """The ``TransformerConfig`` that the entries of a config.json describe.
 
     Raises:
-        ValueError: an entry that is missing, or whose value is not supported.
+        ValueError: an entry that is missing, of the wrong type, or whose value is not
+            supported.
     """
+    if (quantized := entries.get('quantization_config')) is not None:
+        raise ValueError(
+            f'quantization_config={quantized!r} is not supported: the weights would be '
+            'read without their scales; give the model in bfloat16 or float32'
+        )
     settings = dict(family.fixed)
     for field in family.fields:
-        value = entries.get(field.name)
-        if value is None:  # absent and null mean the same to transformers
-            if field.default is REQUIRED:
-                raise ValueError(f'config.json has no {field.name!r}')
-            value = field.default(entries) if callable(field.default) else field.default
-        if field.values is not None:
-            if value not in field.values:
+        value = entry(entries, field.name, field.default)
+        if value is REQUIRED:
+            raise ValueError(f'config.json has no {field.name!r}')
+        value = value(entries) if callable(value) else value
+        if field.values is None:
+            value = _checked(field, value)
+        else:
+            if not any(value == theirs for theirs in field.values):
                 raise ValueError(
                     f'{field.name}={value!r} is not supported; '
                     f'supported are {", ".join(map(str, field.values))}'

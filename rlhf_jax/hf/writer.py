@@ -5,6 +5,7 @@ Read ``families.py`` next.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from rlhf_jax.hf.reader import (
     tensor_names,
 )
 from rlhf_jax.hf.schema import LAYOUTS, Weight, write_config
+from rlhf_jax.hf.tokenizers import save_tokenizer_files, with_pad
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.types import Params
 
@@ -53,9 +55,9 @@ def save(
     A scalar model becomes a sequence classifier with a label for each score.
     transformers has no bias there: it goes into config.json as
     ``{"rlhf_jax": {"score_bias": …}}``, where :func:`load_params` finds it, and the
-    scores of transformers are lower by it. transformers reads a score at the last token
-    that is not ``pad_token_id``: with the EOS id as the pad id that is the token
-    *before* a final EOS.
+    scores of transformers are lower by it. transformers reads a decoder's score at the
+    last token that is not ``pad_token_id``, which therefore must end no text; a token
+    that the tokenizer lacks is added, with a row of zeros where there is none for it.
 
     Args:
         directory: must not exist, or be empty.
@@ -66,14 +68,15 @@ def save(
         tokenizer: saved too, when given.
         bos_token_id: None for the tokenizer's.
         eos_token_id: one id, or all that end a response; None for the tokenizer's.
-        pad_token_id: None for the tokenizer's. A decoder with a score needs one, and
-            takes the (first) EOS id where there is none.
+        pad_token_id: None for the tokenizer's, or for the one that :func:`with_pad`
+            finds. A decoder with a score needs one that is no EOS id.
         max_shard_bytes: weights are split into files of at most this size; a tensor is
             never split.
 
     Raises:
         ValueError: the directory is not empty, no family can hold the model, the
-            parameters do not fit the config, or an id lies outside the vocabulary.
+            parameters do not fit the config, an id lies outside the vocabulary, or a
+            decoder's score has no pad id that ends no text.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -84,8 +87,11 @@ def save(
     flat = _check_params(params, config, head, score_names)
     special = {'bos': bos_token_id, 'eos': eos_token_id, 'pad': pad_token_id}
     # transformers reads a decoder's score before the padding, an encoder's first.
-    needs_pad = head == 'scalar' and config.attention == 'causal'
-    ids = _token_ids(special, tokenizer, config.vocab_size, needs_pad)
+    if head == 'scalar' and config.attention == 'causal':
+        tokenizer, special['pad'] = _score_pad(special, tokenizer)
+        if pad_token_id is None and special['pad'] == config.vocab_size:  # a new token
+            config, flat = _with_row(config, flat)
+    ids = _token_ids(special, tokenizer, config.vocab_size)
 
     entries = {
         'architectures': [family.architectures[head]],
@@ -103,7 +109,7 @@ def save(
     partial.mkdir(parents=True)
     _write_weights(partial, flat, named_weights(family, flat), config, max_shard_bytes)
     if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
+        save_tokenizer_files(tokenizer, partial)
     if head == 'lm':
         _write_json(partial / 'generation_config.json', ids)
     _write_json(partial / 'config.json', entries)
@@ -122,7 +128,9 @@ def _score_entries(
         'id2label': {str(i): name for i, name in enumerate(names)},
         'label2id': {name: i for i, name in enumerate(names)},
     }
-    return {**labels, 'rlhf_jax': ours} if ours else labels
+    # By this, pipelines of transformers give scores as they are, not squashed.
+    entries = {**labels, 'problem_type': 'regression'}
+    return {**entries, 'rlhf_jax': ours} if ours else entries
 
 
 def _check_params(
@@ -145,25 +153,51 @@ def _check_params(
     return flat
 
 
+def _with_row(
+    config: TransformerConfig, flat: Mapping[str, Any]
+) -> tuple[TransformerConfig, dict[str, Any]]:
+    """A row of zeros more in the embeddings."""
+    name = 'backbone/embed/tokens'
+    table = np.pad(np.asarray(flat[name]), ((0, 1), (0, 0)))
+    config = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
+    return config, {**flat, name: table}
+
+
+def _score_pad(
+    given: Mapping[str, int | Sequence[int] | None],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedTokenizerBase | None, int]:
+    """The tokenizer that pads the texts of a score, and the id that it pads with."""
+    eos, pad = given['eos'], given['pad']
+    ends = set(eos if isinstance(eos, Sequence) else [eos])
+    if tokenizer is not None:
+        # Some append a token to every text; the last of a word itself does no harm.
+        ends |= {tokenizer.eos_token_id, *tokenizer.encode('a')[-1:]}
+    problem = f'pad_token_id={pad}, which may end a text'
+    if pad is None and tokenizer is None:
+        problem = 'no pad_token_id, and no tokenizer to find one in'
+    if (pad is None and tokenizer is None) or (pad is not None and pad in ends):
+        raise ValueError(
+            f'a decoder with a score has {problem}: transformers reads the score at '
+            'the last token that is not the pad id; give the tokenizer and no '
+            'pad_token_id, or an id that ends no text'
+        )
+    if tokenizer is None:
+        return None, pad
+    tokenizer = with_pad(tokenizer, ends, pad)
+    return tokenizer, tokenizer.pad_token_id
+
+
 def _token_ids(
     given: Mapping[str, int | Sequence[int] | None],
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
-    needs_pad: bool,
 ) -> dict[str, Any]:
     """``{'bos_token_id': …}`` for config.json: as given, else the tokenizer's."""
     ids = {}
     for name, value in given.items():
         value = getattr(tokenizer, f'{name}_token_id', None) if value is None else value
         ids[f'{name}_token_id'] = list(value) if isinstance(value, Sequence) else value
-    if needs_pad and ids['pad_token_id'] is None:
-        eos = ids['eos_token_id']
-        if eos is None or eos == []:
-            raise ValueError(
-                'a decoder with a score needs pad_token_id (or eos_token_id): '
-                'transformers finds the last token of a text by it'
-            )
-        ids['pad_token_id'] = eos[0] if isinstance(eos, list) else eos
     for name, value in ids.items():
         for token in value if isinstance(value, list) else [value]:
             if token is not None and not 0 <= token < vocab_size:

@@ -86,6 +86,11 @@ class TransformerConfig:
         object.__setattr__(self, 'windowed', tuple(self.windowed))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, 'rope_scaling', RopeScaling(**self.rope_scaling))
+        if self.head_dim < 1:
+            raise ValueError(
+                f'head_dim={self.head_dim} must be at least 1: width={self.width} for '
+                f'num_heads={self.num_heads}'
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f'num_heads={self.num_heads} is not divisible by '

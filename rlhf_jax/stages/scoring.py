@@ -210,8 +210,15 @@ def model_tokenizer(run: Run, name: str) -> Any | None:
 
 
 def reads_alike(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give a text the same ids, beginning and end included."""
-    return one.get_vocab() == other.get_vocab() and frame(one) == frame(other)
+    """Whether two tokenizers give a text the same ids, beginning and end included; the
+    tokens that they pad with stand in no text.
+    """
+    pads = {one.pad_token, other.pad_token}
+    ids, others = (
+        {token: i for token, i in tokenizer.get_vocab().items() if token not in pads}
+        for tokenizer in (one, other)
+    )
+    return ids == others and frame(one) == frame(other)
 
 
 def make_scorers(run: Run, rewards: Mapping[str, Reward]) -> dict[str, Scorer]:

@@ -157,7 +157,10 @@ def test_bad_fields():
     refuses(to_comparison, pair | dict(margin=True), 'margin is True')
     refuses(to_demonstration, dict(prompt='p', completion=''), "'completion' is empty")
     refuses(to_prompt, dict(prompt='p', reference=3), 'reference is a int')
-    refuses(to_text, dict(text='ab\ud800'), 'half a surrogate pair at character 2')
+    half = 'half a surrogate pair at character 2'
+    refuses(to_text, dict(text='ab\ud800'), half)
+    refuses(to_prompt, dict(prompt='p', reference='ab\ud800'), "'reference'", half)
+    refuses(to_prompt, dict(prompt='p', chosen='ab\ud800'), "'reference'", half)
 
 
 def test_bad_messages():

@@ -86,6 +86,7 @@ def test_export_and_import_give_the_same_bits(tmp_path, options, head, max_shard
         config,
         head=head,
         eos_token_id=2,
+        pad_token_id=0,
         max_shard_bytes=max_shard_bytes,
     )
     files = sorted((tmp_path / 'out').glob('*.safetensors'))
@@ -246,20 +247,22 @@ def test_a_killed_export_leaves_nothing_and_the_next_one_succeeds(
     assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
-def test_a_scalar_export_pads_with_eos_when_nothing_else_is_known(tmp_path):
+def test_a_scalar_export_needs_a_pad_id_that_ends_no_text(tmp_path):
     config = make_config()
     params = make_params(config, 'scalar')
-    hf.save(tmp_path / 'a', params, config, head='scalar', eos_token_id=[7, 2])
-    entries = json.loads((tmp_path / 'a' / 'config.json').read_text())
-    assert entries['pad_token_id'] == 7
+
+    def save(**ids):
+        place = tmp_path / f'rm{len(list(tmp_path.iterdir()))}'
+        hf.save(place, params, config, head='scalar', **ids)
+
+    save(eos_token_id=[7, 2], pad_token_id=3)
+    entries = json.loads((tmp_path / 'rm0' / 'config.json').read_text())
+    assert (entries['eos_token_id'], entries['pad_token_id']) == ([7, 2], 3)
     assert np.float32(entries['rlhf_jax']['score_bias']) == params['head']['bias']
-    hf.save(
-        tmp_path / 'b', params, config, head='scalar', eos_token_id=7, pad_token_id=3
-    )
-    entries = json.loads((tmp_path / 'b' / 'config.json').read_text())
-    assert (entries['eos_token_id'], entries['pad_token_id']) == (7, 3)
-    with pytest.raises(ValueError, match='needs pad_token_id'):
-        hf.save(tmp_path / 'c', params, config, head='scalar')
+    with pytest.raises(ValueError, match='no pad_token_id, and no tokenizer'):
+        save(eos_token_id=2)
+    with pytest.raises(ValueError, match='pad_token_id=2, which may end a text'):
+        save(eos_token_id=[7, 2], pad_token_id=2)
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -355,7 +358,7 @@ def test_weights_that_cannot_be_read(exported):
 def test_a_classifier_is_no_language_model(tmp_path):
     config = make_config()
     params = make_params(config, 'scalar')
-    hf.save(tmp_path / 'rm', params, config, head='scalar', eos_token_id=2)
+    hf.save(tmp_path / 'rm', params, config, head='scalar', pad_token_id=0)
     with pytest.raises(
         ValueError, match='SequenceClassification, which has no language'
     ):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_jax import checkpoint, hf, sharding
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, prepare
@@ -217,6 +217,21 @@ def test_a_hugging_face_model_brings_its_tokenizer(
     scored = score(run, responses, **sources)
     assert_scores_of_texts(scored['own'], responses, reward_model, reward_params)
     assert scored['same'].truncated is None
+
+
+def test_an_exported_reward_model_reads_the_policys_tokens(
+    run, responses, reward_model, reward_params
+):
+    """Its tokenizer got a pad token of its own, which stands in no text."""
+    config, folder = reward_model.config, run.workdir / 'exported'
+    given = {'head': 'scalar', 'tokenizer': run.tokenizer, 'eos_token_id': [1]}
+    hf.save(folder, reward_params, config, **given)
+    assert run.tokenizer.pad_token is None
+    assert AutoTokenizer.from_pretrained(folder).pad_token == '<|pad|>'
+    plain = make_stage(run.workdir / 'plain', reward_params, config)
+    scored = score(run, responses, exported=RewardSource(model=str(folder)), rm=plain)
+    assert scored['exported'].truncated is None  # read as tokens, not as text
+    np.testing.assert_array_equal(scored['rm'].scores, scored['exported'].scores)
 
 
 def test_texts_are_read_as_in_training(tmp_path):
