@@ -21,6 +21,8 @@ import optax
 
 from rlhf_jax.algos.gradients import mean_gradient
 from rlhf_jax.algos.rollout import (
+    WeightLevel,
+    check_plan,
     objective_metrics,
     off_policy_weights,
     response_cuts,
@@ -68,7 +70,7 @@ class PPOHParams:
     temperature: float = 1.0  # of rollout, reference and training passes alike
     # Rewards
     kl_coef: float = 0.05  # β, first value when adaptive (Huang et al. 2024: 0.05)
-    kl_estimator: KLEstimator = 'k1'
+    kl_estimator: KLEstimator = 'k1'  # the others are refused in the reward
     kl_target: float | None = None  # nats per sequence; None keeps β fixed (Ziegler: 6)
     kl_horizon: float = 10_000.0  # episodes (Ziegler)
     score_at: Literal['last', 'after_last'] = 'last'  # TRL: 'after_last'
@@ -80,6 +82,7 @@ class PPOHParams:
     unbiased_variance: bool = False  # n − 1 in whitening, as TRL has it
     # c of the weights min(π/μ, c), where responses are not the policy's own
     off_policy_clip: float | None = None
+    off_policy_level: WeightLevel = 'token'  # 'response': unbiased, of more variance
     # Losses
     clip_eps: float | None = 0.2
     dual_clip: float | None = None
@@ -98,19 +101,11 @@ class PPOHParams:
     critic_warmup_rollouts: int = 0  # first ones, in which the critic learns alone
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f'temperature={self.temperature}: a policy needs one above 0'
-            )
+        check_plan(self)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(
                 f'dual_clip={self.dual_clip} bounds ratios of 1, where nothing has '
                 'moved yet; use one above 1 (Ye et al.: 3), or None'
-            )
-        if self.off_policy_clip is not None and self.off_policy_clip <= 0:
-            raise ValueError(
-                f'off_policy_clip={self.off_policy_clip} leaves no weight; use one '
-                'above 0 (1 or 2), or None for responses of the policy itself'
             )
 
 
@@ -228,11 +223,7 @@ def prepare(
         (rollout, metrics of the rollout; ``objective/kl`` in nats per sequence).
     """
     generation, weights, metrics = off_policy_weights(
-        state.params['policy'],
-        generation,
-        model=model.policy,
-        temperature=hp.temperature,
-        clip=hp.off_policy_clip,
+        state.params['policy'], generation, model=model.policy, hp=hp
     )
     ref_logprobs, _ = response_logprobs(
         ref_params, generation, model=model.policy, temperature=hp.temperature
