@@ -150,13 +150,11 @@ def prepare_lagrangian(
     """Turns scored responses into a rollout; runs once, before the epochs over it.
 
     A = (A_r − λ·A_c)/(1 + λ), λ already moved by this rollout's costs; the rewards of
-    A_r are −β·KL and the score, that of A_c is the cost. (1 + λ)·A is the advantage of
-    the Lagrangian E[r] − β·KL − λ·(E[c] − limit), and the division keeps the size of
-    the step when λ grows.
+    A_r are −β·KL and the score, that of A_c is the cost. It is the advantage of the
+    Lagrangian E[r] − β·KL − λ·(E[c] − limit), at a size that λ does not change.
 
     Source: Dai et al. 2023, arXiv 2310.12773.
-    Deviations: the penalty is in A_r alone, see above. A is whitened where ``hp`` says
-    so, which safe-rlhf does not do.
+    Deviations: no penalty in A_c (see above); A is whitened where ``hp`` says so.
 
     Args:
         state: the critics, β and λ are read.

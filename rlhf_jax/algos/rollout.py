@@ -146,10 +146,10 @@ def off_policy_weights(
 
     Weights of tokens have little variance and are biased however large c is: they
     correct which token was drawn behind a prefix, and neither how often μ comes to the
-    prefix nor what it writes after the token. The gradient is that of π only up to the
-    first order of π − μ. Weights of whole responses give the gradient of π exactly as
-    c grows (where advantages are those of the response, or rewards to go less a
-    baseline), and a variance that grows with the length.
+    prefix nor what it writes after the token; the error of the gradient is of the first
+    order in π − μ. With weights of whole responses it is exactly that of π as c grows
+    (where advantages are sums of rewards less a baseline), at a variance that grows
+    with the length.
 
     Source: truncated importance weights of tokens: Espeholt et al. 2018 (V-trace),
     arXiv 1802.01561; two old policies, one to correct for and one to stay near: Hilton

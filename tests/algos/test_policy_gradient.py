@@ -170,8 +170,8 @@ def test_the_first_minibatch_sees_ratio_one(ready, update, level):
 def test_one_epoch_without_a_clip_is_reinforce(
     ready, update, generation, objective, level, baseline
 ):
-    """θ moves by 0.5·mean_b Σ_t (R_b − baseline)·∇log π, for every objective: ReMax sums
-    over a response unless told otherwise.
+    """θ moves by 0.5·mean_b Σ_t (R_b − baseline)·∇log π, for every objective: ReMax
+    sums over a response unless told otherwise.
     """
     rows = jnp.full(ROWS, baseline)
     rollout, _ = ready('remax', baseline=rows)
