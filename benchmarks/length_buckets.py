@@ -46,7 +46,9 @@ def rollout(random: np.random.Generator, args: argparse.Namespace) -> rj.Rollout
 def update(model: rj.CausalLM, parts: int, buckets: int) -> object:
     """Compiled function of (params, rollout) → new parameters."""
     tx = optax.sgd(1e-2)
-    hp = PolicyHParams(num_microbatches=parts, num_length_buckets=buckets)
+    hp = PolicyHParams(
+        aggregation='sequence_mean', num_microbatches=parts, num_length_buckets=buckets
+    )
     step = functools.partial(policy_step, model=model, tx=tx, hp=hp)
 
     def updated(params, batch):

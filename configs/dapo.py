@@ -40,7 +40,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         max_draws=4,
         clip_eps_low=0.2,
         clip_eps_high=0.28,
-        aggregation='token_mean',
         overlong_buffer=6,  # a fifth of max_new_tokens, as theirs
         num_epochs=2,
         num_minibatches=2,

@@ -36,7 +36,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         **online(arg),
         group_size=2 if arg.smoke else 8,
         kl_coef=0.2,
-        aggregation='fixed_length',
         fixed_length=28,  # max_new_tokens
         num_epochs=2,
         num_minibatches=2,

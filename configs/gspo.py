@@ -38,7 +38,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         clip_eps_low=3e-4,
         clip_eps_high=4e-4,
         kl_coef=0.2,
-        aggregation='sequence_mean',
         num_epochs=2,
         num_minibatches=2,
     )

@@ -35,7 +35,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         **online(arg),
         group_size=2 if arg.smoke else 8,
         kl_coef=0.2,
-        aggregation='sequence_sum',
         num_epochs=2,
         num_minibatches=2,
     )

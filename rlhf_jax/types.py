@@ -256,6 +256,9 @@ class Rollout:
     returns: Array | None = None  # [B, T] float32, from the unwhitened advantages
     # As in Generation
     response_length: int | None = struct.field(pytree_node=False, default=None)
+    # How the paper of the estimator of the advantages sums tokens up, see
+    # ``algos/estimators``; None of a rollout with a critic
+    aggregation: str | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass(kw_only=True)

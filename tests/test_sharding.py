@@ -209,7 +209,6 @@ def test_ppo_step_agrees_with_one_device(
             whiten_rewards=True,
             entropy_coef=0.01,
             ptx_coef=0.5,
-            kl_estimator='k3',
         )
         state = place(_ppo_state(policy_params, reward_params, tx), mesh, 'params')
         ready = compile_step(

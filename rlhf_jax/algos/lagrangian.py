@@ -8,6 +8,11 @@ its own for it: ``generate`` → a score and a cost per response →
 cost is worth in reward; it rises while the constraint is violated.
 
 Source: Dai et al. 2023 (Safe RLHF), arXiv 2310.12773, and its code, safe-rlhf.
+Deviations: Safe RLHF has the KL penalty in both streams of rewards, −β·KL beside the
+score and +β·KL beside the cost, and combines their advantages as is done here, by
+(A_r − λ·A_c)/(1 + λ). A nat then costs β beside scores that are divided by 1 + λ, which
+solves max E[r] − (1 + λ)·β·KL under the constraint. Here it stands beside the score
+alone, so that the problem above is solved and λ is its price of a unit of cost.
 """
 
 from __future__ import annotations
@@ -147,12 +152,11 @@ def prepare_lagrangian(
     """Turns scored responses into a rollout; runs once, before the epochs over it.
 
     A = (A_r − λ·A_c)/(1 + λ), λ already moved by this rollout's costs; the rewards of
-    A_r are −β·KL and the score, those of A_c are +β·KL and the cost, so that the policy
-    pays β for a nat whatever λ is.
+    A_r are −β·KL and the score, that of A_c is the cost. It is the advantage of the
+    Lagrangian E[r] − β·KL − λ·(E[c] − limit), at a size that λ does not change.
 
-    Source: Dai et al. 2023, arXiv 2310.12773; the penalty in both streams as in
-    safe-rlhf's code.
-    Deviations: A is whitened where ``hp`` says so, which safe-rlhf does not do.
+    Source: Dai et al. 2023, arXiv 2310.12773.
+    Deviations: no penalty in A_c (see above); A is whitened where ``hp`` says so.
 
     Args:
         state: the critics, β and λ are read.
@@ -169,11 +173,12 @@ def prepare_lagrangian(
         (rollout, metrics: PPO's, ``objective/cost``, ``objective/lambda`` and
         ``cost_val/…`` of the second critic).
     """
-    how = {'model': model.policy, 'temperature': hp.temperature}
     generation, weights, metrics = off_policy_weights(
-        state.params['policy'], generation, **how, clip=hp.off_policy_clip
+        state.params['policy'], generation, model=model.policy, hp=hp
     )
-    ref_logprobs, _ = response_logprobs(ref_params, generation, **how)
+    ref_logprobs, _ = response_logprobs(
+        ref_params, generation, model=model.policy, temperature=hp.temperature
+    )
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
     how = {'hp': hp, 'axis_name': axis_name}
     params, beta = state.params, state.kl_coef
@@ -185,7 +190,7 @@ def prepare_lagrangian(
         generation,
         costs,
         kl,
-        -beta,
+        0.0,
         model=model.cost_critic,
         **how,
     )

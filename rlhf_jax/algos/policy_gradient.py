@@ -20,6 +20,8 @@ import optax
 from rlhf_jax.algos.estimators import Estimator
 from rlhf_jax.algos.gradients import mean_gradient
 from rlhf_jax.algos.rollout import (
+    WeightLevel,
+    check_plan,
     objective_metrics,
     off_policy_weights,
     per_row,
@@ -52,7 +54,8 @@ from rlhf_jax.types import (
 class PolicyHParams:
     """Hyperparameters of ``policy_step``, beside the estimator's own.
 
-    The defaults are GRPO's where the paper has one; other methods set what they need.
+    The defaults are GRPO's where the paper has one, but for the aggregation, which is
+    that of the estimator's paper; other methods set what they need.
     """
 
     # of rollout, reference and training passes alike
@@ -61,9 +64,10 @@ class PolicyHParams:
     group_size: Annotated[int, at_least(1)] = 8
     # KL in the reward: β of the per-token penalty
     kl_coef: Annotated[float, at_least(0)] = 0.0
-    kl_estimator: KLEstimator = 'k1'
+    kl_estimator: KLEstimator = 'k1'  # the others are refused in the reward
     # c of the weights min(π/μ, c), where responses are not the policy's own
     off_policy_clip: float | None = None
+    off_policy_level: WeightLevel = 'token'  # 'response': unbiased, of more variance
     # Loss
     objective: Literal['clipped', 'cispo'] = 'clipped'  # X_policy_loss of ops
     ratio_level: RatioLevel = 'token'  # GSPO: 'sequence'
@@ -72,7 +76,7 @@ class PolicyHParams:
     # of k3 in the loss (Shao et al.: 0.04)
     kl_loss_coef: Annotated[float, at_least(0)] = 0.0
     entropy_coef: Annotated[float, at_least(0)] = 0.0
-    aggregation: Aggregation = 'sequence_mean'
+    aggregation: Aggregation | None = None  # None: the estimator's AGGREGATION
     # tokens; of the aggregation of that name alone
     fixed_length: Annotated[int | None, at_least(1)] = None
     # Optimisation of one rollout
@@ -86,21 +90,34 @@ class PolicyHParams:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.off_policy_clip is not None and self.off_policy_clip <= 0:
-            raise ValueError(
-                f'off_policy_clip={self.off_policy_clip} leaves no weight; use one '
-                'above 0 (1 or 2), or None for responses of the policy itself'
-            )
+        check_plan(self)
         if self.objective not in ('clipped', 'cispo'):
             raise ValueError(
                 f"objective={self.objective!r} is unknown; use 'clipped' or 'cispo'"
             )
-        if (self.aggregation == 'fixed_length') != (self.fixed_length is not None):
+        if self.aggregation is not None:
+            self.aggregated_by(None)
+
+    def aggregated_by(self, default: Aggregation | None) -> Aggregation:
+        """How tokens are summed up, where ``default`` is the estimator's way.
+
+        Raises:
+            ValueError: neither says how, or ``fixed_length`` does not go with it.
+        """
+        how = default if self.aggregation is None else self.aggregation
+        if how is None:
             raise ValueError(
-                f'aggregation={self.aggregation!r} and fixed_length='
-                f"{self.fixed_length} disagree; 'fixed_length' needs a number of "
-                'tokens, the others None'
+                'aggregation=None is that of an estimator, and this rollout does not '
+                "name one; set aggregation ('sequence_sum', 'token_mean', …), or make "
+                'the rollout with prepare_policy'
             )
+        if (how == 'fixed_length') != (self.fixed_length is not None):
+            raise ValueError(
+                f'aggregation={how!r} and fixed_length={self.fixed_length} disagree; '
+                "'fixed_length' needs a number of tokens (that of the longest response "
+                'allowed), the others None'
+            )
+        return how
 
 
 def in_groups(x: Array, size: int) -> Array:
@@ -154,11 +171,12 @@ def prepare_policy(
         ValueError: rows that do not divide into groups, groups of one where others are
             needed, or no baseline where one is.
     """
-    how = {'model': model, 'temperature': hp.temperature}
     generation, weights, metrics = off_policy_weights(
-        state.params['policy'], generation, **how, clip=hp.off_policy_clip
+        state.params['policy'], generation, model=model, hp=hp
     )
-    ref_logprobs, _ = response_logprobs(ref_params, generation, **how)
+    ref_logprobs, _ = response_logprobs(
+        ref_params, generation, model=model, temperature=hp.temperature
+    )
     response = generation.response_mask
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
     rewards = token_rewards(scores, kl, response, hp.kl_coef)
@@ -184,6 +202,7 @@ def prepare_policy(
         advantages=advantages.reshape(response.shape) * weights,
         kept=kept,
         response_length=generation.response_length,
+        aggregation=estimator.AGGREGATION,
     )
     return rollout, reduce_metrics(metrics, axis_name)
 
@@ -206,7 +225,7 @@ def policy_gradient_loss(
         ratio_level=hp.ratio_level,
         kl_coef=hp.kl_loss_coef,
         entropy_coef=hp.entropy_coef,
-        aggregation=hp.aggregation,
+        aggregation=hp.aggregated_by(batch.aggregation),
         length=hp.fixed_length,
     )
 

@@ -21,6 +21,8 @@ import optax
 
 from rlhf_jax.algos.gradients import mean_gradient
 from rlhf_jax.algos.rollout import (
+    WeightLevel,
+    check_plan,
     objective_metrics,
     off_policy_weights,
     response_cuts,
@@ -69,7 +71,7 @@ class PPOHParams:
     temperature: Annotated[float, above(0)] = 1.0  # of all passes alike
     # Rewards
     kl_coef: Annotated[float, at_least(0)] = 0.05  # β, at first (Huang et al.: 0.05)
-    kl_estimator: KLEstimator = 'k1'
+    kl_estimator: KLEstimator = 'k1'  # the others are refused in the reward
     # nats per sequence; None keeps β fixed (Ziegler: 6)
     kl_target: Annotated[float | None, above(0)] = None
     kl_horizon: Annotated[float, above(0)] = 10_000.0  # episodes (Ziegler)
@@ -82,6 +84,7 @@ class PPOHParams:
     unbiased_variance: bool = False  # n − 1 in whitening, as TRL has it
     # c of the weights min(π/μ, c), where responses are not the policy's own
     off_policy_clip: float | None = None
+    off_policy_level: WeightLevel = 'token'  # 'response': unbiased, of more variance
     # Losses
     clip_eps: Annotated[float | None, above(0)] = 0.2
     dual_clip: float | None = None
@@ -102,15 +105,11 @@ class PPOHParams:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_plan(self)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(
                 f'dual_clip={self.dual_clip} bounds ratios of 1, where nothing has '
                 'moved yet; use one above 1 (Ye et al.: 3), or None'
-            )
-        if self.off_policy_clip is not None and self.off_policy_clip <= 0:
-            raise ValueError(
-                f'off_policy_clip={self.off_policy_clip} leaves no weight; use one '
-                'above 0 (1 or 2), or None for responses of the policy itself'
             )
 
 
@@ -228,11 +227,7 @@ def prepare(
         (rollout, metrics of the rollout; ``objective/kl`` in nats per sequence).
     """
     generation, weights, metrics = off_policy_weights(
-        state.params['policy'],
-        generation,
-        model=model.policy,
-        temperature=hp.temperature,
-        clip=hp.off_policy_clip,
+        state.params['policy'], generation, model=model.policy, hp=hp
     )
     ref_logprobs, _ = response_logprobs(
         ref_params, generation, model=model.policy, temperature=hp.temperature

@@ -7,17 +7,47 @@ metrics. Read ``algos/updates.py`` next.
 from __future__ import annotations
 
 import math
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.algos.gradients import Cuts
 from rlhf_jax.models.heads import CausalLM, apply_to_last
-from rlhf_jax.ops.kl import KLEstimator, kl_estimate
+from rlhf_jax.ops.kl import KLEstimator, check_reward_estimator, kl_estimate
 from rlhf_jax.ops.logprobs import token_logprobs
 from rlhf_jax.ops.masked import masked_sum
 from rlhf_jax.ops.policy_loss import importance_ratio
 from rlhf_jax.types import Array, Generation, Mean, Metrics, Params, Rollout
+
+WeightLevel = Literal['token', 'response']
+
+
+class RolloutPlan(Protocol):
+    """What hyperparameters say of the responses; see :func:`off_policy_weights`."""
+
+    temperature: float
+    kl_estimator: KLEstimator
+    off_policy_clip: float | None
+    off_policy_level: WeightLevel
+
+
+def check_plan(hp: RolloutPlan) -> None:
+    """Refuses hyperparameters of a rollout that cannot be.
+
+    Raises:
+        ValueError: which one, and what to use.
+    """
+    check_reward_estimator(hp.kl_estimator)
+    if hp.off_policy_clip is not None and hp.off_policy_clip <= 0:
+        raise ValueError(
+            f'off_policy_clip={hp.off_policy_clip} leaves no weight; use one '
+            'above 0 (1 or 2), or None for responses of the policy itself'
+        )
+    if hp.off_policy_level not in ('token', 'response'):
+        raise ValueError(
+            f"off_policy_level={hp.off_policy_level!r}; use 'token' or 'response'"
+        )
 
 
 def policy_logprobs(
@@ -101,26 +131,35 @@ def off_policy_weights(
     generation: Generation,
     *,
     model: CausalLM,
-    temperature: float,
-    clip: float | None,
+    hp: RolloutPlan,
 ) -> tuple[Generation, Array, Metrics]:
     """Takes responses of an older policy μ for those of the current one, with weights.
 
-    w_t = min(π(y_t)/μ(y_t), c), which multiply the advantages. The log-probabilities of
-    the responses become those of π, so that the ratio of the loss starts at 1 and its
-    clip bounds the distance from π, and not from μ.
+    token     w_t = min(π(y_t)/μ(y_t), c)
+    response  w_t = min(π(y)/μ(y), c) = min(Π_s π(y_s)/μ(y_s), c), the same for every t
 
-    Source: truncated importance weights: Espeholt et al. 2018 (V-trace), arXiv
-    1802.01561; two old policies, one to correct for and one to stay near: Hilton et al.
-    2021, arXiv 2110.00641.
+    The weights multiply the advantages. The log-probabilities of the responses become
+    those of π, so that the ratio of the loss starts at 1 and its clip bounds the
+    distance from π, and not from μ.
+
+    Weights of tokens have little variance and are biased however large c is: they
+    correct which token was drawn behind a prefix, and neither how often μ comes to the
+    prefix nor what it writes after the token; the error of the gradient is of the first
+    order in π − μ. With weights of whole responses it is exactly that of π as c grows
+    (where advantages are sums of rewards less a baseline), at a variance that grows
+    with the length.
+
+    Source: truncated importance weights of tokens: Espeholt et al. 2018 (V-trace),
+    arXiv 1802.01561; two old policies, one to correct for and one to stay near: Hilton
+    et al. 2021, arXiv 2110.00641. Weights of responses: importance sampling.
     Deviations: V-trace also weighs the targets of the critic; here they are as sampled.
 
     Args:
         params: of the current policy π.
         generation: responses with the log-probabilities they were sampled with.
         model: the policy, static.
-        temperature: of the policy.
-        clip: c > 0; None for responses that are the policy's own.
+        hp: temperature of the policy, c > 0 (``off_policy_clip``; None for responses
+            that are the policy's own) and the level of the weights.
 
     Returns:
         (generation with the log-probabilities of π, weights [B, T], 0 outside the
@@ -128,13 +167,18 @@ def off_policy_weights(
         bound and ``off_policy_clipfrac``). Without ``clip`` the generation as it is,
         weights of 1 and no metrics.
     """
-    response = generation.response_mask
+    response, clip = generation.response_mask, hp.off_policy_clip
     if clip is None:
         return generation, response.astype(jnp.float32), {}
     logprobs, _ = response_logprobs(
-        params, generation, model=model, temperature=temperature
+        params, generation, model=model, temperature=hp.temperature
     )
-    ratio = importance_ratio(logprobs, generation.logprobs)
+    before = jnp.where(response, generation.logprobs, 0)
+    if hp.off_policy_level == 'token':
+        ratio = importance_ratio(logprobs, before)
+    else:
+        whole = jnp.sum(logprobs, -1, keepdims=True), jnp.sum(before, -1, keepdims=True)
+        ratio = jnp.broadcast_to(importance_ratio(*whole), response.shape)
     tokens = jnp.sum(response).astype(jnp.float32)
     metrics = {
         'rollout/off_policy_ratio': Mean(masked_sum(ratio, response), tokens),

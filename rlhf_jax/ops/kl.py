@@ -22,9 +22,23 @@ def kl_estimate(
 
     k1 = d;   k2 = d²/2;   k3 = e^−d − 1 + d.
 
-    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html. k1 and k3 are
-        unbiased, k2 is
-    not; k3 is never negative.
+    Of the *value* k1 and k3 are unbiased, k2 is not; k3 is never negative. What the
+    gradient of an objective with the estimate in it is, for one token, is another
+    matter:
+
+    | | in the reward, E[k·∇log π] | in the loss, E[∇k] |
+    |---|---|---|
+    | k1 | ∇KL(π ‖ π_ref) | 0 |
+    | k2 | E[d²·∇log π]/2, of no KL | ∇KL(π ‖ π_ref) |
+    | k3 | ∇KL(π ‖ π_ref) − ∇KL(π_ref ‖ π) | ∇KL(π_ref ‖ π) |
+
+    Over a whole response k1 in the reward, summed over the tokens to come, has the
+    gradient of the KL of responses. An estimate in the loss leaves out that a token
+    decides which tokens come after it: its gradient is that of the KL at every prefix,
+    with the prefixes held as they were sampled.
+
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html; gradients: Tang &
+    Munos 2025, arXiv 2506.09477.
 
     Args:
         logprobs: [B, T] log π, nats.
@@ -45,6 +59,20 @@ def kl_estimate(
     if kind == 'k3':
         return jnp.expm1(-difference) + difference
     raise ValueError(f"kl estimator {kind!r} is unknown; use 'k1', 'k2' or 'k3'")
+
+
+def check_reward_estimator(kind: KLEstimator) -> None:
+    """Refuses an estimator whose penalty in the reward has not the gradient of the KL.
+
+    Raises:
+        ValueError: any but k1, see :func:`kl_estimate`.
+    """
+    if kind != 'k1':
+        raise ValueError(
+            f'kl_estimator={kind!r}: as a penalty in the reward this estimate does not '
+            "have the gradient of the KL, and the policy leaves its optimum; use 'k1' "
+            '(kl_coef), or k3 in the loss (kl_loss_coef, with kl_coef=0)'
+        )
 
 
 def adapt_kl_coef(

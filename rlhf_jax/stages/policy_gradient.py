@@ -80,6 +80,12 @@ def _check(
         jax.eval_shape(lambda x: estimator.advantages(x, estimator_hp, None), outcomes)
     except ValueError as error:
         raise ValueError(f'{where}: {name}: {error}') from error
+    try:
+        hp.aggregated_by(estimator.AGGREGATION)
+    except ValueError as error:
+        raise ValueError(
+            f'{where}: {name}: {error}; max_new_tokens={settings.max_new_tokens}'
+        ) from error
     if settings.max_draws < 1:
         raise ValueError(f'{where}.max_draws={settings.max_draws}: use at least 1')
     if settings.max_draws > 1 and not hasattr(estimator, 'kept'):

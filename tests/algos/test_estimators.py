@@ -211,7 +211,7 @@ def test_rewards_to_go_by_hand():
     [
         ('grp', "did you mean 'grpo'"),
         ('actor_critic', r"use \['dapo', 'dr_grpo', "),
-        ('rlhf_jax.preference.dpo', 'has no advantages; a critic-free estimator is'),
+        ('rlhf_jax.preference.dpo', 'has no AGGREGATION, advantages; a critic'),
         ('no_such.estimator', 'cannot be imported'),
     ],
 )

@@ -155,7 +155,7 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_prepare_by_hand(constrained):
     """γ = λ_GAE = 1, V = 0, β = 0.1, multiplier 3: every advantage is the sum of what
-    follows, of (r − 3c)/4 with −β·d in r and +β·d in c.
+    follows, of (r − β·d − 3c)/4.
     """
     hp = make_hp(gamma=1.0, lam=1.0, whiten_advantages=False)
     zero = {'table': jnp.zeros(V)}
@@ -171,14 +171,14 @@ def test_prepare_by_hand(constrained):
         return np.cumsum(x[:, ::-1], axis=1)[:, ::-1] * mask
 
     reward = to_go(-0.1 * d + last * np.array([[0.5], [-0.25]]))
-    cost = to_go(0.1 * d + last * np.array([[1.0], [-1.0]]))
+    cost = to_go(last * np.array([[1.0], [-1.0]]))
     np.testing.assert_allclose(rollout.reward.returns, reward, atol=1e-6)
     np.testing.assert_allclose(rollout.cost.returns, cost, atol=1e-6)
     combined = (reward - 3 * cost) / 4
     np.testing.assert_allclose(rollout.reward.advantages, combined, atol=1e-6)
-    # (−β − 3β)/4 = −β: what a nat costs does not depend on λ.
+    # Times 1 + λ it is the Lagrangian, in which a nat costs β whatever λ is.
     np.testing.assert_allclose(
-        combined[1, 1], -0.1 * d[1].sum() + (-0.25 - 3 * -1.0) / 4, atol=1e-6
+        4 * combined[1, 1], -0.25 - 3 * -1.0 - 0.1 * d[1].sum(), atol=1e-6
     )
     assert metrics['objective/lambda'] == pytest.approx(3)
     assert metrics['objective/cost'] == 0
@@ -219,14 +219,17 @@ def test_without_a_multiplier_it_is_ppo(
 def test_a_large_multiplier_minimises_the_cost(
     constrained, step, ready, update, sampled
 ):
-    """λ → ∞ is PPO on the negative cost, with the cost's critic turned over."""
+    """λ → ∞ is PPO on the negative cost without a KL, with the cost's critic turned
+    over.
+    """
     hp = make_hp()
     state = _state(lam=1e8)
     free = LagrangianHParams(cost_limit=0.5, lambda_max=None)  # J_C = 0: λ stays
     rollout, _ = constrained(state, sampled, SCORES, COSTS, hp, constraint=free)
     after, _ = step(state, rollout, hp, constraint=free)
     turned = {**PARAMS, 'critic': jax.tree.map(jnp.negative, ALL['cost_critic'])}
-    plain, _ = ready(sampled, -COSTS, hp, state=make_state().replace(params=turned))
+    state = make_state(kl_coef=0.0).replace(params=turned)
+    plain, _ = ready(sampled, -COSTS, hp, state=state)
     ppo, _ = update(plain, hp)
     np.testing.assert_allclose(
         after.params['policy']['table'], ppo.params['policy']['table'], atol=1e-5

@@ -167,7 +167,9 @@ def test_a_ppo_step_is_that_of_whole_rows(
 @pytest.mark.parametrize('level', ['token', 'sequence'])
 def test_a_policy_step_is_that_of_whole_rows(policy, policy_params, rollout, level):
     tx, params = optax.sgd(0.1), {'policy': policy_params}
-    rows = rollout.replace(value_mask=None, old_values=None, returns=None)
+    rows = rollout.replace(
+        value_mask=None, old_values=None, returns=None, aggregation='sequence_mean'
+    )
     hp = PolicyHParams(num_microbatches=4, ratio_level=level, kl_loss_coef=0.1)
 
     def run(buckets):

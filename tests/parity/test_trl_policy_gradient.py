@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.algos.estimators import grpo
 from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_gradient_loss
 from rlhf_jax.rewards import overlong_penalty
 from rlhf_jax.types import Params, Rollout
@@ -136,6 +137,7 @@ def _ours(old_logprobs: np.ndarray = OLD, **settings: Any) -> tuple[float, np.nd
         old_logprobs=jnp.asarray(edge(old_logprobs)),
         ref_logprobs=jnp.asarray(edge(REF)),
         advantages=jnp.asarray(edge(MASK * ADVANTAGES[:, None])),
+        aggregation=grpo.AGGREGATION,
     )
     hp = PolicyHParams(**settings)
 

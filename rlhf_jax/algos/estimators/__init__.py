@@ -6,6 +6,8 @@ own:
 * ``HParams``: a frozen dataclass, all of whose fields have defaults;
 * ``advantages(outcomes, hp, axis_name)``: [P, G, T] float32 from the ``Outcomes`` of
   this device, 0 outside the responses; ``axis_name`` is the mapped device axis or None;
+* ``AGGREGATION``: how its paper sums the tokens of the loss up, a name of
+  ``ops.policy_loss.aggregate``: what holds unless ``PolicyHParams.aggregation`` is set;
 * ``kept(outcomes)``, where a prompt may be left out of the loss: [P] bool;
 * ``WANTS_BASELINE = True``, where ``outcomes.baseline`` must be there.
 
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from rlhf_jax.named import load_module
+from rlhf_jax.ops.policy_loss import Aggregation
 from rlhf_jax.types import Array, Outcomes
 
 
@@ -25,6 +28,7 @@ class Estimator(Protocol):
     """The names of an estimator; ``kept`` and ``WANTS_BASELINE`` may be absent."""
 
     __name__: str
+    AGGREGATION: Aggregation
     HParams: type
     advantages: Callable[[Outcomes, Any, str | None], Array]
 
@@ -44,5 +48,5 @@ def load(name: str, where: str) -> Estimator:
         name,
         where=where,
         what='critic-free estimator',
-        needed=('HParams', 'advantages'),
+        needed=('HParams', 'AGGREGATION', 'advantages'),
     )

@@ -14,7 +14,9 @@ from __future__ import annotations
 from rlhf_jax.algos.estimators.grpo import HParams, advantages
 from rlhf_jax.types import Array, Outcomes
 
-__all__ = ['HParams', 'advantages', 'kept']
+__all__ = ['AGGREGATION', 'HParams', 'advantages', 'kept']
+
+AGGREGATION = 'token_mean'
 
 
 def kept(outcomes: Outcomes) -> Array:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from rlhf_jax.ops.advantages import group_deviations
 from rlhf_jax.types import Array, Outcomes
 
+AGGREGATION = 'fixed_length'
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HParams:

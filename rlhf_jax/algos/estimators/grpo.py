@@ -21,6 +21,8 @@ from rlhf_jax.ops.advantages import group_deviations
 from rlhf_jax.ranges import at_least
 from rlhf_jax.types import Array, Outcomes
 
+AGGREGATION = 'sequence_mean'
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HParams:

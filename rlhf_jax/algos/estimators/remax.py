@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from rlhf_jax.ops.advantages import rewards_to_go
 from rlhf_jax.types import Array, Outcomes
 
+AGGREGATION = 'sequence_sum'
 WANTS_BASELINE = True
 
 
