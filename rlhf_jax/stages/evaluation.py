@@ -146,7 +146,7 @@ def stop_rules(run: Run, job: Evaluation) -> Sampling:
     """The sampling parameters of a stage: its stop sequences as tokens, all EOS ids."""
     settings = job.settings
     return sampling(
-        eos_ids=[*pipeline.eos_ids(run.tokenizer), *settings.extra_eos_ids],
+        eos_ids=pipeline.eos_ids(run.tokenizer),
         temperature=job.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,

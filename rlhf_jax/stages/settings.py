@@ -128,7 +128,7 @@ class EvaluationSettings:
     decode_rows: int | None = None
     top_k: int | None = None
     top_p: float | None = None
-    extra_eos_ids: tuple[int, ...] = ()  # beside the tokenizer's EOS
+    extra_eos_ids: tuple[int, ...] = ()  # end a response too, in all stages of the run
     stop_sequences: tuple[str, ...] = ()
     stop_after: int = 0  # response tokens before a stop sequence counts
     eval_batch_size: int = 128
