@@ -13,6 +13,7 @@ from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.generate import draw_from, generate, sample_tokens, sampling
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops import logprobs
+from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 
 V = 8  # vocabulary of the table policies
@@ -63,21 +64,28 @@ def test_an_eos_in_the_prompt_ends_nothing(chain):
     assert chain([3], eos_ids=[3])[0] == [[4, 5, 6, 7, 0, 1]]
 
 
+def stops(*sequences, vocabulary=V):
+    """A table in which the text of a token is a byte with its id."""
+    pieces = [bytes([i]) for i in range(vocabulary)]
+    return stop_table(pieces, [bytes(sequence) for sequence in sequences])
+
+
 def test_stop_sequences(chain):
-    written, out = chain([0, 2, 4], eos_ids=[], stop_sequences=[[3, 4], [7]])
+    how = {'eos_ids': [], 'stop_table': stops([3, 4], [7])}
+    written, out = chain([0, 2, 4], **how)
     assert written == [[1, 2, 3, 4], [3, 4], [5, 6, 7]]
     assert out.ended.all()
     # The policy must have written all of it: a prompt that ends in 3 does not end at 4.
-    assert chain([3], eos_ids=[], stop_sequences=[[3, 4], [7]])[0] == [[4, 5, 6, 7]]
+    assert chain([3], **how)[0] == [[4, 5, 6, 7]]
 
 
 def test_a_stop_sequence_counts_only_from_stop_after_on(chain):
-    stop = {'eos_ids': [], 'stop_sequences': [[2], [5]]}
+    stop = {'eos_ids': [], 'stop_table': stops([2], [5])}
     assert chain([0], **stop)[0] == [[1, 2]]
     assert chain([0], **stop, stop_after=2)[0] == [[1, 2]]
     assert chain([0], **stop, stop_after=3)[0] == [[1, 2, 3, 4, 5]]
     # EOS ends at any place.
-    assert chain([0], eos_ids=[1], stop_sequences=[[2], [5]], stop_after=3)[0] == [[1]]
+    assert chain([0], **{**stop, 'eos_ids': [1]}, stop_after=3)[0] == [[1]]
 
 
 # --------------------------------------------------------------------- the distribution
@@ -215,10 +223,12 @@ def test_changing_the_sampling_compiles_nothing(write, prompts):
         {'top_k': 5},
         {'top_p': 0.5},
         {'eos_ids': [12]},
-        {'stop_sequences': [[9]], 'stop_after': 2},
     ):
         write(*prompts, **how)
     assert write.cache_size() == compiled
+    for table in (stops([9], vocabulary=64), stops([3, 4], [5, 7, 8], vocabulary=64)):
+        write(*prompts, stop_table=table, stop_after=2)
+    assert write.cache_size() == compiled + 1
 
 
 def test_greedy_is_the_argmax_of_repeated_full_forward_passes(
@@ -396,7 +406,6 @@ def test_the_loop_stops_when_every_row_has_ended(counted):
         ({'top_k': 0}, 'top_k=0 keeps no token'),
         ({'top_p': 0.0}, r'top_p=0.0 is outside \(0, 1\]'),
         ({'top_p': 1.1}, r'top_p=1.1 is outside \(0, 1\]'),
-        ({'stop_sequences': [[]]}, 'empty stop sequence'),
     ],
 )
 def test_settings_that_cannot_be(how, message):

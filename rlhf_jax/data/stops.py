@@ -10,6 +10,7 @@ the tokenizer that a run saves: training, sampling, evaluation, ``sample`` and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -180,3 +181,59 @@ def check_closing(tokenizer: PreTrainedTokenizerBase) -> None:
             'response would stop there; write eos_token behind every assistant turn of '
             'the template, or add what it ends in to the tokenizer as a special token'
         )
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """What every token adds to a text, as UTF-8, by id: what ``ops.stop_table`` reads.
+
+    A token is read as it stands behind another one: with the space that it begins with.
+    A special token stands for its name, though decoding may leave it out of the text.
+    An id without a token adds nothing.
+
+    Raises:
+        ValueError: the tokenizer does not write its texts token by token.
+    """
+    vocabulary, own = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    backend = tokenizer.backend_tokenizer
+    decoder = json.dumps(json.loads(backend.to_str())['decoder'])
+    has_bytes, has_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+    pieces = [b''] * (max(vocabulary.values()) + 1)
+    others = []
+    for piece, token in vocabulary.items():
+        if token in own:
+            pieces[token] = str(own[token]).encode()
+        elif has_bytes and set(piece) <= _BYTES.keys():
+            pieces[token] = bytes(_BYTES[char] for char in piece)
+        elif has_fallback and re.fullmatch('<0x[0-9A-F]{2}>', piece):
+            pieces[token] = bytes.fromhex(piece[3:5])
+        else:
+            others.append(token)
+    before = tokenizer.encode('a', add_special_tokens=False)
+    rows = [before, *([*before, token] for token in others)]
+    start, *texts = backend.decode_batch(rows, skip_special_tokens=False)
+    for token, text in zip(others, texts):
+        if not text.startswith(start):
+            raise ValueError(
+                f'tokenizer {tokenizer.name_or_path!r} writes {start!r} and then token '
+                f'{token} as {text!r}, so that stop_sequences cannot be told by its '
+                'tokens; use extra_eos_ids'
+            )
+        pieces[token] = text[len(start) :].encode()
+    return pieces
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters for which byte-level vocabularies have the 256 bytes.
+
+    Source: Radford et al. 2019 (GPT-2): a byte that is a visible character of Latin-1
+        stands for itself, the others for those from 256 on, in order.
+    """
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {
+        **{chr(byte): byte for byte in visible},
+        **{chr(256 + i): byte for i, byte in enumerate(hidden)},
+    }
+
+
+_BYTES = _byte_characters()

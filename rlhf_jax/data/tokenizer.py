@@ -225,19 +225,6 @@ def encode_spans(
     return encoding['input_ids'], inside
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[list[int]]:
-    """The ways in which a stop sequence can stand in a response, as ids.
-
-    By itself; and behind a word, where tokenizers that put a space of their own before
-    every text (SentencePiece style) write it in another way.
-    """
-    alone, word, joined = encode(tokenizer, [text, 'a', f'a{text}'])
-    ways = [alone]
-    if joined[: len(word)] == word and joined[len(word) :] != alone:
-        ways.append(joined[len(word) :])
-    return ways
-
-
 def opened(ids: list[int], bos: list[int]) -> list[int]:
     """Ids with BOS before them, once: chat templates write their own."""
     return ids if ids[: len(bos)] == bos else bos + ids

@@ -5,15 +5,18 @@ import shutil
 
 import pytest
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.stops import decide_ends, ends_of, eos_ids
+from rlhf_jax.data.stops import decide_ends, ends_of, eos_ids, token_bytes
 from rlhf_jax.data.tokenizer import (
     check_saved,
     load_tokenizer,
     save_tokenizer,
     stage_tokenizer,
 )
+from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.stages.run import load_run_tokenizer
 from tests.data.test_chat import CHATML, SPECIAL, STYLES, made, turns
 
@@ -132,3 +135,94 @@ def test_an_answer_that_ends_in_an_extra_id_is_not_closed_again(tmp_path):
     assert last_tokens() == [stop, EOS]
     decide_ends(tokenizer, [stop])
     assert last_tokens()[-1] == stop
+
+
+# --------------------------------------------------------------------- tokens as bytes
+
+
+def merging(*merges):
+    """A byte-level tokenizer with these merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(a + b for a, b in merges), '</s>']
+    core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token='</s>')
+
+
+def spaced(decoder):
+    """In the style of SentencePiece: a space before every text, and bytes."""
+    pieces = [
+        '</s>',
+        '▁',
+        'a',
+        'b',
+        '.',
+        '▁a',
+        '▁a.',
+        *(f'<0x{i:02X}>' for i in range(256)),
+    ]
+    core = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            [('▁', 'a'), ('▁a', '.')],
+            byte_fallback=True,
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token='</s>')
+
+
+BYTES = [decoders.ByteFallback(), decoders.Fuse()]
+LLAMA = decoders.Sequence(
+    [decoders.Replace('▁', ' '), *BYTES, decoders.Strip(' ', 1, 0)]
+)
+KINDS = {
+    'merged bytes': lambda: merging(('.', 'Ċ'), ('.Ċ', 'Ċ'), ('Ġ', 'a')),
+    'trained bytes': lambda: made(None),
+    'llama': lambda: spaced(LLAMA),
+    'metaspace': lambda: spaced(decoders.Sequence([*BYTES, decoders.Metaspace()])),
+    'no decoder': lambda: spaced(None),
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_tokens_are_the_bytes_that_decoding_writes(kind):
+    tokenizer = KINDS[kind]()
+    pieces = token_bytes(tokenizer)
+    assert len(pieces) == len(tokenizer)
+    assert pieces[tokenizer.eos_token_id] == b'</s>'
+    for text in ('a.\n\nb a.', 'ab. a a.é', '  b\n', 'a 𝄞 ñ\u0301'):
+        ids = tokenizer.encode('a' + text, add_special_tokens=False)
+        written = b''.join(pieces[i] for i in ids).decode()
+        # The space with which such a tokenizer begins a text is left out in decoding.
+        assert written.removeprefix(' ') == tokenizer.decode(ids)
+
+
+def end_of(tokenizer, stop, text):
+    """What is written up to the end of a stop string; None where it is not found."""
+    table = stop_table(token_bytes(tokenizer), [stop.encode()])
+    ids, state = tokenizer.encode(text, add_special_tokens=False), 0
+    for i, token in enumerate(ids):
+        state = table[state, token]
+        if state < 0:
+            return tokenizer.decode(ids[: i + 1])
+    return None
+
+
+def test_a_stop_string_is_found_inside_longer_tokens_and_across_tokens():
+    tokenizer = merging(('.', 'Ċ'), ('.Ċ', 'Ċ'), ('Ċ', 'Ċ'))
+    assert tokenizer.tokenize('d.\n\nT') == ['d', '.ĊĊ', 'T']
+    assert end_of(tokenizer, '\n\n', 'end.\n\nThen') == 'end.\n\n'
+    assert end_of(tokenizer, '\n', 'end.\nThen') == 'end.\n'
+    assert end_of(tokenizer, '.', 'end.\n\nThen') == 'end.\n\n'  # the whole token
+    assert end_of(tokenizer, '\n\nT', 'end.\n\nThen') == 'end.\n\nT'
+    assert end_of(tokenizer, '\n\n', 'end.\nThen\n') is None
+    llama = spaced(LLAMA)
+    assert end_of(llama, '.', 'b a. b') == 'b a.'
+    assert end_of(llama, 'a.', 'b a. b') == 'b a.'
+    assert end_of(llama, '.\n', 'a.\nb') == 'a.\n'
+    assert end_of(llama, '</s>', 'a.</s>') == 'a.</s>'
