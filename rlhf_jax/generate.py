@@ -296,13 +296,20 @@ def generate(
         A Generation of B·G rows and length P + R.
 
     Raises:
-        ValueError: row ids that are not a multiple of the prompts.
+        ValueError: row ids that are not a multiple of the prompts, or P + R tokens for
+            fewer learned positions.
     """
+    model.config.check_length(tokens.shape[1] + max_new_tokens)
     batch, prompts = row_ids.shape[0], tokens.shape[0]
     if batch % prompts:
         raise ValueError(f'{batch} row ids do not divide over {prompts} prompts')
     samples = batch // prompts
-    logits_of = logits_fn(model.unembedding(params), model.config.logit_softcap, batch)
+    logits_of = logits_fn(
+        model.unembedding(params),
+        model.config.logit_softcap,
+        batch,
+        model.config.num_tokens,
+    )
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')

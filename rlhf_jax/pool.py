@@ -77,8 +77,10 @@ def generate_pooled(
         A Generation of N rows and length P + R.
 
     Raises:
-        ValueError: row ids that are not a multiple of the prompts, no row.
+        ValueError: row ids that are not a multiple of the prompts, no row, or P + R
+            tokens for fewer learned positions.
     """
+    model.config.check_length(tokens.shape[1] + max_new_tokens)
     prompts, prompt_length = tokens.shape
     count = row_ids.shape[0]
     if count % prompts or num_rows < 1:
@@ -88,7 +90,10 @@ def generate_pooled(
         )
     group = count // prompts
     logits_of = logits_fn(
-        model.unembedding(params), model.config.logit_softcap, num_rows
+        model.unembedding(params),
+        model.config.logit_softcap,
+        num_rows,
+        model.config.num_tokens,
     )
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})

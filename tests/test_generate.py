@@ -262,6 +262,34 @@ def test_behaviour_logprobs_are_those_of_a_full_forward_pass(
         np.testing.assert_allclose(out.logprobs, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('how', [{}, {'top_k': 5}, {'temperature': 0.0}])
+def test_ids_that_the_tokenizer_lacks_are_never_written(
+    config, policy_params, prompts, how
+):
+    """And learner and sampler have the same distribution: the first ratio is 1."""
+    model = CausalLM(dataclasses.replace(config, num_tokens=40, tied_embeddings=False))
+    tokens, mask, rows = prompts[0] % 40, *prompts[1:]
+    head = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
+    head[:, 40:] *= 4  # without the bound these are most of what is written
+    params = {**policy_params, 'lm_head': jnp.asarray(head)}
+    parts = {'model': model, 'max_new_tokens': 12}
+    rest = (jnp.asarray(rows), KEY, sampling(eos_ids=[], **how))
+    for function in (generate, functools.partial(generate_pooled, num_rows=3)):
+        out = jax.jit(functools.partial(function, **parts))(params, tokens, mask, *rest)
+        written = np.asarray(out.tokens)[np.asarray(out.response_mask)]
+        assert written.max() < 40 and len(set(written.tolist())) > 3
+        logprobs, _ = jax.jit(
+            functools.partial(policy_logprobs, model=model, temperature=1.0)
+        )(params, out.tokens, out.mask)
+        ratio = jnp.exp(jnp.where(out.response_mask, logprobs - out.logprobs, 0))
+        np.testing.assert_allclose(ratio, 1, atol=1e-4)
+    unbound = model.clone(config=dataclasses.replace(model.config, num_tokens=None))
+    out = jax.jit(functools.partial(generate, model=unbound, max_new_tokens=12))(
+        params, tokens, mask, *rest
+    )
+    assert np.asarray(out.tokens).max() >= 40
+
+
 def test_a_sample_depends_on_its_row_id_alone(write, prompts):
     tokens, mask, rows = prompts
     out = write(*prompts)
@@ -324,6 +352,27 @@ def test_a_large_vocabulary_read_by_its_tokens_changes_nothing(
             written = jax.jit(functools.partial(function, **parts))(*args)
         np.testing.assert_array_equal(written.tokens, expected.tokens)
         np.testing.assert_allclose(written.logprobs, expected.logprobs, atol=2e-5)
+
+
+def test_responses_beyond_learned_positions_are_refused(config, prompts):
+    """Shapes are static: nothing is compiled, let alone run with clamped positions."""
+    learned = dataclasses.replace(config, position='learned', max_positions=11)
+    tokens, mask, _ = prompts
+    rest = (tokens, mask, jnp.arange(4), KEY, sampling(eos_ids=[]))
+    params = jax.eval_shape(CausalLM(learned).init, KEY, tokens, mask)['params']
+    for function in (generate, functools.partial(generate_pooled, num_rows=2)):
+        run = functools.partial(function, model=CausalLM(learned))
+        fits = jax.eval_shape(functools.partial(run, max_new_tokens=6), params, *rest)
+        assert fits.tokens.shape == (4, 11)
+        with pytest.raises(
+            ValueError, match='12 tokens exceed the 11 learned positions'
+        ):
+            jax.eval_shape(functools.partial(run, max_new_tokens=7), params, *rest)
+    # Rotary positions have no table that ends.
+    rotary = CausalLM(dataclasses.replace(config, max_positions=11))
+    run = functools.partial(generate, model=rotary, max_new_tokens=7)
+    params = jax.eval_shape(rotary.init, KEY, tokens, mask)['params']
+    assert jax.eval_shape(run, params, *rest).tokens.shape == (4, 12)
 
 
 def test_other_rows_and_other_keys_give_other_samples(write, prompts):

@@ -139,8 +139,9 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         raise ValueError(
             f'tokenizer {tokenizer.name_or_path!r} appends '
             f'{tokenizer.convert_ids_to_tokens(behind)} to every text, but a prompt '
-            'must stay open; turn that off (add_eos_token=false in '
-            'tokenizer_config.json)'
+            'must stay open; take that out of the post_processor in its tokenizer.json '
+            '(a LlamaTokenizer or the like makes its own: there, set '
+            'add_eos_token=false in tokenizer_config.json)'
         )
     return before
 

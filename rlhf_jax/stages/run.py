@@ -131,8 +131,10 @@ def model_config(run: Run, init: str, part: str = 'policy') -> TransformerConfig
         config = parts.get(part) or next(iter(parts.values()))
     else:
         config = hf.load_config(init)
+    known = max(run.tokenizer.get_vocab().values()) + 1
     return dataclasses.replace(
         config,
+        num_tokens=known if known < config.vocab_size else None,
         dtype=settings.dtype,
         remat=settings.remat,
         scan_unroll=settings.scan_unroll,
