@@ -28,13 +28,12 @@ from ml_collections import ConfigDict
 from rlhf_jax import checkpoint
 from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.evals.best_of_n import best_of_n_report, text_ids
 from rlhf_jax.evals.policy import GOLD, Sampled, sample_policy
 from rlhf_jax.sharding import ParallelConfig, make_mesh
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, make_writer
-from rlhf_jax.stages.run import Run, load_policy
+from rlhf_jax.stages.run import Run, load_policy, load_run_tokenizer
 from rlhf_jax.stages.settings import EvaluationSettings
 from rlhf_jax.types import Array, Generation
 
@@ -69,7 +68,7 @@ def load(base: Path, prompts: str | None) -> tuple[Run, Evaluation, str]:
         section['eval_prompts'] = prompts
     (settings,) = build(section, EvaluationSettings, where='config.ppo')
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
-    run = Run(base, config, make_mesh(parallel), load_tokenizer(config.tokenizer))
+    run = Run(base, config, make_mesh(parallel), load_run_tokenizer(config))
     data = pipeline.load_prompts(
         settings.eval_prompts,
         run.tokenizer,

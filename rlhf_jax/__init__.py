@@ -42,6 +42,7 @@ from rlhf_jax.ops.best_of_n import (
     best_of_n_mean,
     best_of_n_win_rate,
 )
+from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 from rlhf_jax.rewards import (
     ScoreHParams,
@@ -143,4 +144,5 @@ __all__ = [
     'stack_batches',
     'stack_members',
     'start_from',
+    'stop_table',
 ]

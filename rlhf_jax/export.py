@@ -48,7 +48,8 @@ def export(
     import jax
 
     from rlhf_jax import checkpoint, hf
-    from rlhf_jax.data.tokenizer import eos_ids, stage_tokenizer
+    from rlhf_jax.data.stops import eos_ids
+    from rlhf_jax.data.tokenizer import stage_tokenizer
     from rlhf_jax.sample import load_part
 
     if part is None:

@@ -1,7 +1,8 @@
 """Sampling: prefill, then one compiled ``while_loop`` over a KV cache.
 
-Temperature, top-k, top-p, the EOS ids and the stop sequences are *traced* values:
-changing them compiles nothing. Every row has a key of its own, so a sample depends
+Temperature, top-k, top-p, the EOS ids and the stop strings are *traced* values:
+changing them compiles nothing, while there are as many ids and strings of about the
+same length. Every row has a key of its own, so a sample depends
 neither on the neighbours in its batch nor on the size of the batch. Read ``pool.py``
 next.
 """
@@ -34,9 +35,7 @@ class Sampling:
     top_k: Array  # [] int32; 0 is off
     top_p: Array  # [] float32; 1 is off
     eos_ids: Array  # [E] int32; −1 matches nothing
-    stop_sequences: (
-        Array  # [S, N] int32, left-padded with −1; a row of −1 matches nothing
-    )
+    stop_table: Array  # [S, V] int16, see ops/stop_table.py; [1, 1] for no stop string
     stop_after: Array  # [] int32, response tokens before a stop sequence may count
 
 
@@ -46,7 +45,7 @@ def sampling(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_sequences: Sequence[Sequence[int]] = (),
+    stop_table: np.ndarray | None = None,
     stop_after: int = 0,
 ) -> Sampling:
     """Builds the traced sampling parameters.
@@ -57,9 +56,13 @@ def sampling(
         top_k: keep the k most likely tokens; None for all.
         top_p: keep the smallest set of tokens that reaches this probability; None for
             all.
-        stop_sequences: token sequences that end a response as EOS does (the reference
-            code of Ziegler et al. truncates at "."); the response keeps them.
-        stop_after: a stop sequence counts only once the response has this many tokens.
+        stop_table: [S, V], of the strings that end a response as EOS does (the
+            reference code of Ziegler et al. truncates at "."), from
+            :func:`rlhf_jax.ops.stop_table.stop_table`. They are matched in the text of
+            the response, wherever its tokens begin and end; the response keeps the
+            token in which one ends. None for no string.
+        stop_after: a stop string counts only where it ends in a token from this one on,
+            counted from 1.
 
     Raises:
         ValueError: a value out of range.
@@ -74,18 +77,14 @@ def sampling(
         raise ValueError(
             f'top_p={top_p} is outside (0, 1]; use None to keep all tokens'
         )
-    if any(len(sequence) == 0 for sequence in stop_sequences):
-        raise ValueError('an empty stop sequence would stop every response at once')
-    width = max((len(sequence) for sequence in stop_sequences), default=1)
-    stops = np.full((max(len(stop_sequences), 1), width), -1, np.int32)
-    for row, sequence in zip(stops, stop_sequences):
-        row[width - len(sequence) :] = sequence
+    if stop_table is None:
+        stop_table = np.zeros((1, 1), np.int16)
     return Sampling(
         temperature=jnp.float32(temperature),
         top_k=jnp.int32(top_k or 0),
         top_p=jnp.float32(1.0 if top_p is None else top_p),
         eos_ids=jnp.asarray(list(eos_ids) or [-1], jnp.int32),
-        stop_sequences=jnp.asarray(stops),
+        stop_table=jnp.asarray(stop_table, jnp.int16),
         stop_after=jnp.int32(stop_after),
     )
 
@@ -205,8 +204,9 @@ def sample_tokens(
 @struct.dataclass(kw_only=True)
 class _Loop:
     i: Array  # [] int32, response tokens written
-    tail: Array  # [B, N] int32, the last tokens of each response
-    real: Array  # [B] bool, whether the last of them is in the response
+    last: Array  # [B] int32, the last token of each response
+    stop_state: Array  # [B] int16, see ops/stop_table.py
+    real: Array  # [B] bool, whether the last token is in the response
     ended: Array  # [B] bool
     response: Array  # [B, R] int32
     response_mask: Array  # [B, R] bool
@@ -214,13 +214,25 @@ class _Loop:
     cache: KVCache
 
 
-def stopped(tail: Array, length: Array, how: Sampling) -> Array:
-    """Whether the last tokens [B, N] of responses of this length end them, [B] bool."""
-    is_eos = jnp.any(tail[:, -1:] == how.eos_ids, axis=1)
-    stops = how.stop_sequences
-    matches = jnp.all((stops == -1) | (tail[:, None] == stops), axis=-1)
-    matches = jnp.any(matches & (stops[:, -1] != -1), axis=-1)
-    return is_eos | (matches & (length >= how.stop_after))
+def stopped(
+    state: Array, tokens: Array, lengths: Array, how: Sampling
+) -> tuple[Array, Array]:
+    """Whether a token ends its response.
+
+    Args:
+        state: [B] int16, of the stop strings before the token; 0 before the first.
+        tokens: [B] int32.
+        lengths: [] or [B] int32, tokens of the response, with this one.
+        how: the EOS ids, stop strings and from where on they count.
+
+    Returns:
+        (whether it does [B] bool, the state behind it [B] int16).
+    """
+    is_eos = jnp.any(tokens[:, None] == how.eos_ids, axis=1)
+    # An id that the table lacks stands for no text.
+    step = how.stop_table.at[state, tokens].get(mode='fill', fill_value=0)
+    matches = (step < 0) & (lengths >= how.stop_after)
+    return is_eos | matches, jnp.where(step < 0, -1 - step, step)
 
 
 def _draw_next(loop: _Loop, logits: Array, keys: PRNGKey, how: Sampling) -> _Loop:
@@ -230,11 +242,11 @@ def _draw_next(loop: _Loop, logits: Array, keys: PRNGKey, how: Sampling) -> _Loo
     drawn, logprobs = sample_tokens(logits, keys, how)
     alive = ~loop.ended
     drawn = jnp.where(alive, drawn, 0)
-    tail = jnp.concatenate([loop.tail[:, 1:], drawn[:, None]], axis=1)
-    ends = stopped(tail, loop.i + 1, how)
+    ends, stop_state = stopped(loop.stop_state, drawn, loop.i + 1, how)
     return loop.replace(
         i=loop.i + 1,
-        tail=tail,
+        last=drawn,
+        stop_state=stop_state,
         real=alive,
         ended=loop.ended | (alive & ends),
         response=loop.response.at[:, loop.i].set(drawn),
@@ -284,20 +296,28 @@ def generate(
         A Generation of B·G rows and length P + R.
 
     Raises:
-        ValueError: row ids that are not a multiple of the prompts.
+        ValueError: row ids that are not a multiple of the prompts, or P + R tokens for
+            fewer learned positions.
     """
+    model.config.check_length(tokens.shape[1] + max_new_tokens)
     batch, prompts = row_ids.shape[0], tokens.shape[0]
     if batch % prompts:
         raise ValueError(f'{batch} row ids do not divide over {prompts} prompts')
     samples = batch // prompts
-    logits_of = logits_fn(model.unembedding(params), model.config.logit_softcap, batch)
+    logits_of = logits_fn(
+        model.unembedding(params),
+        model.config.logit_softcap,
+        batch,
+        model.config.num_tokens,
+    )
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
     start = _Loop(
         i=jnp.int32(0),
-        tail=jnp.full((batch, how.stop_sequences.shape[1]), -2, jnp.int32),
+        last=jnp.zeros(batch, jnp.int32),
+        stop_state=jnp.zeros(batch, jnp.int16),
         real=jnp.zeros(batch, bool),
         ended=jnp.zeros(batch, bool),
         response=jnp.zeros((batch, max_new_tokens), jnp.int32),
@@ -311,8 +331,7 @@ def generate(
         return _draw_next(loop, logits_of(hidden), keys, how)
 
     def one_token(loop: _Loop) -> _Loop:
-        last = loop.tail[:, -1]
-        hidden, cache = apply(last, loop.real, loop.cache, method='decode')
+        hidden, cache = apply(loop.last, loop.real, loop.cache, method='decode')
         return draw(hidden, loop.replace(cache=cache))
 
     loop = draw(jnp.repeat(hidden[:, -1], samples, axis=0), start)

@@ -138,7 +138,7 @@ def _run_stages(
 ) -> None:
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
-    from rlhf_jax.data.tokenizer import check_saved, load_tokenizer, save_tokenizer
+    from rlhf_jax.data.tokenizer import check_saved, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
     from rlhf_jax.stages import (
@@ -152,11 +152,11 @@ def _run_stages(
         preference,
         reward_model,
     )
-    from rlhf_jax.stages.run import Run
+    from rlhf_jax.stages.run import Run, load_run_tokenizer
 
     check_writers(tuple(config.metrics))
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_run_tokenizer(config)
     run = Run(workdir, config, make_mesh(parallel), tokenizer, profile)
     if (workdir / 'config.json').exists():
         check_saved(run.tokenizer, workdir / 'tokenizer')

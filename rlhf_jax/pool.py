@@ -36,7 +36,7 @@ class _Pool:
     samples: Array  # [S] int32, which of the N samples a row writes; N: none
     lengths: Array  # [S] int32, response tokens of it so far
     hidden: Array  # [S, D], state that predicts its next token
-    tail: Array  # [S, K] int32, its last tokens
+    stop_state: Array  # [S] int16, see ops/stop_table.py
     cache: KVCache  # the slots behind the prompts are a ring
     response: Array  # [N, R] int32
     response_mask: Array  # [N, R] bool
@@ -77,8 +77,10 @@ def generate_pooled(
         A Generation of N rows and length P + R.
 
     Raises:
-        ValueError: row ids that are not a multiple of the prompts, no row.
+        ValueError: row ids that are not a multiple of the prompts, no row, or P + R
+            tokens for fewer learned positions.
     """
+    model.config.check_length(tokens.shape[1] + max_new_tokens)
     prompts, prompt_length = tokens.shape
     count = row_ids.shape[0]
     if count % prompts or num_rows < 1:
@@ -88,14 +90,17 @@ def generate_pooled(
         )
     group = count // prompts
     logits_of = logits_fn(
-        model.unembedding(params), model.config.logit_softcap, num_rows
+        model.unembedding(params),
+        model.config.logit_softcap,
+        num_rows,
+        model.config.num_tokens,
     )
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     states, filled = apply(tokens, mask, prompt_length, method='prefill')
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
     take = functools.partial(_take, states[:, -1], filled, group, count)
-    pool = _empty(states, filled, how, num_rows, count, max_new_tokens)
+    pool = _empty(states, filled, num_rows, count, max_new_tokens)
 
     def one_token(pool: _Pool) -> _Pool:
         free = pool.samples == count
@@ -107,9 +112,8 @@ def generate_pooled(
         keys = jax.vmap(jax.random.fold_in)(own, pool.lengths)
         drawn, logprobs = sample_tokens(logits_of(pool.hidden), keys, how)
         drawn = jnp.where(alive, drawn, 0)
-        tail = jnp.concatenate([pool.tail[:, 1:], drawn[:, None]], axis=1)
-        ends = alive & stopped(tail, pool.lengths + 1, how)
-        pool = _note(pool.replace(tail=tail), drawn, logprobs, ends)
+        ends, state = stopped(pool.stop_state, drawn, pool.lengths + 1, how)
+        pool = _note(pool.replace(stop_state=state), drawn, logprobs, alive & ends)
         hidden, cache = apply(drawn, alive, pool.cache, method='decode')
         slots = prompt_length + max_new_tokens
         around = jnp.where(cache.slot == slots, prompt_length, cache.slot)
@@ -141,9 +145,7 @@ def _note(pool: _Pool, drawn: Array, logprobs: Array, ends: Array) -> _Pool:
     )
 
 
-def _empty(
-    states: Array, filled: KVCache, how: Sampling, rows: int, count: int, length: int
-) -> _Pool:
+def _empty(states: Array, filled: KVCache, rows: int, count: int, length: int) -> _Pool:
     """A pool of which nothing is begun."""
     first = jnp.zeros(rows, jnp.int32)
 
@@ -163,7 +165,7 @@ def _empty(
         samples=jnp.full(rows, count, jnp.int32),
         lengths=first,
         hidden=rows_of(states[:, -1], 0),
-        tail=jnp.full((rows, how.stop_sequences.shape[1]), -2, jnp.int32),
+        stop_state=jnp.zeros(rows, jnp.int16),
         cache=grow(cache, length),
         response=jnp.zeros((count, length), jnp.int32),
         response_mask=jnp.zeros((count, length), bool),
@@ -199,7 +201,7 @@ def _take(states: Array, filled: KVCache, group: int, count: int, pool: _Pool) -
         samples=jnp.where(began, which, pool.samples),
         lengths=jnp.where(began, 0, pool.lengths),
         hidden=jnp.where(began[:, None], states[prompt], pool.hidden),
-        tail=jnp.where(began[:, None], -2, pool.tail),
+        stop_state=jnp.where(began, 0, pool.stop_state),
         cache=cache.replace(
             keys=jax.tree.map(cached, cache.keys, filled.keys),
             values=jax.tree.map(cached, cache.values, filled.values),

@@ -24,10 +24,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rlhf_jax import checkpoint
+from rlhf_jax.data.stops import eos_ids
 from rlhf_jax.data.tokenizer import (
     bos_ids,
     encode,
-    eos_ids,
     opened,
     stage_tokenizer,
 )

@@ -308,13 +308,14 @@ def tagged(
     """1 where a response is these parts in this order and nothing else, else 0.
 
     ``<think>…</think> <answer>…</answer>``: every tag once, white space between the
-    parts and around them.
+    parts and around them. A prompt that ends in the first tag, as chat templates write
+    it for models that think, has opened the first part: the response goes on inside it.
 
     Source: the format reward of DeepSeek-AI 2025 (DeepSeek-R1), arXiv 2501.12948,
         §2.2.2, which says what is rewarded and not how it is matched.
 
     Args:
-        prompts: N texts, not looked at.
+        prompts: N texts, of which the first tag at the end is looked at.
         responses: N texts.
         tags: their names, in order.
 
@@ -327,7 +328,12 @@ def tagged(
     inside = rf'(?:(?!</?(?:{"|".join(names)})>).)*'
     parts = [rf'<{name}>{inside}</{name}>' for name in names]
     pattern = r'\s*'.join(['(?s)', *parts, ''])
-    return regex(prompts, responses, pattern=pattern, match='full')
+    first = f'<{tags[0]}>'
+    whole = [
+        first + response if prompt.rstrip().endswith(first) else response
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return regex(prompts, whole, pattern=pattern, match='full')
 
 
 # ------------------------------------------------------------------------------- tests

@@ -215,7 +215,12 @@ class _Bigram:
     comes out of it can be worked out in NumPy.
     """
 
-    config = types.SimpleNamespace(logit_softcap=None, is_unrolled=False)
+    config = types.SimpleNamespace(
+        logit_softcap=None,
+        num_tokens=None,
+        is_unrolled=False,
+        check_length=lambda length: None,
+    )
 
     def apply(self, variables, tokens, *rest, method='__call__'):
         size = variables['params']['table'].shape[0]

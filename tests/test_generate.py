@@ -13,6 +13,7 @@ from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.generate import draw_from, generate, sample_tokens, sampling
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops import logprobs
+from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 
 V = 8  # vocabulary of the table policies
@@ -63,21 +64,28 @@ def test_an_eos_in_the_prompt_ends_nothing(chain):
     assert chain([3], eos_ids=[3])[0] == [[4, 5, 6, 7, 0, 1]]
 
 
+def stops(*sequences, vocabulary=V):
+    """A table in which the text of a token is a byte with its id."""
+    pieces = [bytes([i]) for i in range(vocabulary)]
+    return stop_table(pieces, [bytes(sequence) for sequence in sequences])
+
+
 def test_stop_sequences(chain):
-    written, out = chain([0, 2, 4], eos_ids=[], stop_sequences=[[3, 4], [7]])
+    how = {'eos_ids': [], 'stop_table': stops([3, 4], [7])}
+    written, out = chain([0, 2, 4], **how)
     assert written == [[1, 2, 3, 4], [3, 4], [5, 6, 7]]
     assert out.ended.all()
     # The policy must have written all of it: a prompt that ends in 3 does not end at 4.
-    assert chain([3], eos_ids=[], stop_sequences=[[3, 4], [7]])[0] == [[4, 5, 6, 7]]
+    assert chain([3], **how)[0] == [[4, 5, 6, 7]]
 
 
 def test_a_stop_sequence_counts_only_from_stop_after_on(chain):
-    stop = {'eos_ids': [], 'stop_sequences': [[2], [5]]}
+    stop = {'eos_ids': [], 'stop_table': stops([2], [5])}
     assert chain([0], **stop)[0] == [[1, 2]]
     assert chain([0], **stop, stop_after=2)[0] == [[1, 2]]
     assert chain([0], **stop, stop_after=3)[0] == [[1, 2, 3, 4, 5]]
     # EOS ends at any place.
-    assert chain([0], eos_ids=[1], stop_sequences=[[2], [5]], stop_after=3)[0] == [[1]]
+    assert chain([0], **{**stop, 'eos_ids': [1]}, stop_after=3)[0] == [[1]]
 
 
 # --------------------------------------------------------------------- the distribution
@@ -215,10 +223,12 @@ def test_changing_the_sampling_compiles_nothing(write, prompts):
         {'top_k': 5},
         {'top_p': 0.5},
         {'eos_ids': [12]},
-        {'stop_sequences': [[9]], 'stop_after': 2},
     ):
         write(*prompts, **how)
     assert write.cache_size() == compiled
+    for table in (stops([9], vocabulary=64), stops([3, 4], [5, 7, 8], vocabulary=64)):
+        write(*prompts, stop_table=table, stop_after=2)
+    assert write.cache_size() == compiled + 1
 
 
 def test_greedy_is_the_argmax_of_repeated_full_forward_passes(
@@ -250,6 +260,34 @@ def test_behaviour_logprobs_are_those_of_a_full_forward_pass(
         expected = jnp.where(out.response_mask, logprobs, 0)
         assert float(jnp.abs(expected).max()) > 0.5
         np.testing.assert_allclose(out.logprobs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('how', [{}, {'top_k': 5}, {'temperature': 0.0}])
+def test_ids_that_the_tokenizer_lacks_are_never_written(
+    config, policy_params, prompts, how
+):
+    """And learner and sampler have the same distribution: the first ratio is 1."""
+    model = CausalLM(dataclasses.replace(config, num_tokens=40, tied_embeddings=False))
+    tokens, mask, rows = prompts[0] % 40, *prompts[1:]
+    head = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
+    head[:, 40:] *= 4  # without the bound these are most of what is written
+    params = {**policy_params, 'lm_head': jnp.asarray(head)}
+    parts = {'model': model, 'max_new_tokens': 12}
+    rest = (jnp.asarray(rows), KEY, sampling(eos_ids=[], **how))
+    for function in (generate, functools.partial(generate_pooled, num_rows=3)):
+        out = jax.jit(functools.partial(function, **parts))(params, tokens, mask, *rest)
+        written = np.asarray(out.tokens)[np.asarray(out.response_mask)]
+        assert written.max() < 40 and len(set(written.tolist())) > 3
+        logprobs, _ = jax.jit(
+            functools.partial(policy_logprobs, model=model, temperature=1.0)
+        )(params, out.tokens, out.mask)
+        ratio = jnp.exp(jnp.where(out.response_mask, logprobs - out.logprobs, 0))
+        np.testing.assert_allclose(ratio, 1, atol=1e-4)
+    unbound = model.clone(config=dataclasses.replace(model.config, num_tokens=None))
+    out = jax.jit(functools.partial(generate, model=unbound, max_new_tokens=12))(
+        params, tokens, mask, *rest
+    )
+    assert np.asarray(out.tokens).max() >= 40
 
 
 def test_a_sample_depends_on_its_row_id_alone(write, prompts):
@@ -314,6 +352,27 @@ def test_a_large_vocabulary_read_by_its_tokens_changes_nothing(
             written = jax.jit(functools.partial(function, **parts))(*args)
         np.testing.assert_array_equal(written.tokens, expected.tokens)
         np.testing.assert_allclose(written.logprobs, expected.logprobs, atol=2e-5)
+
+
+def test_responses_beyond_learned_positions_are_refused(config, prompts):
+    """Shapes are static: nothing is compiled, let alone run with clamped positions."""
+    learned = dataclasses.replace(config, position='learned', max_positions=11)
+    tokens, mask, _ = prompts
+    rest = (tokens, mask, jnp.arange(4), KEY, sampling(eos_ids=[]))
+    params = jax.eval_shape(CausalLM(learned).init, KEY, tokens, mask)['params']
+    for function in (generate, functools.partial(generate_pooled, num_rows=2)):
+        run = functools.partial(function, model=CausalLM(learned))
+        fits = jax.eval_shape(functools.partial(run, max_new_tokens=6), params, *rest)
+        assert fits.tokens.shape == (4, 11)
+        with pytest.raises(
+            ValueError, match='12 tokens exceed the 11 learned positions'
+        ):
+            jax.eval_shape(functools.partial(run, max_new_tokens=7), params, *rest)
+    # Rotary positions have no table that ends.
+    rotary = CausalLM(dataclasses.replace(config, max_positions=11))
+    run = functools.partial(generate, model=rotary, max_new_tokens=7)
+    params = jax.eval_shape(rotary.init, KEY, tokens, mask)['params']
+    assert jax.eval_shape(run, params, *rest).tokens.shape == (4, 12)
 
 
 def test_other_rows_and_other_keys_give_other_samples(write, prompts):
@@ -396,7 +455,6 @@ def test_the_loop_stops_when_every_row_has_ended(counted):
         ({'top_k': 0}, 'top_k=0 keeps no token'),
         ({'top_p': 0.0}, r'top_p=0.0 is outside \(0, 1\]'),
         ({'top_p': 1.1}, r'top_p=1.1 is outside \(0, 1\]'),
-        ({'stop_sequences': [[]]}, 'empty stop sequence'),
     ],
 )
 def test_settings_that_cannot_be(how, message):

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 
 KEY = jax.random.PRNGKey(5)
@@ -30,7 +31,8 @@ def same(a, b):
 
 @pytest.mark.parametrize('num_rows', [1, 3, 5, 12, 20])
 def test_samples_are_those_of_the_plain_loop(policy, policy_params, prompts, num_rows):
-    how = sampling(eos_ids=ENDS, stop_sequences=[[5, 7]], top_p=0.95)
+    table = stop_table([bytes([i]) for i in range(64)], [bytes([5, 7])])
+    how = sampling(eos_ids=ENDS, stop_table=table, top_p=0.95)
     parts = {'model': policy, 'max_new_tokens': 9}
     expected = jax.jit(functools.partial(generate, **parts))(
         policy_params, *prompts, KEY, how

@@ -210,6 +210,12 @@ def test_tagged():
         '<think>a</think><answer>c',
     ]
     assert tagged(blank(responses), responses).tolist() == [1, 1, 0, 0, 0, 0, 0]
+    # A template has opened the first part: it is not opened again.
+    asked = ['q<assistant><think>\n'] * 3 + ['use <think> and <answer>'] * 2
+    rest = '2 and 2\n</think>\n<answer>4</answer>'
+    written = [rest, '<think>' + rest, rest.replace('</think>', ''), rest]
+    written.append('<think>' + rest)
+    assert tagged(asked, written).tolist() == [1, 0, 0, 0, 1]
     only = tagged(['', ''], ['<a.b>x</a.b>', '<aab>x</aab>'], tags=['a.b'])
     assert only.tolist() == [1, 0]
     with pytest.raises(ValueError, match="tags='think'"):

@@ -81,7 +81,11 @@ def policy_logprobs(
         segments=segments,
     )
     first = tokens.shape[1] - hidden.shape[1]
-    how = {'temperature': temperature, 'softcap': model.config.logit_softcap}
+    how = {
+        'temperature': temperature,
+        'softcap': model.config.logit_softcap,
+        'num_tokens': model.config.num_tokens,
+    }
     scored = token_logprobs(hidden, unembedding, tokens[:, first:], **how)
     before = ((0, 0), (first, 0))
     return jnp.pad(scored[0], before), jnp.pad(scored[1], before)

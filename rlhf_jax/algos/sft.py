@@ -135,6 +135,7 @@ def sft_loss(
         tokens[:, first:],
         counted[:, first:].astype(jnp.float32),
         softcap=model.config.logit_softcap,
+        num_tokens=model.config.num_tokens,
     )
     total = jnp.where(jnp.any(missed), jnp.nan, total)
     weight = jnp.sum(counted).astype(jnp.float32)

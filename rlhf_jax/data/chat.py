@@ -12,7 +12,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rlhf_jax.data.tokenizer import listed_eos
+from rlhf_jax.data.stops import check_closing, ends_of
 
 Messages = list[dict[str, Any]]  # [{'role': 'user', 'content': '…'}, …]
 
@@ -29,8 +29,10 @@ def open_prompt(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
 
     Raises:
         TemplateRefused: the template raises on this conversation.
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or one at whose turns' end
+            nothing stops.
     """
+    check_closing(tokenizer)
     return _render(messages, tokenizer, add_generation_prompt=True)[0]
 
 
@@ -38,7 +40,7 @@ def split(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     """Prompt and completion of a conversation that ends in an assistant turn.
 
     The completion is all that the template writes behind the open prompt, up to the
-    EOS (any of ``tokenizer.eos_ids``) with which it may end.
+    token that ends the turn (the first of ``stops.eos_ids``), where it writes one.
 
     Raises:
         TemplateRefused: the template raises on this conversation, or renders the prompt
@@ -54,9 +56,11 @@ def split(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
             'template whose generation prompt is the beginning of an answered turn'
         )
     completion = whole[len(prompt) :]
-    ends = tokenizer.convert_ids_to_tokens(listed_eos(tokenizer))
+    ends = ends_of(tokenizer)
+    if completion.endswith(ends.closing.text + ends.closing.rest):
+        completion = completion.removesuffix(ends.closing.rest)
     closed = completion.rstrip()
-    is_closed = closed.endswith((tokenizer.eos_token or '\n', *ends))
+    is_closed = closed.endswith(tuple(tokenizer.convert_ids_to_tokens(ends.ids)))
     return prompt, closed if is_closed else completion
 
 
@@ -102,7 +106,7 @@ def _nested_spans(
     for i, message in enumerate(messages):
         if message['role'] != 'assistant':
             continue
-        before = open_prompt(messages[:i], tokenizer)
+        before, _ = _render(messages[:i], tokenizer, add_generation_prompt=True)
         through, _ = _render(messages[: i + 1], tokenizer)
         if not (through.startswith(before) and text.startswith(through)):
             raise TemplateRefused(

@@ -39,9 +39,9 @@ from rlhf_jax.data.kept import encode_kept
 from rlhf_jax.data.loading import Limits, OnBad, Overlong, load_records, one_of
 from rlhf_jax.data.rows import Row, conversation_rows, text_rows
 from rlhf_jax.data.sources import SourceRecord, read
+from rlhf_jax.data.stops import eos_ids as eos_ids
 from rlhf_jax.data.tokenizer import bos_ids, opened
 from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
-from rlhf_jax.data.tokenizer import eos_ids as eos_ids
 
 LossOn = Literal['response', 'all', 'assistant']
 # The length of responses is static and rounded up to a multiple of so many tokens, so

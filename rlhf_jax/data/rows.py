@@ -27,7 +27,8 @@ from rlhf_jax.data.formats import (
 )
 from rlhf_jax.data.judgements import Ranking, Rating, Steps
 from rlhf_jax.data.kept import encode_kept
-from rlhf_jax.data.tokenizer import encode, encode_spans, frame, listed_eos, opened
+from rlhf_jax.data.stops import ends_of
+from rlhf_jax.data.tokenizer import encode, encode_spans, frame, opened
 
 
 class Row(NamedTuple):
@@ -49,7 +50,7 @@ def text_rows(
     A row that cannot be used is the error that says so.
     """
     bos, eos = frame(tokenizer)
-    ends = {eos, *listed_eos(tokenizer)}
+    ends = {eos, *ends_of(tokenizer).ids}
     texts = [dict(_texts(record)) for record in records]
     encoded = iter(
         encode_kept(tokenizer, [text for row in texts for text in row.values()])

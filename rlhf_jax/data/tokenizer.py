@@ -8,7 +8,7 @@ which ends every response; it may lack BOS and pad (padding is told by masks). R
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -20,23 +20,27 @@ from transformers import (
 )
 
 from rlhf_jax.config import load_dotted
+from rlhf_jax.data.stops import GENERATION_CONFIG, decide_ends, eos_ids
 
-GENERATION_CONFIG = 'generation_config.json'
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    spec: str, extra_eos_ids: Sequence[int] = ()
+) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and checks that it can end a text and leave a prompt open.
 
     Args:
         spec: a Hugging Face directory, a hub name, or ``'package.module:function'``, a
             function without arguments that returns a tokenizer.
+        extra_eos_ids: that end a response, beside those of ``stops.find_ends``.
 
     Raises:
         ValueError: nothing can be loaded there, it is no fast tokenizer, it has no EOS
-            token, or it appends tokens to every text.
+            token, it appends tokens to every text, or an extra id is none of its own.
     """
     tokenizer = _load_fast(spec)
+    decide_ends(tokenizer, extra_eos_ids)
     eos_ids(tokenizer)
     bos_ids(tokenizer)
     return tokenizer
@@ -50,6 +54,7 @@ def load_scoring_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         ValueError: as :func:`load_tokenizer` and :func:`frame` do.
     """
     tokenizer = _load_fast(spec)
+    decide_ends(tokenizer)
     frame(tokenizer)
     return tokenizer
 
@@ -108,6 +113,7 @@ def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         ValueError: it differs from ``tokenizer`` in what a model would notice.
     """
     saved = AutoTokenizer.from_pretrained(folder)
+    decide_ends(saved)
     differing = [
         name
         for name, trait in {
@@ -127,43 +133,6 @@ def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         )
 
 
-def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: the tokenizer's EOS, then others that its model writes.
-
-    The others are the ``eos_token_id`` of a ``generation_config.json`` in the local
-    directory that the tokenizer was loaded from (a hub name has none). Where one id has
-    to be appended, the first is.
-
-    Raises:
-        ValueError: the tokenizer has no EOS token, or the file lists something else
-            than ids.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f'tokenizer {tokenizer.name_or_path!r} has no EOS token, so that no '
-            "response could end; set one, for instance eos_token='</s>', in "
-            'tokenizer_config.json'
-        )
-    return list(dict.fromkeys([tokenizer.eos_token_id, *listed_eos(tokenizer)]))
-
-
-def listed_eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids in ``generation_config.json``; none where there is no such file."""
-    path = Path(tokenizer.name_or_path) / GENERATION_CONFIG
-    if not (tokenizer.name_or_path and path.exists()):  # no name: made by a function
-        return []
-    try:
-        listed = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path} is no JSON object ({error}); repair it') from error
-    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if any(type(i) is not int for i in ids):
-        raise ValueError(
-            f'{path}: eos_token_id is {listed!r}; it must be an id or a list of ids'
-        )
-    return ids
-
-
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that the tokenizer puts before every text; usually BOS or nothing.
 
@@ -176,8 +145,9 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         raise ValueError(
             f'tokenizer {tokenizer.name_or_path!r} appends '
             f'{tokenizer.convert_ids_to_tokens(behind)} to every text, but a prompt '
-            'must stay open; turn that off (add_eos_token=false in '
-            'tokenizer_config.json)'
+            'must stay open; take that out of the post_processor in its tokenizer.json '
+            '(a LlamaTokenizer or the like makes its own: there, set '
+            'add_eos_token=false in tokenizer_config.json)'
         )
     return before
 
@@ -260,19 +230,6 @@ def encode_spans(
         for begin, stop in encoding['offset_mapping']
     ]
     return encoding['input_ids'], inside
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[list[int]]:
-    """The ways in which a stop sequence can stand in a response, as ids.
-
-    By itself; and behind a word, where tokenizers that put a space of their own before
-    every text (SentencePiece style) write it in another way.
-    """
-    alone, word, joined = encode(tokenizer, [text, 'a', f'a{text}'])
-    ways = [alone]
-    if joined[: len(word)] == word and joined[len(word) :] != alone:
-        ways.append(joined[len(word) :])
-    return ways
 
 
 def opened(ids: list[int], bos: list[int]) -> list[int]:

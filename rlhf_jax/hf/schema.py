@@ -17,7 +17,8 @@ import numpy as np
 from rlhf_jax.models.config import TransformerConfig
 
 REQUIRED = object()  # default of an entry that config.json must have
-RUNTIME = ('dtype', 'remat', 'scan_unroll')  # how a model runs: not part of what it is
+# How a model runs, and with which tokenizer: not part of what it is.
+RUNTIME = ('dtype', 'remat', 'scan_unroll', 'num_tokens')
 Entries = Mapping[str, Any]  # config.json
 
 ACTIVATIONS = MappingProxyType(

@@ -70,6 +70,9 @@ class TransformerConfig:
     token_types: int = 0  # rows of a type table, whose first is added to every token
     tied_embeddings: bool = True
     logit_softcap: float | None = None
+    # Ids that the tokenizer has: those from here on, which only fill the embeddings up,
+    # have probability 0. None: all of the vocabulary.
+    num_tokens: int | None = None
     init_std: float = 0.02
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
     remat: bool = False  # recompute each layer in the backward pass
@@ -106,6 +109,21 @@ class TransformerConfig:
             raise ValueError(
                 f'windowed has {len(self.windowed)} entries, not {expected}: one per '
                 'layer with a sliding_window, none without'
+            )
+
+    def check_length(self, length: int) -> None:
+        """Refuses sequences for whose last tokens a learned table has no position.
+
+        Args:
+            length: of the sequences, in tokens, with their padding.
+
+        Raises:
+            ValueError: the table is shorter.
+        """
+        if self.position == 'learned' and length > self.max_positions:
+            raise ValueError(
+                f'sequences of {length} tokens exceed the {self.max_positions} learned '
+                'positions of the model; shorten prompts, responses or padding'
             )
 
     @property

@@ -74,8 +74,11 @@ class Transformer(nn.Module):
 
         Returns: (hidden [B, T or last, D] compute dtype; cache, or with ``keep_kv`` the
             keys and values of these tokens, as a KVCache holds them; or None).
+
+        Raises: ValueError, more tokens than the model has learned positions.
         """
         cfg = self.config
+        cfg.check_length(tokens.shape[1])
         x = Embed(cfg, name='embed')(tokens, positions)
         views = make_views(cfg, positions, allowed, distance, slot)
         stacked = cfg.num_layers if cfg.num_stacked is None else cfg.num_stacked
@@ -245,8 +248,12 @@ def prefill(
 
     Returns:
         (hidden [B, T, D], cache whose next slot is T).
+
+    Raises:
+        ValueError: more slots than the model has learned positions.
     """
-    batch, length = tokens.shape
+    backbone.config.check_length(cache_length)
+    length = tokens.shape[1]
     hidden, (keys, values) = backbone(
         embed_safe(tokens, mask),
         positions_of(mask),

@@ -27,6 +27,9 @@ MAX_LOGITS = 2**26
 MAX_SUM_LOGITS, MAX_SUM_LOGITS_ON_CPU, MIN_SUM_TOKENS = 2**27, 2**23, 128
 # In so many turns a CPU adds a block's part of the gradient of W.
 PARTS_ON_CPU = 4
+# The logit of an id that no tokenizer has: exp gives exactly 0, and unlike −∞ it has a
+# product with 0.
+NO_TOKEN = -1e9
 # From so many tokens on, and for so many rows at most, a CPU has better code if W is
 # there as [V, D].
 LARGE_VOCABULARY, ROWS_BY_TOKENS = 2**14, 16
@@ -39,6 +42,7 @@ def token_logprobs(
     *,
     temperature: Array | float = 1.0,
     softcap: float | None = None,
+    num_tokens: int | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Array, Array]:
     """Log-probability of every token given those before it, and the entropy at its
@@ -53,6 +57,9 @@ def token_logprobs(
         temperature: τ > 0, the sampling temperature: the policy *is* the tempered
             distribution in rollout, reference and training passes alike.
         softcap: c, for models whose logits are c·tanh(h·W / c); None for others.
+        num_tokens: ids from here on have probability 0, in every function of this file
+            and so in sampling and training alike; None for no such id, and then
+            nothing is computed for it.
         max_logits: entries of the largest logits block of a device; above it the head
             runs in chunks of tokens, whose logits are recomputed in the backward pass.
 
@@ -63,12 +70,11 @@ def token_logprobs(
     steps = length - 1
     largest = _block_length(batch, unembedding.shape[-1], max_logits)
     shifted = hidden[:, :-1], tokens[:, 1:]
+    how = (unembedding, temperature, softcap, num_tokens)
     if steps <= largest:
-        logprobs, entropy = _score(*shifted, unembedding, temperature, softcap)
+        logprobs, entropy = _score(*shifted, *how)
     else:
-        score = jax.checkpoint(
-            lambda chunk: _score(*chunk, unembedding, temperature, softcap)
-        )
+        score = jax.checkpoint(lambda chunk: _score(*chunk, *how))
         logprobs, entropy = jax.tree.map(
             lambda x: _joined(x, steps), jax.lax.map(score, _cut(shifted, largest))
         )
@@ -83,6 +89,7 @@ def logprob_sum(
     weights: Array,
     *,
     softcap: float | None = None,
+    num_tokens: int | None = None,
     max_logits: int | None = None,
 ) -> Array:
     """Weighted sum of the log-probabilities that :func:`token_logprobs` gives at
@@ -103,6 +110,7 @@ def logprob_sum(
         weights: [B, T] float32, constants; those at position 0 do not count, and where
             they are 0 the token may be any number.
         softcap: as in :func:`token_logprobs`.
+        num_tokens: likewise.
         max_logits: entries of the largest block of logits of a device; None for what
             suits it.
 
@@ -116,24 +124,25 @@ def logprob_sum(
         max_logits = max(max_logits, MIN_SUM_TOKENS * vocabulary)
     largest = _block_length(batch, vocabulary, max_logits)
     rows = hidden[:, :-1], tokens[:, 1:], weights[:, 1:]
-    return _sum_by_blocks(unembedding, rows, largest, softcap)
+    return _sum_by_blocks(unembedding, rows, largest, softcap, num_tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _sum_by_blocks(
     unembedding: Array,
     rows: tuple[Array, Array, Array],
     largest: int,
     softcap: float | None,
+    num_tokens: int | None,
 ) -> Array:
     """rows: states [B, S, D], their targets and weights [B, S]. Where no gradient is
     asked for, that of a block is dead code.
     """
     if rows[0].shape[1] <= largest:
-        return _block_gradient(unembedding, rows, softcap)[0]
+        return _block_gradient(unembedding, rows, softcap, num_tokens)[0]
 
     def block_sum(block: tuple[Array, Array, Array]) -> Array:
-        return _block_gradient(unembedding, block, softcap)[0]
+        return _block_gradient(unembedding, block, softcap, num_tokens)[0]
 
     return jnp.sum(jax.lax.map(block_sum, _cut(rows, largest)))
 
@@ -143,17 +152,22 @@ def _sum_forward(
     rows: tuple[Array, Array, Array],
     largest: int,
     softcap: float | None,
+    num_tokens: int | None,
 ) -> tuple[Array, tuple[Array, Array]]:
     steps = rows[0].shape[1]
     if steps <= largest:
-        total, d_states, d_logits = _block_gradient(unembedding, rows, softcap)
+        total, d_states, d_logits = _block_gradient(
+            unembedding, rows, softcap, num_tokens
+        )
         d_unembedding = kernel_gradient(_flat(rows[0]), d_logits)
         return total, (d_unembedding.astype(unembedding.dtype), d_states)
 
     def add(
         d_unembedding: Array, block: tuple[Array, Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
-        total, d_states, d_logits = _block_gradient(unembedding, block, softcap)
+        total, d_states, d_logits = _block_gradient(
+            unembedding, block, softcap, num_tokens
+        )
         d_unembedding = _add_gradient(d_unembedding, _flat(block[0]), d_logits)
         return d_unembedding, (total, d_states)
 
@@ -164,7 +178,10 @@ def _sum_forward(
 
 
 def _block_gradient(
-    unembedding: Array, rows: tuple[Array, Array, Array], softcap: float | None
+    unembedding: Array,
+    rows: tuple[Array, Array, Array],
+    softcap: float | None,
+    num_tokens: int | None,
 ) -> tuple[Array, Array, Array]:
     """The sum over one block, and its gradients by the states [B, S, D] and by the
     logits before the soft cap [B·S, V].
@@ -172,7 +189,7 @@ def _block_gradient(
     ∂S/∂logit_v = w·(1[v = target] − p_v)
     """
     states, targets, weights = rows[0], rows[1].reshape(-1, 1), rows[2].ravel()
-    logits = logits_of(_flat(states), unembedding, softcap)
+    logits = logits_of(_flat(states), unembedding, softcap, num_tokens)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets, axis=-1)[:, 0]
     # A token that does not count may be one that the vocabulary does not have.
@@ -212,7 +229,11 @@ def _flat(states: Array) -> Array:
 
 
 def _sum_backward(
-    largest: int, softcap: float | None, saved: tuple[Array, Array], d_sum: Array
+    largest: int,
+    softcap: float | None,
+    num_tokens: int | None,
+    saved: tuple[Array, Array],
+    d_sum: Array,
 ) -> tuple[Array, tuple[Array, None, None]]:
     d_unembedding, d_states = (x * d_sum.astype(x.dtype) for x in saved)
     return d_unembedding, (d_states, None, None)
@@ -251,14 +272,30 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def logits_of(states: Array, unembedding: Array, softcap: float | None) -> Array:
+def logits_of(
+    states: Array,
+    unembedding: Array,
+    softcap: float | None,
+    num_tokens: int | None = None,
+) -> Array:
     """Logits [..., V] float32 of hidden states [..., D]; see :func:`token_logprobs`."""
     logits = linear(states, unembedding.astype(states.dtype), jnp.float32)
-    return soft_cap(logits, softcap)
+    return _of_tokens(soft_cap(logits, softcap), num_tokens)
+
+
+def _of_tokens(logits: Array, num_tokens: int | None) -> Array:
+    """Logits [..., V], less those of ids that the tokenizer does not have."""
+    vocabulary = logits.shape[-1]
+    if num_tokens is None or num_tokens >= vocabulary:
+        return logits
+    return jnp.where(jnp.arange(vocabulary) < num_tokens, logits, NO_TOKEN)
 
 
 def logits_fn(
-    unembedding: Array, softcap: float | None, rows: int
+    unembedding: Array,
+    softcap: float | None,
+    rows: int,
+    num_tokens: int | None = None,
 ) -> Callable[[Array], Array]:
     """:func:`logits_of` for a loop that reads the same matrix over and over.
 
@@ -269,13 +306,14 @@ def logits_fn(
         unembedding: [D, V].
         softcap: as in :func:`token_logprobs`.
         rows: B of the states.
+        num_tokens: as in :func:`token_logprobs`.
 
     Returns:
         A function of states [B, D] to logits [B, V] float32.
     """
     few = 1 < rows <= ROWS_BY_TOKENS and unembedding.shape[1] >= LARGE_VOCABULARY
     if not few or get_backend().platform != 'cpu':
-        return lambda states: logits_of(states, unembedding, softcap)
+        return lambda states: logits_of(states, unembedding, softcap, num_tokens)
     turned = unembedding.T
 
     def by_tokens(states: Array) -> Array:
@@ -284,7 +322,8 @@ def logits_fn(
             'vd,bd->vb', kernel, states, preferred_element_type=jnp.float32
         )
         # The barrier keeps XLA from making it states·W again.
-        return soft_cap(jax.lax.optimization_barrier(columns).T, softcap)
+        logits = soft_cap(jax.lax.optimization_barrier(columns).T, softcap)
+        return _of_tokens(logits, num_tokens)
 
     return by_tokens
 
@@ -295,8 +334,9 @@ def _score(
     unembedding: Array,
     temperature: Array | float,
     softcap: float | None,
+    num_tokens: int | None,
 ) -> tuple[Array, Array]:
-    logits = logits_of(states, unembedding, softcap) / temperature
+    logits = logits_of(states, unembedding, softcap, num_tokens) / temperature
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # H = log Z − Σ p·logit: needs no second array of log-probabilities.

@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.tokenizer import stop_ids
+from rlhf_jax.data.stops import token_bytes
 from rlhf_jax.evals import policy as policy_eval
 from rlhf_jax.evals.policy import GOLD, Sampled, Scorer
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.run import Run, check_policy, load_policy, model_config
@@ -148,18 +149,19 @@ def check_positions(
 
 
 def stop_rules(run: Run, job: Evaluation) -> Sampling:
-    """The sampling parameters of a stage: its stop sequences as tokens, all EOS ids."""
-    settings = job.settings
+    """The sampling parameters of a stage: its stop strings over the tokens, all EOS
+    ids.
+    """
+    settings, table = job.settings, None
+    if settings.stop_sequences:
+        texts = [text.encode() for text in settings.stop_sequences]
+        table = stop_table(token_bytes(run.tokenizer), texts)
     return sampling(
-        eos_ids=[*pipeline.eos_ids(run.tokenizer), *settings.extra_eos_ids],
+        eos_ids=pipeline.eos_ids(run.tokenizer),
         temperature=job.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        stop_sequences=[
-            ids
-            for text in settings.stop_sequences
-            for ids in stop_ids(run.tokenizer, text)
-        ],
+        stop_table=table,
         stop_after=settings.stop_after,
     )
 

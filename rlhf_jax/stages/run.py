@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import checkpoint, hf, reward_losses
 from rlhf_jax.config import build
 from rlhf_jax.data.examples import Dataset
+from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.models.presets import preset
@@ -53,6 +54,18 @@ class Run:
         """``sharding.compile_step`` on this run's mesh and backend."""
         backend = self.config.parallel.backend
         return compile_step(fn, mesh=self.mesh, backend=backend, **kinds)
+
+
+def load_run_tokenizer(config: ConfigDict) -> Any:
+    """The tokenizer of a config, with the ids that end a response in all its stages:
+    those that ``data.stops`` finds, and the ``extra_eos_ids`` of every stage.
+
+    Raises:
+        ValueError: see ``data.tokenizer.load_tokenizer``.
+    """
+    stages = [section for section in config.values() if isinstance(section, ConfigDict)]
+    lists = [s.extra_eos_ids for s in stages if 'extra_eos_ids' in s]
+    return load_tokenizer(config.tokenizer, [i for ids in lists for i in ids])
 
 
 def finish(
@@ -118,8 +131,10 @@ def model_config(run: Run, init: str, part: str = 'policy') -> TransformerConfig
         config = parts.get(part) or next(iter(parts.values()))
     else:
         config = hf.load_config(init)
+    known = max(run.tokenizer.get_vocab().values()) + 1
     return dataclasses.replace(
         config,
+        num_tokens=known if known < config.vocab_size else None,
         dtype=settings.dtype,
         remat=settings.remat,
         scan_unroll=settings.scan_unroll,

@@ -121,7 +121,7 @@ class EvaluationSettings:
     decode_rows: Annotated[int | None, at_least(1)] = None
     top_k: Annotated[int | None, at_least(1)] = None
     top_p: Annotated[float | None, Range(0, 1, open_low=True)] = None
-    # beside the tokenizer's EOS
+    # end a response too, in all stages of the run
     extra_eos_ids: Annotated[tuple[int, ...], at_least(0)] = ()
     stop_sequences: tuple[str, ...] = ()
     # response tokens before a stop sequence counts

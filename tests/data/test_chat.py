@@ -326,7 +326,11 @@ def test_an_answer_that_the_template_closed_is_not_closed_twice(tmp_path):
 
     assert answer(chatty(tmp_path, [1, 3])) == ['it is<|im_end|>']
     assert answer(made(ZEPHYR)) == ['it is</s>']
-    assert answer(made(CHATML)) == ['it is<|im_end|>\n</s>']  # as far as it knows
+    # No generation config lists what ends the turn: the template says it.
+    assert answer(made(CHATML)) == ['it is<|im_end|>']
+    # Nothing of what a template writes behind the end of the last turn is learned.
+    over = CHATML.replace('{% endif %}', '{% else %}{{ eos_token }}{% endif %}')
+    assert answer(made(over)) == ['it is<|im_end|>']
 
 
 def test_the_eos_ids_survive_the_work_directory(tmp_path):

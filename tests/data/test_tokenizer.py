@@ -16,7 +16,6 @@ from rlhf_jax.data.tokenizer import (
     load_tokenizer,
     opened,
     save_tokenizer,
-    stop_ids,
     truncate,
 )
 
@@ -197,16 +196,3 @@ def test_stories_tokenizer_puts_bos_before_a_text():
     tokenizer = load_tokenizer(str(folder))
     assert (bos_ids(tokenizer), eos_ids(tokenizer)) == ([1], [2, 1])
     check_vocabulary(tokenizer, 512)
-
-
-def test_a_stop_sequence_is_found_behind_a_word_too():
-    """A tokenizer that puts a space before every text has two ways to write a dot."""
-    vocabulary = {piece: i for i, piece in enumerate(['▁', 'a', 'b', '.', '</s>'])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token='</s>')
-    assert spaced.encode('b.') == [0, 2, 3]
-    assert stop_ids(spaced, '.') == [[0, 3], [3]]
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token='</s>')
-    assert stop_ids(plain, '.') == [[3]]

@@ -422,3 +422,19 @@ def test_a_norm_keeps_what_it_is_given_alone(config, norm, axes):
     kept = [a for a in jax.tree.leaves(pull) if getattr(a, 'shape', ()) == x.shape]
     assert len(kept) == 1
     np.testing.assert_array_equal(kept[0], x)
+
+
+@pytest.mark.parametrize('kind', [CausalLM, ScalarModel])
+def test_more_tokens_than_learned_positions_are_refused(config, kind):
+    """Where a table ends, an index would silently be that of its last row."""
+    model = kind(dataclasses.replace(config, position='learned', max_positions=6))
+    fits, long = (jnp.zeros((2, length), jnp.int32) for length in (6, 7))
+    params = jax.eval_shape(model.init, jax.random.PRNGKey(0), fits, fits == 0)
+    jax.eval_shape(model.apply, params, fits, fits == 0)
+    for mask in (long == 0, jnp.arange(7) < jnp.array([[3], [3]])):
+        with pytest.raises(ValueError, match='7 tokens exceed the 6 learned positions'):
+            jax.eval_shape(model.apply, params, long, mask)
+    if kind is CausalLM:
+        prefill = functools.partial(model.apply, cache_length=7, method='prefill')
+        with pytest.raises(ValueError, match='7 tokens exceed the 6 learned positions'):
+            jax.eval_shape(prefill, params, fits, fits == 0)

@@ -194,6 +194,38 @@ def test_the_sum_and_its_gradient_are_those_of_the_tokens(
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize('max_logits', [2**26, 3 * B * V])
+@pytest.mark.parametrize('softcap', [None, 2.0])
+def test_ids_without_a_token_are_as_if_they_were_not_there(inputs, max_logits, softcap):
+    """Values and gradients are those of the columns before them alone."""
+    hidden, unembedding, tokens = inputs
+    known, weights = V - 2, _weights()
+    tokens = np.minimum(tokens, known - 1)
+    unembedding = unembedding.copy()
+    unembedding[:, known:] += 30 * np.sign(hidden[0, 0])[:, None]  # most likely of all
+    cut = {'softcap': softcap, 'max_logits': max_logits}
+    masked = {**cut, 'num_tokens': known}
+
+    def scored(hidden, unembedding, how):
+        logprobs, entropy = token_logprobs(
+            hidden, unembedding, tokens, temperature=0.7, **how
+        )
+        total = logprob_sum(hidden, unembedding, tokens, weights, **how)
+        return total + jnp.sum(logprobs * weights + entropy), (logprobs, entropy)
+
+    def run(unembedding, how):
+        grad = jax.value_and_grad(lambda *x: scored(*x, how), (0, 1), has_aux=True)
+        return grad(hidden, unembedding)
+
+    (total, ours), gradients = run(unembedding, masked)
+    (expected, theirs), wanted = run(unembedding[:, :known], cut)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(gradients[0], wanted[0], atol=1e-4)
+    np.testing.assert_allclose(gradients[1][:, :known], wanted[1], atol=1e-4)
+    assert not np.any(gradients[1][:, known:])
+
+
 def test_no_block_of_the_sum_exceeds_its_bound(inputs):
     """In the compiled gradient there is no array of all logits, and none is computed
     twice: three products a block.
@@ -337,7 +369,7 @@ def test_a_loop_reads_a_large_vocabulary_by_its_tokens(
     stored = jax.random.normal(keys[1], shape)
 
     def loop(states, stored):
-        head = logits_fn(stored.T if tied else stored, softcap, rows)
+        head = logits_fn(stored.T if tied else stored, softcap, rows, vocabulary - 3)
 
         def again(i, logits):
             return head(states + 0.01 * logits[:, :1])
@@ -346,7 +378,9 @@ def test_a_loop_reads_a_large_vocabulary_by_its_tokens(
 
     unembedding, expected = stored.T if tied else stored, jnp.zeros((rows, 1))
     for _ in range(3):
-        expected = logits_of(states + 0.01 * expected[:, :1], unembedding, softcap)
+        states_now = states + 0.01 * expected[:, :1]
+        expected = logits_of(states_now, unembedding, softcap, vocabulary - 3)
+    assert np.all(expected[:, -3:] < -1e8) and np.all(expected[:, :-3] > -1e3)
     compiled = jax.jit(loop).lower(states, stored).compile()
     logits = compiled(states, stored)
     assert logits.dtype == jnp.float32

@@ -53,7 +53,7 @@ REF = np.where(MASK, NOW + RNG.normal(0, 0.5, size=NOW.shape), 0).astype(np.floa
 class _Model:
     """The bigram policy, with the interface of ``CausalLM``."""
 
-    config = types.SimpleNamespace(logit_softcap=None)
+    config = types.SimpleNamespace(logit_softcap=None, num_tokens=None)
 
     def apply(self, variables: Any, tokens: Any, mask: Any) -> Any:
         return jax.nn.one_hot(tokens, V)

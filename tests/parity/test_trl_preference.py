@@ -46,7 +46,7 @@ METRICS = (
 class _Logits:
     """Ours: ``{'logits': …}`` are the logits, whatever the tokens."""
 
-    config = types.SimpleNamespace(logit_softcap=None)
+    config = types.SimpleNamespace(logit_softcap=None, num_tokens=None)
 
     def apply(self, variables, tokens, mask):
         return variables['params']['logits'].reshape(-1, LENGTH, VOCABULARY)
