@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rlhf_jax.config import load_dotted
+from rlhf_jax.data import clock
 
 GENERATION_CONFIG = 'generation_config.json'
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
@@ -85,12 +86,16 @@ def _load_fast(spec: str) -> PreTrainedTokenizerBase:
             f'tokenizer={spec!r} gives a {type(tokenizer).__name__}; a '
             'PreTrainedTokenizerFast is needed'
         )
+    clock.restore_date(tokenizer, folder)
     return tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a directory that loads as the same tokenizer, with the same EOS ids."""
+    """Writes a directory that loads as the same tokenizer, with the same EOS ids and
+    the date of the run.
+    """
     tokenizer.save_pretrained(folder)
+    clock.save_date(tokenizer, folder)
     text = json.dumps({'eos_token_id': eos_ids(tokenizer)}) + '\n'
     (folder / GENERATION_CONFIG).write_text(text, encoding='utf-8')
 
@@ -216,8 +221,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of whole texts, with nothing added and nothing cut."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, plain: bool = False
+) -> list[list[int]]:
+    """Ids of whole texts, with nothing added and nothing cut; ``plain`` writes what is
+    spelt like a special token as any other text.
+    """
     if not texts:
         return []
     return tokenizer(
@@ -227,6 +236,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
         truncation=False,
         return_attention_mask=False,
         verbose=False,
+        split_special_tokens=plain or tokenizer.split_special_tokens,
     )['input_ids']
 
 
@@ -270,7 +280,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[list[int]]:
 
 
 def opened(ids: list[int], bos: list[int]) -> list[int]:
-    """Ids with BOS before them, once: chat templates write their own."""
+    """Ids with BOS before them, once."""
     return ids if ids[: len(bos)] == bos else bos + ids
 
 

@@ -61,6 +61,8 @@ class OfflineSettings:
     buckets: tuple[int, ...] = (128,)  # static lengths in tokens; the last is the limit
     overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
+    # Of records that spell a control token; None: refused in messages, else allowed
+    control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
     loss_on: Literal['response', 'all', 'assistant'] = 'response'  # sft: what counts
     members: int = 1  # rm: of an ensemble; each has a head and a data order of its own
     # pretrain, sft: several documents in a row of the longest bucket, kept apart
@@ -156,6 +158,7 @@ class OnlineSettings(EvaluationSettings):
     num_rollouts: int = 100
     overlong: Literal['drop', 'truncate'] = 'drop'
     on_bad: Literal['error', 'skip'] = 'error'
+    control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
 
