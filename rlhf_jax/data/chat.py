@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf_jax.data.clock import without_clock
-from rlhf_jax.data.tokenizer import listed_eos
+from rlhf_jax.data.tokenizer import listed_eos, special_tokens
 
 Messages = list[dict[str, Any]]  # [{'role': 'user', 'content': '…'}, …]
 
@@ -225,7 +225,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[b
         if found and head.strip():
             heads.append(head)
     shared = os.path.commonprefix(heads)
-    if any(token and token in shared for token in tokenizer.all_special_tokens):
+    if any(token and token in shared for token in special_tokens(tokenizer)):
         heads = [shared]
     return [text.startswith(tuple(heads)) for text in texts]
 

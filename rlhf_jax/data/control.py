@@ -7,7 +7,6 @@ the chat template writes itself is not touched. Read ``loading.py`` next.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.formats import FIELDS, TOLD, BadRecord
 from rlhf_jax.data.sources import SourceRecord
-from rlhf_jax.data.tokenizer import encode
+from rlhf_jax.data.tokenizer import encode, special_tokens
 
 # 'refuse': the record is bad. 'escape': the text keeps its characters, with a word
 # joiner behind the first of them, so that no tokenizer reads the token. 'allow': the
@@ -27,9 +26,17 @@ JOINER = '\u2060'  # U+2060, no width and no break
 READ = (*FIELDS, 'completions')
 
 
+def spelling(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What a special token of a tokenizer looks like; None where there is none."""
+    spelt = [token for token in special_tokens(tokenizer) if token.strip()]
+    spelt.sort(key=len, reverse=True)  # of two that begin alike the longer is made
+    return re.compile('|'.join(map(re.escape, spelt))) if spelt else None
+
+
 def check_control_tokens(
     record: SourceRecord,
     tokenizer: PreTrainedTokenizerBase,
+    pattern: re.Pattern[str] | None,
     how: ControlTokens | None,
 ) -> tuple[SourceRecord, bool]:
     """Looks for special tokens that are spelt in the texts of a record.
@@ -37,6 +44,7 @@ def check_control_tokens(
     Args:
         record: as it was found.
         tokenizer: whose special tokens are looked for.
+        pattern: :func:`spelling` of the tokenizer.
         how: what becomes of the record; None refuses it where it has messages, which a
             template surrounds with its own control tokens, and allows it where all is
             text, whose author writes the control tokens too.
@@ -47,7 +55,6 @@ def check_control_tokens(
     Raises:
         BadRecord: something was found, and is refused or cannot be escaped.
     """
-    pattern = _pattern(tuple(tokenizer.all_special_tokens))
     if pattern is None:
         return record, False
     names = [name for name in (*READ, *TOLD) if name in record.fields]
@@ -76,19 +83,13 @@ def check_control_tokens(
     for name in {name for name, _ in found}:
         fields[name] = _escaped(fields[name], pattern)
         for text in _texts(fields[name]):
-            made = set(encode(tokenizer, [text])[0]) & set(tokenizer.all_special_ids)
-            if made - {tokenizer.unk_token_id}:
+            made = set(encode(tokenizer, [text])[0]) - {tokenizer.unk_token_id}
+            if made & set(special_tokens(tokenizer).values()):
                 raise BadRecord(
                     f'{record.where}: {name!r} spells the control token {token!r}, and '
                     'the tokenizer makes it of the escaped text too; remove it there'
                 )
     return SourceRecord(fields, record.where), True
-
-
-@functools.lru_cache(maxsize=16)
-def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    spelt = sorted((t for t in tokens if t.strip()), key=len, reverse=True)
-    return re.compile('|'.join(map(re.escape, spelt))) if spelt else None
 
 
 def _has_messages(value: Any) -> bool:

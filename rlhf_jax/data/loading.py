@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.config import nearest
-from rlhf_jax.data.control import ControlTokens, check_control_tokens
+from rlhf_jax.data.control import ControlTokens, check_control_tokens, spelling
 from rlhf_jax.data.examples import Counts, Dataset, Example
 from rlhf_jax.data.formats import BadRecord
 from rlhf_jax.data.rows import Row
@@ -70,10 +70,10 @@ def load_records(
         bad.append(str(error))
 
     good, num_spelt = [], 0
+    control = spelling(tokenizer), limits.control_tokens
     for source in sources:
         try:
-            how = limits.control_tokens
-            source, has_spelt = check_control_tokens(source, tokenizer, how)
+            source, has_spelt = check_control_tokens(source, tokenizer, *control)
             good.append(convert(source, tokenizer))
             num_spelt += has_spelt
         except BadRecord as error:

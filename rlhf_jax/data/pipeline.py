@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import formats
-from rlhf_jax.data.control import ControlTokens, check_control_tokens
+from rlhf_jax.data.control import ControlTokens, spelling
 from rlhf_jax.data.examples import (
     Batch,
     Counts,
@@ -72,9 +72,11 @@ def load_texts(
     """
     if max_length < 2:
         raise ValueError(f'max_length={max_length} leaves nothing to predict; use ≥ 2')
-    sources = read(spec)
-    records = [formats.to_text(record, tokenizer) for record in sources]
-    spelt = [check_control_tokens(x, tokenizer, 'allow')[1] for x in sources]
+    records = [formats.to_text(record, tokenizer) for record in read(spec)]
+    pattern = spelling(tokenizer)
+    spelt = [
+        pattern is not None and pattern.search(r.text) is not None for r in records
+    ]
     bos, eos = bos_ids(tokenizer), eos_ids(tokenizer)[0]
     examples, owners, cut = [], [], 0
     for record, ids in zip(records, encode_kept(tokenizer, [r.text for r in records])):
@@ -94,7 +96,7 @@ def load_texts(
         read=size,
         kept=size,
         truncated=cut,
-        control_tokens=sum(spelt),
+        control_tokens=len(spelt or ()),
     )
     return Dataset(examples, owners, counts)
 

@@ -206,6 +206,14 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return full[:before], full[before + len(bare) :]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens, as they are spelt, with their ids: EOS and the like, and what
+    else a chat template controls a model with.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: i for i, token in added if token.special}
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Checks that a model with ``vocab_size`` embeddings has one for every token.
 
