@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import checkpoint
 from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals.best_of_n import best_of_n_report, text_ids
 from rlhf_jax.evals.policy import GOLD, Sampled, sample_policy
 from rlhf_jax.sharding import ParallelConfig, make_mesh
@@ -106,6 +107,7 @@ def draw(run: Run, job: Evaluation, init: str, num_samples: int) -> list[Sampled
             run.tokenizer,
             job.prompts.records,
             batches,
+            decode_behind,
         )
 
     return [one(sample) for sample in range(num_samples)]

@@ -138,6 +138,7 @@ def _run_stages(
 ) -> None:
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
+    from rlhf_jax.data import clock
     from rlhf_jax.data.tokenizer import check_saved, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
@@ -160,6 +161,9 @@ def _run_stages(
     run = Run(workdir, config, make_mesh(parallel), tokenizer, profile)
     if (workdir / 'config.json').exists():
         check_saved(run.tokenizer, workdir / 'tokenizer')
+        clock.restore_date(run.tokenizer, workdir / 'tokenizer')
+    else:
+        clock.begin(run.tokenizer)
     loaders = {
         'pretrain': (offline.load_language_model, offline.train_language_model),
         'sft': (offline.load_language_model, offline.train_language_model),

@@ -10,6 +10,7 @@ Without ``--prompt`` the first prompts of the run's ``samples.jsonl`` are contin
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -24,13 +25,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rlhf_jax import checkpoint
+from rlhf_jax.data.chat import rendered
+from rlhf_jax.data.joining import decode_behind, open_prompts
 from rlhf_jax.data.stops import eos_ids
-from rlhf_jax.data.tokenizer import (
-    bos_ids,
-    encode,
-    opened,
-    stage_tokenizer,
-)
+from rlhf_jax.data.tokenizer import stage_tokenizer
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.rewards import ensemble_scores, reward_model_scores
@@ -83,6 +81,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float | None = None,
     seed: int = 0,
+    templated: bool | None = None,
 ) -> list[tuple[str, bool, float | None]]:
     """Continues a prompt.
 
@@ -95,6 +94,9 @@ def sample(
         temperature: 0 is greedy.
         top_p: nucleus, None for off.
         seed: of the samples.
+        templated: whether a chat template wrote the prompt, so that nothing is put
+            before it; None where that is seen in the text, which then begins as the
+            tokenizer's template does.
 
     Returns:
         (response, whether it ended by itself, reward-model score or None) per sample;
@@ -105,7 +107,9 @@ def sample(
     """
     model, params = load_part(workdir, stage, 'policy')
     tokenizer = stage_tokenizer(workdir / stage)
-    tokens = opened(encode(tokenizer, [prompt])[0], bos_ids(tokenizer))
+    if templated is None:
+        (templated,) = rendered(tokenizer, [prompt])
+    (tokens,) = open_prompts(tokenizer, [prompt], [templated])
     if not tokens:
         raise ValueError('the prompt is empty')
     if len(tokens) + max_new_tokens > model.config.max_positions:
@@ -113,6 +117,7 @@ def sample(
             f'{len(tokens)} prompt tokens and {max_new_tokens} new ones exceed the '
             f'{model.config.max_positions} positions of the model'
         )
+    prompt_end = tokens[-1]
     tokens = jnp.asarray(np.tile(tokens, (num, 1)), jnp.int32)
     how = sampling(eos_ids=eos_ids(tokenizer), temperature=temperature, top_p=top_p)
     write = jax.jit(
@@ -126,7 +131,7 @@ def sample(
             np.asarray(result.tokens), np.asarray(result.response_mask)
         )
     ]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    texts = decode_behind(tokenizer, [prompt_end] * num, kept)
     ended = np.asarray(result.ended).tolist()
     scores: list[float | None] = [None] * num
     if _has_single_score(workdir / 'rm'):
@@ -161,8 +166,8 @@ def main(argv: list[str]) -> None:
         else:
             # The shell's bytes are UTF-8, whatever the locale took them for.
             prompt = os.fsencode(values.prompt).decode('utf-8')
-            prompts = [prompt.replace('\\n', '\n')]
-        for prompt in prompts:
+            prompts = [(prompt.replace('\\n', '\n'), None)]
+        for prompt, templated in prompts:
             console.print(Panel(Text(prompt), title='prompt', title_align='left'))
             for text, ended, score in sample(
                 workdir,
@@ -173,6 +178,7 @@ def main(argv: list[str]) -> None:
                 temperature=values.temperature,
                 top_p=values.top_p,
                 seed=values.seed,
+                templated=templated,
             ):
                 mark = '' if ended else '  (did not end)'
                 label = 'no reward model' if score is None else f'score {score:+.3f}'
@@ -182,13 +188,15 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def _known(workdir: Path, stage: str) -> list[str]:
+def _known(workdir: Path, stage: str) -> list[tuple[str, bool | None]]:
+    """The first prompts of a run, and whether a chat template wrote them."""
     paths = [workdir / stage / 'samples.jsonl', *workdir.glob('*/samples.jsonl')]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise ValueError(f'no stage of {workdir} has a samples.jsonl; give --prompt')
-    lines = path.read_text(encoding='utf-8').splitlines()[:3]
-    return [json.loads(line)['prompt'] for line in lines]
+    with path.open(encoding='utf-8') as file:  # a line ends at a line feed alone
+        rows = [json.loads(line) for line in itertools.islice(file, 3)]
+    return [(row['prompt'], row.get('templated')) for row in rows]
 
 
 def run() -> None:

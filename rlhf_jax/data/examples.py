@@ -135,6 +135,7 @@ class Counts:
     taken: int | None = None  # the first so many examples alone are used
     rows: int | None = None  # that the kept were packed into (packing.py)
     row_length: int | None = None  # tokens
+    control_tokens: int = 0  # records that spell a control token, and are not bad
 
     def describe(self) -> str:
         """A sentence for people."""
@@ -149,6 +150,8 @@ class Counts:
             text += f'{self.max_length} tokens'
         if self.skipped_bad:
             text += f', {self.skipped_bad} skipped as bad (first: {self.first_bad})'
+        if self.control_tokens:
+            text += f'; {self.control_tokens} spell control tokens'
         if self.taken is not None:
             text += f'; the first {self.taken} are used'
         if self.rows is not None:

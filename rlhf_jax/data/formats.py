@@ -9,8 +9,10 @@
 
 ``judgements.py`` has more, for reward models alone. A prompt or an answer is text or a
 list of messages ``{'role', 'content'}``; messages are rendered by the tokenizer's chat
-template (``chat.py``). Fields that are null count as absent. Read ``pipeline.py`` next,
-which turns these records into tokens.
+template (``chat.py``), which is told ``tools`` and ``chat_template_kwargs`` too. A
+prompt in messages that ends in an assistant turn is one that the answer goes on in.
+Fields that are null count as absent, and so do keys of messages. Read ``pipeline.py``
+next, which turns these records into tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +30,7 @@ from rlhf_jax.data import chat
 from rlhf_jax.data.sources import SourceRecord
 
 FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
+TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
 
 
 class BadRecord(ValueError):
@@ -130,12 +133,13 @@ def to_conversation(
             answer are text, or the assistant writes nothing, or first.
         ValueError: the tokenizer has no chat template, or none that can be learned.
     """
-    turns = _turns(record, answer_field(record))
-    if turns is None:
+    found = _turns(record, answer_field(record))
+    if found is None:
         raise BadRecord(
             f'{record.where}: prompt and answer are text, of which the answer alone '
             "counts: give messages, or use loss_on='response'"
         )
+    turns = found.messages
     written = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
     if not written:
         raise BadRecord(f'{record.where}: no turn is of the assistant')
@@ -144,7 +148,8 @@ def to_conversation(
     for i in written:
         _check_written(record, f'messages[{i}]', turns[i])
     with _placed(record):
-        text, spans = chat.assistant_spans(turns, tokenizer)
+        told = chat.told(present(record), tokenizer)
+        text, spans = chat.assistant_spans(turns, tokenizer, told)
     return Conversation(text_of(record, 'messages', text), spans, record.where)
 
 
@@ -209,20 +214,25 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
     name = next((name for name in ('completion', 'chosen') if name in fields), None)
     if 'messages' in fields and 'prompt' not in fields:
         name = 'messages'
-    reference = fields.get(name)
+    reference, goes_on = fields.get(name), False
     if name == 'messages' or isinstance(reference, list):
-        turns, reference = _turns(record, name), None
+        (turns, begun), reference = _turns(record, name), None
         if turns[-1]['role'] == 'assistant':
             *turns, last = turns
             reference = last.get('content')
+        if begun is not None:
+            turns, goes_on = [*turns, begun], True
+            reference = reference.removeprefix(begun['content'])
         if not turns:
             raise BadRecord(f'{record.where}: nothing stands before the answer')
     else:
         prompt = field_of(record, 'prompt')
         turns = _messages(record, 'prompt') if isinstance(prompt, list) else None
+        goes_on = turns is not None and _goes_on(record, turns)
     if turns is not None:
         with _placed(record):
-            prompt = chat.open_prompt(turns, tokenizer)
+            told = chat.told(fields, tokenizer)
+            prompt = chat.open_prompt(turns, tokenizer, told, goes_on=goes_on)
     reference = fields.get('reference', reference)
     if reference is not None and not isinstance(reference, str):
         raise BadRecord(
@@ -317,21 +327,52 @@ def answer_field(record: SourceRecord) -> str:
     return next((name for name in names if name in fields), 'completion')
 
 
-def _turns(record: SourceRecord, name: str) -> chat.Messages | None:
+class _Turns(NamedTuple):
+    """A conversation with its answer."""
+
+    messages: chat.Messages
+    # The message of the prompt with which the last turn begins; None where the answer
+    # is a turn of its own.
+    begun: dict[str, Any] | None = None
+
+
+def _turns(record: SourceRecord, name: str) -> _Turns | None:
     """The conversation with its answer in field ``name``; None where all is text."""
     answer = field_of(record, name)
     if name == 'messages' or isinstance(answer, list):
         turns = _messages(record, name)
         if name == 'messages' or turns[0]['role'] != 'assistant':
-            return turns  # a whole conversation, prompt included
+            return _Turns(turns)  # a whole conversation, prompt included
     else:
         turns = [{'role': 'assistant', 'content': text_of(record, name, answer)}]
     prompt = field_of(record, 'prompt')
     if isinstance(prompt, list):
-        return _messages(record, 'prompt') + turns
+        before = _messages(record, 'prompt')
+        if not _goes_on(record, before):
+            return _Turns(before + turns)
+        *before, begun = before
+        first, *rest = turns
+        _check_written(record, f'{name}[0]', first)
+        content = begun['content'] + (first.get('content') or '')
+        turns = [*before, {**begun, **first, 'content': content}, *rest]
+        return _Turns(turns, None if rest else begun)
     if not isinstance(answer, list):
         return None
-    return [{'role': 'user', 'content': text_of(record, 'prompt', prompt)}, *turns]
+    question = {'role': 'user', 'content': text_of(record, 'prompt', prompt)}
+    return _Turns([question, *turns])
+
+
+def _goes_on(record: SourceRecord, prompt: chat.Messages) -> bool:
+    """Whether a prompt ends in an assistant turn, which the answer then goes on."""
+    if prompt[-1]['role'] != 'assistant':
+        return False
+    if prompt[-1].get('tool_calls'):
+        raise BadRecord(
+            f'{record.where}: the prompt ends in an assistant turn with tool_calls, '
+            'which is over; put the results of the tools behind it, or leave it to the '
+            'answer'
+        )
+    return True
 
 
 def prompt_and_answer(
@@ -340,10 +381,11 @@ def prompt_and_answer(
     """Prompt, answer (of field ``name``), whether the chat template wrote them; else
     BadRecord.
     """
-    turns = _turns(record, name)
-    if turns is None:
+    found = _turns(record, name)
+    if found is None:
         prompt, answer = field_of(record, 'prompt'), field_of(record, name)
     else:
+        turns = found.messages
         if turns[-1]['role'] != 'assistant':
             raise BadRecord(
                 f'{record.where}: the conversation ends in a turn of '
@@ -353,9 +395,10 @@ def prompt_and_answer(
             raise BadRecord(f'{record.where}: nothing stands before the answer')
         _check_written(record, 'the last turn', turns[-1])
         with _placed(record):
-            prompt, answer = chat.split(turns, tokenizer)
+            told = chat.told(present(record), tokenizer)
+            prompt, answer = chat.split(turns, tokenizer, told, begun=found.begun)
     text_of(record, 'prompt', prompt)
-    return prompt, text_of(record, name, answer), turns is not None
+    return prompt, text_of(record, name, answer), found is not None
 
 
 def _check_written(record: SourceRecord, name: str, turn: dict[str, Any]) -> None:

@@ -101,7 +101,8 @@ def to_ranking(
     for i, completion in enumerate(completions):
         if completion is None:
             continue
-        one = {'prompt': fields.get('prompt'), 'completion': completion}
+        one = {name: fields.get(name) for name in ('prompt', *formats.TOLD)}
+        one['completion'] = completion
         source = SourceRecord(one, f'{record.where}: completions[{i}]')
         answers.append(formats.prompt_and_answer(source, tokenizer, 'completion'))
     prompts, texts, templated = zip(*answers)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.config import nearest
+from rlhf_jax.data.control import ControlTokens, check_control_tokens, spelling
 from rlhf_jax.data.examples import Counts, Dataset, Example
 from rlhf_jax.data.formats import BadRecord
 from rlhf_jax.data.rows import Row
@@ -29,6 +30,7 @@ class Limits(NamedTuple):
     length: int  # in tokens
     overlong: Overlong
     on_bad: OnBad
+    control_tokens: ControlTokens | None = None  # see ``control.py``
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
@@ -50,6 +52,9 @@ def load_records(
     """The examples of a kind; what the kinds differ in are the last three arguments."""
     one_of('overlong', limits.overlong, typing.get_args(Overlong))
     one_of('on_bad', limits.on_bad, typing.get_args(OnBad))
+    if limits.control_tokens is not None:
+        known = typing.get_args(ControlTokens)
+        one_of('control_tokens', limits.control_tokens, known)
     bos, _ = frame(tokenizer)
     least = (len(bos) + 1) * (1 if what == 'prompts' else 2)
     if (limit := limits.length) < least:
@@ -64,10 +69,13 @@ def load_records(
             ) from error
         bad.append(str(error))
 
-    good = []
+    good, num_spelt = [], 0
+    control = spelling(tokenizer), limits.control_tokens
     for source in sources:
         try:
+            source, has_spelt = check_control_tokens(source, tokenizer, *control)
             good.append(convert(source, tokenizer))
+            num_spelt += has_spelt
         except BadRecord as error:
             note(error)
     examples, records, lengths = [], [], []
@@ -99,6 +107,7 @@ def load_records(
         responses_cut=responses_cut,
         skipped_bad=len(bad),
         first_bad=bad[0] if bad else None,
+        control_tokens=num_spelt,
     )
     if not examples:
         span = f'{min(lengths)} to {max(lengths)}' if lengths else 'no'

@@ -19,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import formats
+from rlhf_jax.data.control import ControlTokens, spelling
 from rlhf_jax.data.examples import (
     Batch,
     Counts,
@@ -72,6 +73,10 @@ def load_texts(
     if max_length < 2:
         raise ValueError(f'max_length={max_length} leaves nothing to predict; use ≥ 2')
     records = [formats.to_text(record, tokenizer) for record in read(spec)]
+    pattern = spelling(tokenizer)
+    spelt = [
+        pattern is not None and pattern.search(r.text) is not None for r in records
+    ]
     bos, eos = bos_ids(tokenizer), eos_ids(tokenizer)[0]
     examples, owners, cut = [], [], 0
     for record, ids in zip(records, encode_kept(tokenizer, [r.text for r in records])):
@@ -84,7 +89,15 @@ def load_texts(
             examples.append(TokenExample(piece, np.arange(len(piece)) > 0))
             owners.append(record)
     size = len(records)
-    counts = Counts(spec, 'texts', max_length, read=size, kept=size, truncated=cut)
+    counts = Counts(
+        spec,
+        'texts',
+        max_length,
+        read=size,
+        kept=size,
+        truncated=cut,
+        control_tokens=len(spelt or ()),
+    )
     return Dataset(examples, owners, counts)
 
 
@@ -96,6 +109,7 @@ def load_demonstrations(
     loss_on: LossOn = 'response',
     overlong: Overlong = 'drop',
     on_bad: OnBad = 'error',
+    control_tokens: ControlTokens | None = None,
 ) -> Dataset:
     """Loads demonstrations as prompt + completion + EOS.
 
@@ -113,6 +127,10 @@ def load_demonstrations(
             last token is EOS all the same (a conversation is cut from the right behind
             its first prompt, and no EOS is written). Both are counted.
         on_bad: 'error' stops at a record that cannot be used, 'skip' counts it.
+        control_tokens: what becomes of a record that spells a control token of the
+            tokenizer: 'refuse' makes it a bad one, 'escape' keeps it as plain text,
+            'allow' makes the token; None refuses it in messages and allows it in
+            records of text. They are counted.
 
     Raises:
         ValueError: a bad record (with its place), or nothing is left.
@@ -127,7 +145,7 @@ def load_demonstrations(
     convert, rows = formats.to_demonstration, text_rows
     if loss_on == 'assistant':
         convert, rows = formats.to_conversation, conversation_rows
-    limits = Limits(max_length, overlong, on_bad)
+    limits = Limits(max_length, overlong, on_bad, control_tokens)
     what = 'demonstrations'
     return load_records(spec, read(spec), tokenizer, what, limits, convert, rows, build)
 
@@ -139,6 +157,7 @@ def load_comparisons(
     max_length: int,
     overlong: Overlong = 'drop',
     on_bad: OnBad = 'error',
+    control_tokens: ControlTokens | None = None,
 ) -> Dataset:
     """Loads comparisons; both answers follow the same prompt and end in EOS.
 
@@ -149,12 +168,13 @@ def load_comparisons(
         overlong: as in :func:`load_demonstrations`; the prompt is cut for the longer
             answer. Pairs that truncation makes equal are dropped.
         on_bad: as in :func:`load_demonstrations`.
+        control_tokens: likewise.
 
     Raises:
         ValueError: a bad record (with its place), or nothing is left.
     """
 
-    limits = Limits(max_length, overlong, on_bad)
+    limits = Limits(max_length, overlong, on_bad, control_tokens)
     return _load_comparisons(spec, read(spec), tokenizer, limits)
 
 
@@ -183,6 +203,7 @@ def load_preferences(
     max_length: int,
     overlong: Overlong = 'drop',
     on_bad: OnBad = 'error',
+    control_tokens: ControlTokens | None = None,
 ) -> Dataset:
     """Loads data for a preference loss.
 
@@ -196,12 +217,13 @@ def load_preferences(
         max_length: as in :func:`load_comparisons`.
         overlong: likewise.
         on_bad: as in :func:`load_demonstrations`.
+        control_tokens: likewise.
 
     Raises:
         ValueError: data of the other kind, a bad record (with its place), nothing is
             left, or, of single responses, all have the same verdict or prompt.
     """
-    sources, limits = read(spec), Limits(max_length, overlong, on_bad)
+    sources, limits = read(spec), Limits(max_length, overlong, on_bad, control_tokens)
     found = {name for s in sources for name, x in s.fields.items() if x is not None}
     is_compared = bool({'chosen', 'rejected'} & found)
     if not is_compared and (kind == 'pairs' or 'label' not in found):
@@ -271,6 +293,7 @@ def load_prompts(
     max_prompt_length: int,
     overlong: Overlong = 'drop',
     on_bad: OnBad = 'error',
+    control_tokens: ControlTokens | None = None,
 ) -> Dataset:
     """Loads prompts.
 
@@ -280,6 +303,7 @@ def load_prompts(
         max_prompt_length: tokens.
         overlong: 'truncate' cuts from the left (BOS stays).
         on_bad: as in :func:`load_demonstrations`.
+        control_tokens: likewise.
 
     Raises:
         ValueError: a bad record (with its place), or nothing is left.
@@ -288,8 +312,8 @@ def load_prompts(
     def build(record: Any, row: Row) -> Example:
         return PromptExample(np.asarray(row.prompt, np.int32))
 
-    limits, convert = Limits(max_prompt_length, overlong, on_bad), formats.to_prompt
-    sources = read(spec)
+    limits = Limits(max_prompt_length, overlong, on_bad, control_tokens)
+    sources, convert = read(spec), formats.to_prompt
     return load_records(
         spec, sources, tokenizer, 'prompts', limits, convert, text_rows, build
     )

@@ -85,6 +85,7 @@ def load_judgements(
             max_length=limits.length,
             overlong=limits.overlong,
             on_bad=limits.on_bad,
+            control_tokens=limits.control_tokens,
         )
     load = {'pairs': _rankings, 'ratings': _ratings, 'steps': _steps}[wanted.kind]
     return load(spec, sources, tokenizer, wanted, limits)

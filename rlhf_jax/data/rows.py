@@ -5,9 +5,9 @@ rows to length and batches them. Read ``stages/offline.py`` next.
 
 A sequence is tokens(prompt) + tokens(completion) + EOS, which is not written twice. A
 prompt in text gets what the tokenizer puts before every text (BOS); what a chat
-template has written gets nothing. The completion is tokenised by itself. Tokenizers
-that put a space of their own before every text (SentencePiece style) put one before the
-completion too. A conversation is tokenised whole.
+template has written gets nothing. The prompt is tokenised by itself, as it is for
+sampling, and the completion as it stands behind the prompt (``joining.py``). A
+conversation is tokenised whole.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from rlhf_jax.data.formats import (
     Prompt,
     Verdict,
 )
+from rlhf_jax.data.joining import Encoder, find_joint, last_id, open_prompts
 from rlhf_jax.data.judgements import Ranking, Rating, Steps
 from rlhf_jax.data.kept import encode_kept
 from rlhf_jax.data.stops import ends_of
-from rlhf_jax.data.tokenizer import encode, encode_spans, frame, opened
+from rlhf_jax.data.tokenizer import encode, encode_spans, frame
 
 
 class Row(NamedTuple):
@@ -49,25 +50,34 @@ def text_rows(
 
     A row that cannot be used is the error that says so.
     """
-    bos, eos = frame(tokenizer)
+    _, eos = frame(tokenizer)
     ends = {eos, *ends_of(tokenizer).ids}
-    texts = [dict(_texts(record)) for record in records]
+    texts = [list(_texts(record)) for record in records]
+    prompts = open_prompts(
+        tokenizer,
+        [row[0][1] for row in texts],
+        [record.templated for record in records],
+        encode_kept,
+    )
     encoded = iter(
-        encode_kept(tokenizer, [text for row in texts for text in row.values()])
+        find_joint(tokenizer).encode(
+            [last_id(ids) for ids, row in zip(prompts, texts) for _ in row[1:]],
+            [text for row in texts for _, text in row[1:]],
+            encode_kept,
+        )
     )
     rows: list[Row | BadRecord] = []
-    for record, row in zip(records, texts):
-        names, ids = list(row), [next(encoded) for _ in row]
-        answers = [a if a[-1:] and a[-1] in ends else [*a, eos] for a in ids[1:]]
+    for record, row, prompt in zip(records, texts, prompts):
+        names, ids = [name for name, _ in row], [next(encoded) for _ in row[1:]]
+        answers = [a if a[-1:] and a[-1] in ends else [*a, eos] for a in ids]
         same = next((b for b in answers if answers.count(b) > 1), None)
-        if not all(ids):
-            empty = names[ids.index([])]
+        if not all([prompt, *ids]):
+            empty = names[[prompt, *ids].index([])]
             row = BadRecord(f'{record.where}: {empty!r} gives no tokens')
         elif same is not None:
             alike = [name for name, a in zip(names[1:], answers) if a == same]
             row = BadRecord(f'{record.where}: {" and ".join(alike)} give equal tokens')
         else:
-            prompt = ids[0] if record.templated else opened(ids[0], bos)
             first = answers[0] if answers else [eos]
             row = Row(prompt, answers, [True] * len(first), first[-1])
         rows.append(row)
@@ -88,24 +98,34 @@ def _texts(record: Any) -> Iterator[tuple[str, str]]:
 
 
 def step_rows(
-    records: list[Steps], tokenizer: PreTrainedTokenizerBase, separator: str
+    records: list[Steps],
+    tokenizer: PreTrainedTokenizerBase,
+    separator: str,
+    encoder: Encoder = encode,
 ) -> list[Row | BadRecord]:
     """Rows of responses in steps: tokens(step) + tokens(separator), one after the
-    other, and behind the last one EOS in the place of the separator.
+    other, and behind the last one EOS in the place of the separator. ``encoder``
+    tokenises the steps.
     """
-    bos, eos = frame(tokenizer)
-    between = encode(tokenizer, [separator])[0]
+    _, eos = frame(tokenizer)
+    joint = find_joint(tokenizer)
+    templated = [record.templated for record in records]
+    prompts = open_prompts(tokenizer, [r.prompt for r in records], templated)
+    # Behind which id a step stands is known once the separator is: its own last one.
+    (alone,) = joint.encode([None], [separator])
     rows: list[Row | BadRecord] = []
-    for record in records:
-        prompt, *steps = encode(tokenizer, [record.prompt, *record.completions])
+    for record, prompt in zip(records, prompts):
+        before = [last_id(prompt), *[last_id(alone)] * (len(record.completions) - 1)]
+        steps = joint.encode(before, record.completions, encoder)
         if not steps or not all((prompt, *steps)):
             rows.append(BadRecord(f'{record.where}: a text gives no tokens'))
             continue
+        ids = [last_id(step) for step in steps[:-1]]
+        between = [*joint.encode(ids, [separator] * len(ids)), [eos]]
         answer, ends = [], []
-        for step in steps:
-            answer += step + (between if len(ends) < len(steps) - 1 else [eos])
+        for step, end in zip(steps, between):
+            answer += step + end
             ends.append(len(answer) - 1)
-        prompt = prompt if record.templated else opened(prompt, bos)
         written = [True] * len(answer)
         rows.append(Row(prompt, [answer], written, eos, tuple(ends)))
     return rows

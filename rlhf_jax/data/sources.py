@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
+
 from rlhf_jax.config import load_dotted, nearest
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
@@ -196,7 +198,20 @@ def _read_parquet(path: str) -> list[SourceRecord]:
         raise ValueError(f'{path} is no readable Parquet file ({error})') from error
     if not rows:
         raise ValueError(f'{path} is empty; it should hold at least one record')
-    return [SourceRecord(row, f'{path}:{i}') for i, row in enumerate(rows, start=1)]
+    return [
+        SourceRecord({k: _without_nulls(x) for k, x in row.items()}, f'{path}:{i}')
+        for i, row in enumerate(rows, start=1)
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Dicts without the keys that are null: Arrow gives every dict of a column the keys
+    of all of them. Lists keep what is null in them.
+    """
+    if isinstance(value, dict):
+        kept = {name: x for name, x in value.items() if x is not None}
+        return {name: _without_nulls(x) for name, x in kept.items()}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def _read_hh(path: str) -> list[SourceRecord]:
@@ -284,7 +299,7 @@ def _read_python(call: str) -> list[SourceRecord]:
                 f'{where}: a {type(row).__name__}, not a dict of fields such as '
                 "{'prompt': '…', 'completion': '…'}"
             )
-        records.append(SourceRecord(row, where))
+        records.append(SourceRecord(_unwrapped(row), where))
     if not records:
         raise ValueError(f'python:{call} gave no records; it should give at least one')
     return records
@@ -329,6 +344,15 @@ def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
             where = f'tfds {name}/{split} {index}'
             records.append(SourceRecord(_plain(row, where), where))
     return records
+
+
+def _unwrapped(value: Any) -> Any:
+    """NumPy scalars, which rows of pandas hold, as Python's own."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {name: _unwrapped(part) for name, part in value.items()}
+    return [_unwrapped(part) for part in value] if type(value) is list else value
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rlhf_jax.config import load_dotted
+from rlhf_jax.data import clock
 from rlhf_jax.data.stops import GENERATION_CONFIG, decide_ends, eos_ids
 
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
@@ -96,12 +97,16 @@ def _load_fast(spec: str) -> PreTrainedTokenizerBase:
             f'tokenizer={spec!r} gives a {type(tokenizer).__name__}; a '
             'PreTrainedTokenizerFast is needed'
         )
+    clock.restore_date(tokenizer, folder)
     return tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a directory that loads as the same tokenizer, with the same EOS ids."""
+    """Writes a directory that loads as the same tokenizer, with the same EOS ids and
+    the date of the run.
+    """
     tokenizer.save_pretrained(folder)
+    clock.save_date(tokenizer, folder)
     text = json.dumps({'eos_token_id': eos_ids(tokenizer)}) + '\n'
     (folder / GENERATION_CONFIG).write_text(text, encoding='utf-8')
 
@@ -177,6 +182,14 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return full[:before], full[before + len(bare) :]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens, as they are spelt, with their ids: EOS and the like, and what
+    else a chat template controls a model with.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: i for i, token in added if token.special}
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Checks that a model with ``vocab_size`` embeddings has one for every token.
 
@@ -192,8 +205,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of whole texts, with nothing added and nothing cut."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, plain: bool = False
+) -> list[list[int]]:
+    """Ids of whole texts, with nothing added and nothing cut; ``plain`` writes what is
+    spelt like a special token as any other text.
+    """
     if not texts:
         return []
     return tokenizer(
@@ -203,6 +220,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
         truncation=False,
         return_attention_mask=False,
         verbose=False,
+        split_special_tokens=plain or tokenizer.split_special_tokens,
     )['input_ids']
 
 
@@ -233,7 +251,7 @@ def encode_spans(
 
 
 def opened(ids: list[int], bos: list[int]) -> list[int]:
-    """Ids with BOS before them, once: chat templates write their own."""
+    """Ids with BOS before them, once."""
     return ids if ids[: len(bos)] == bos else bos + ids
 
 

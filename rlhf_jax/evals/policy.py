@@ -22,7 +22,16 @@ from rlhf_jax.rewards import weighted_sum
 from rlhf_jax.types import Array, Generation, Params, PromptBatch
 
 GOLD = 'gold'  # the name of the judge among the scorers; the others are rewards
+# (tokenizer, last id before each row, rows of ids) -> texts without special tokens.
+Decode = Callable[[Any, Sequence[int], Sequence[np.ndarray]], list[str]]
 KINDS = {'inputs': ('params', 'batch'), 'outputs': ('batch',), 'donate': ()}
+
+
+def decode_alone(
+    tokenizer: Any, before: Sequence[int], rows: Sequence[np.ndarray]
+) -> list[str]:
+    """Texts of ids by themselves, whatever stands before them."""
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Responses:
     records: Sequence[Any]  # of the prompts' data set, with their uncut ``prompt``
     batch: PromptBatch
     generation: Generation
+    decode: Decode = decode_alone
 
     @functools.cached_property
     def real(self) -> np.ndarray:
@@ -49,13 +59,24 @@ class Responses:
         return [self.records[i].prompt for i in rows]
 
     @functools.cached_property
+    def templated(self) -> list[bool]:
+        """Which prompts of the real rows a chat template has written."""
+        rows = np.asarray(self.batch.index)[self.real]
+        return [self.records[i].templated for i in rows]
+
+    @functools.cached_property
     def texts(self) -> list[str]:
-        """The responses of the real rows, without special tokens; decoded once."""
+        """The responses of the real rows as they go on behind their prompts, without
+        special tokens; decoded once.
+        """
         tokens, mask = jax.device_get(
             (self.generation.tokens, self.generation.response_mask)
         )
-        rows = [tokens[i, mask[i]] for i in np.flatnonzero(self.real)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        real = np.flatnonzero(self.real)
+        rows = [tokens[i, mask[i]] for i in real]
+        # Prompts are padded on the left: the last column is their last token.
+        before = np.asarray(self.batch.tokens)[real, -1].tolist()
+        return self.decode(self.tokenizer, before, rows)
 
     def column(self, name: str) -> list[Any]:
         """A field of the real rows' records; :func:`field` says which there are."""
@@ -145,6 +166,7 @@ def sample_policy(
     tokenizer: Any,
     records: Sequence[Any],
     batches: Iterable[PromptBatch],
+    decode: Decode = decode_alone,
 ) -> Sampled:
     """Writes and scores one response per prompt; rows that fill a batch are left out.
 
@@ -155,13 +177,14 @@ def sample_policy(
         tokenizer: of the policy.
         records: of the data set that ``batches`` index.
         batches: every prompt once, in order.
+        decode: makes texts of responses.
     """
     texts: list[str] = []
     columns: dict[str, list[np.ndarray]] = {}
     scores: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
     truncated: dict[str, int] = {}
     for batch in batches:
-        responses = Responses(tokenizer, records, batch, write(batch))
+        responses = Responses(tokenizer, records, batch, write(batch), decode)
         texts += responses.texts
         for name, column in jax.device_get(judge(responses.generation)).items():
             columns.setdefault(name, []).append(column[responses.real])

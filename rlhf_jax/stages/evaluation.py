@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.data.stops import token_bytes
 from rlhf_jax.evals import policy as policy_eval
 from rlhf_jax.evals.policy import GOLD, Sampled, Scorer
@@ -261,6 +262,7 @@ def evaluate_policy(
             pipeline.eval_batches(
                 job.prompts, job.settings.eval_batch_size, job.settings.prompt_buckets
             ),
+            decode_behind,
         )
 
     both = sampled(before), sampled(after)
@@ -301,7 +303,10 @@ def _sample_rows(
 ) -> list[dict[str, Any]]:
     """The lines of ``samples.jsonl``."""
     records = job.prompts.records[: job.settings.num_samples]
-    rows = [{'prompt': r.prompt, 'reference': r.reference} for r in records]
+    rows = [
+        {'prompt': r.prompt, 'templated': r.templated, 'reference': r.reference}
+        for r in records
+    ]
     for when, sampled in (('before', before), ('after', after)):
         for i, row in enumerate(rows):
             row[when] = sampled.responses[i]

@@ -79,6 +79,7 @@ def load_language_model(run: Run, stage: str) -> Offline:
             loss_on=settings.loss_on,
             overlong=settings.overlong,
             on_bad=settings.on_bad,
+            control_tokens=settings.control_tokens,
         )
 
     return check_offline(run, stage, settings, hp, run.tokenizer, read, None)

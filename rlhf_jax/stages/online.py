@@ -21,6 +21,7 @@ import numpy as np
 from rlhf_jax import checkpoint
 from rlhf_jax.algos.anchors import AnchorHParams, move_anchors
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals import policy as policy_eval
 from rlhf_jax.evals.policy import GOLD
 from rlhf_jax.rewards import (
@@ -335,6 +336,7 @@ class _Rollouts:
             self.job.prompts.records,
             repeat_rows(prompts, size),
             generation,
+            decode_behind,
         )
         scored = {name: scorer(responses) for name, scorer in self.scorers.items()}
         known = {}

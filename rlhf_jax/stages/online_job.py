@@ -125,6 +125,7 @@ def load_online(
         'max_prompt_length': settings.prompt_buckets[-1],
         'overlong': settings.overlong,
         'on_bad': settings.on_bad,
+        'control_tokens': settings.control_tokens,
     }
     buffer = shaping.overlong_buffer
     if buffer is not None and not 1 <= buffer <= settings.max_new_tokens:

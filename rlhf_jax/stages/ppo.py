@@ -100,6 +100,7 @@ def load_ptx(
         loss_on='response',
         overlong=settings.overlong,
         on_bad=settings.on_bad,
+        control_tokens=settings.control_tokens,
     )
     return told(data)
 

@@ -87,7 +87,11 @@ def load_preference(run: Run, stage: str) -> Preference:
             f'{where}.tokenizer={settings.tokenizer!r}: rm alone can have its own; a '
             'policy has that of config.tokenizer'
         )
-    limits = {'overlong': settings.overlong, 'on_bad': settings.on_bad}
+    limits = {
+        'overlong': settings.overlong,
+        'on_bad': settings.on_bad,
+        'control_tokens': settings.control_tokens,
+    }
 
     def read(spec: str) -> pipeline.Dataset:
         return pipeline.load_preferences(

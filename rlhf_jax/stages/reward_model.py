@@ -29,6 +29,7 @@ from rlhf_jax.algos.rm import (
 )
 from rlhf_jax.config import build_named
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.clock import same_date, save_date
 from rlhf_jax.data.examples import (
     PairExample,
     RankingExample,
@@ -108,7 +109,12 @@ def load_reward_model(run: Run, stage: str) -> RewardStage:
         )
     tokenizer = _scoring_tokenizer(run, where, settings)
     _check_kind(run, where, settings, loss)
-    limits = Limits(settings.buckets[-1], settings.overlong, settings.on_bad)
+    limits = Limits(
+        settings.buckets[-1],
+        settings.overlong,
+        settings.on_bad,
+        settings.control_tokens,
+    )
     references = None
     if settings.references is not None:
         references = pipeline.load_demonstrations(
@@ -117,6 +123,7 @@ def load_reward_model(run: Run, stage: str) -> RewardStage:
             max_length=limits.length,
             overlong=limits.overlong,
             on_bad=limits.on_bad,
+            control_tokens=limits.control_tokens,
         )
         references = told(references).take(settings.num_references)
     wanted = Wanted(
@@ -193,6 +200,7 @@ def _scoring_tokenizer(run: Run, where: str, settings: OfflineSettings) -> Any:
     if settings.tokenizer is None:
         return run.tokenizer
     tokenizer = load_scoring_tokenizer(settings.tokenizer)
+    same_date(tokenizer, run.tokenizer)
     brought = model_tokenizer(run, settings.init)
     if brought is not None and brought.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
@@ -230,7 +238,9 @@ def train_reward_model(run: Run, job: RewardStage) -> None:
     checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', report)
     seconds['eval'] = time.monotonic() - clock
     if offline.tokenizer is not run.tokenizer:
-        offline.tokenizer.save_pretrained(run.stage_dir(job.stage) / 'tokenizer')
+        folder = run.stage_dir(job.stage) / 'tokenizer'
+        offline.tokenizer.save_pretrained(folder)
+        save_date(offline.tokenizer, folder)
     separator = settings.step_separator if job.loss.DATA == 'steps' else None
     finish(
         run,

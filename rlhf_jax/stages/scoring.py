@@ -20,7 +20,9 @@ import numpy as np
 from rlhf_jax import hf
 from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.config import nearest
+from rlhf_jax.data.chat import rendered
 from rlhf_jax.data.examples import Dataset
+from rlhf_jax.data.joining import find_joint, last_id, open_prompts
 from rlhf_jax.data.judgements import Steps
 from rlhf_jax.data.rows import Row, step_rows
 from rlhf_jax.data.tokenizer import (
@@ -28,7 +30,6 @@ from rlhf_jax.data.tokenizer import (
     encode,
     frame,
     load_scoring_tokenizer,
-    opened,
     stage_tokenizer,
     truncate,
 )
@@ -58,6 +59,8 @@ from rlhf_jax.stages.settings import RewardSource
 from rlhf_jax.types import Array, Params
 
 SHORTEST_BUCKET = 32  # tokens; texts are padded to the next power of two
+# Tokenises responses: a policy that spells a control token does not write one.
+PLAIN = functools.partial(encode, plain=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,11 +284,20 @@ def _score_texts(
     score: Callable[..., Scored], tokenizer: Any, limit: int, responses: Responses
 ) -> Scored:
     ended = np.asarray(responses.generation.ended)[responses.real]
+    templated = _templated(tokenizer, responses)
     tokens, mask, truncated = text_batch(
-        tokenizer, responses.prompts, responses.texts, ended, limit
+        tokenizer, responses.prompts, responses.texts, ended, limit, templated
     )
     scored = score(responses.spread(tokens), responses.spread(mask))
     return scored._replace(truncated=truncated)
+
+
+def _templated(tokenizer: Any, responses: Responses) -> list[bool] | None:
+    """Which prompts the tokenizer's chat template has written, where that is the
+    policy's too; None where it has to be seen in the texts.
+    """
+    same = tokenizer.chat_template == responses.tokenizer.chat_template
+    return responses.templated if same else None
 
 
 def _make_step_scorer(run: Run, reward: Reward) -> Scorer:
@@ -309,7 +321,13 @@ def _make_step_scorer(run: Run, reward: Reward) -> Scorer:
     def score(responses: Responses) -> Scored:
         ended = np.asarray(responses.generation.ended)[responses.real]
         *arrays, truncated = step_batch(
-            tokenizer, responses.prompts, responses.texts, ended, limit, separator
+            tokenizer,
+            responses.prompts,
+            responses.texts,
+            ended,
+            limit,
+            separator,
+            _templated(tokenizer, responses),
         )
         scores = compiled(params, *(responses.spread(x) for x in arrays))
         return Scored(scores, truncated)
@@ -324,6 +342,7 @@ def step_batch(
     ended: Sequence[bool],
     limit: int,
     separator: str,
+    templated: Sequence[bool] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Texts in steps as a process reward model of this tokenizer was trained on them.
 
@@ -336,6 +355,7 @@ def step_batch(
         ended: N, whether the response came to its end.
         limit: tokens of prompt and response.
         separator: between two steps.
+        templated: as in :func:`text_batch`.
 
     Returns:
         (tokens [N, T] int32, mask [N, T] bool, last tokens of steps [N, T] bool, how
@@ -343,15 +363,16 @@ def step_batch(
     """
     before, end = frame(tokenizer)
     records = []
-    for prompt, response in zip(prompts, responses):
+    whole = _told(tokenizer, prompts, templated)
+    for prompt, response, is_whole in zip(prompts, responses, whole):
         steps = [step for step in response.split(separator) if step.strip()]
-        records.append(Steps(prompt, steps, [], {}, 'a response'))
+        records.append(Steps(prompt, steps, [], {}, 'a response', is_whole))
     rows, places, truncated = [], [], 0
-    found = step_rows(records, tokenizer, separator)
-    for record, row, is_over in zip(records, found, ended):
+    found = step_rows(records, tokenizer, separator, PLAIN)
+    opened = open_prompts(tokenizer, prompts, whole)
+    for prompt, row, is_over in zip(opened, found, ended):
         if not isinstance(row, Row):  # nothing but blanks: EOS is the one step
-            ids = opened(encode(tokenizer, [record.prompt])[0], before)
-            row = Row(ids, [[end]], [True], end)
+            row = Row(prompt, [[end]], [True], end)
         prompt, answer = row.prompt, row.answers[0]
         if len(prompt) + len(answer) > limit:
             prompt, (answer,) = truncate(prompt, [answer], limit, before, end)
@@ -375,12 +396,13 @@ def text_batch(
     responses: Sequence[str],
     ended: Sequence[bool],
     limit: int,
+    templated: Sequence[bool] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Texts as a reward model of this tokenizer was trained on them.
 
-    Prompt and response are tokenised apart and cut as by
-    ``data.pipeline.load_comparisons``; what ends a text is left off where the response
-    did not end.
+    Prompt and response are tokenised and cut as by ``data.pipeline.load_comparisons``;
+    what ends a text is left off where the response did not end. A response that spells
+    a special token has the characters, not the token.
 
     Args:
         tokenizer: of the reward model.
@@ -388,6 +410,8 @@ def text_batch(
         responses: N texts, without special tokens.
         ended: N, whether the response came to its end.
         limit: tokens of prompt and response.
+        templated: N, whether a chat template wrote the prompt; None where that is seen
+            in the text (:func:`rlhf_jax.data.chat.rendered`).
 
     Returns:
         (tokens [N, T] int32, mask [N, T] bool, how many texts were cut); right-padded,
@@ -395,14 +419,23 @@ def text_batch(
     """
     before, end = frame(tokenizer)
     rows, truncated = [], 0
-    columns = (encode(tokenizer, list(texts)) for texts in (prompts, responses))
-    for prompt, response, is_over in zip(*columns, ended):
-        prompt, answer = opened(prompt, before), response + [end]
+    opened = open_prompts(tokenizer, prompts, _told(tokenizer, prompts, templated))
+    answers = find_joint(tokenizer).encode(
+        [last_id(prompt) for prompt in opened], responses, PLAIN
+    )
+    for prompt, answer, is_over in zip(opened, answers, ended):
+        answer = [*answer, end]
         if len(prompt) + len(answer) > limit:
             prompt, (answer,) = truncate(prompt, [answer], limit, before, end)
             truncated += 1
         rows.append(prompt + answer if is_over else prompt + answer[:-1])
     return *_padded(rows, limit), truncated
+
+
+def _told(
+    tokenizer: Any, prompts: Sequence[str], templated: Sequence[bool] | None
+) -> Sequence[bool]:
+    return rendered(tokenizer, prompts) if templated is None else templated
 
 
 def _padded(rows: list[list[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:

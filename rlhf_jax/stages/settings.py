@@ -52,6 +52,8 @@ class OfflineSettings:
     buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
     overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
+    # Of records that spell a control token; None: refused in messages, else allowed
+    control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
     loss_on: Literal['response', 'all', 'assistant'] = 'response'  # sft: what counts
     # rm: of an ensemble; each has a head and a data order of its own
     members: Annotated[int, at_least(1)] = 1
@@ -152,6 +154,7 @@ class OnlineSettings(EvaluationSettings):
     num_rollouts: Annotated[int, at_least(1)] = 100
     overlong: Literal['drop', 'truncate'] = 'drop'
     on_bad: Literal['error', 'skip'] = 'error'
+    control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
 
