@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rlhf_jax import files
+
 _ROOT = Path(__file__).resolve().parents[1]
 _DEFAULT = _ROOT / 'configs' / 'quickstart.py'
 
@@ -95,21 +97,36 @@ def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str,
     resolved = json.loads(config.to_json_best_effort())
     _claim(workdir, resolved)
     unfinished = [s for s in config.stages if not (workdir / s / 'done.json').exists()]
-    if not unfinished and (workdir / 'report.json').exists():
+    if not unfinished and (report := _last_report(workdir)) is not None:
         print(f'{workdir} is finished: {workdir / "report.html"}')
-        return json.loads((workdir / 'report.json').read_text(encoding='utf-8'))
+        return report
     # Heavy imports wait until the config and the directory are known to be good.
-    from rlhf_jax import checkpoint
+    from rlhf_jax.report import check_files
 
+    check_files(workdir, config.stages)
     if unfinished:
         _run_stages(config, workdir, unfinished, resolved, profile)
     else:
-        checkpoint.write_json(workdir / 'config.json', _description(resolved))
+        files.write_json(workdir / 'config.json', _description(resolved))
     from rlhf_jax.report import write_report  # plots wait until there are curves
 
     report = write_report(workdir)
     _print_summary(report, workdir)
     return report
+
+
+def _last_report(workdir: Path) -> dict[str, Any] | None:
+    """What was reported; None where there is no report. A damaged one is written anew,
+    being made of the files of the stages.
+    """
+    path = workdir / 'report.json'
+    if not (path.exists() and (workdir / 'report.html').exists()):
+        return None
+    try:
+        return files.read_json(path, 'the report is written anew')
+    except ValueError as error:
+        print(error, flush=True)
+        return None
 
 
 def _run_stages(
@@ -131,14 +148,14 @@ def _run_stages(
         preference,
         reward_model,
     )
-    from rlhf_jax.stages.run import Run
+    from rlhf_jax.stages.run import Run, source_dir
 
     check_writers(tuple(config.metrics))
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
     tokenizer = load_tokenizer(config.tokenizer)
     run = Run(workdir, config, make_mesh(parallel), tokenizer, profile)
     if (workdir / 'config.json').exists():
-        check_saved(run.tokenizer, workdir / 'tokenizer')
+        check_saved(run.tokenizer, workdir / 'tokenizer', config.tokenizer)
     loaders = {
         'pretrain': (offline.load_language_model, offline.train_language_model),
         'sft': (offline.load_language_model, offline.train_language_model),
@@ -158,13 +175,18 @@ def _run_stages(
         'ppo_lagrangian': (ppo_lagrangian.load_ppo_lagrangian, online.train_online),
     }
     _keep_compiled()
+    sources = {str(name) for s in unfinished for _, name in _sources(config[s])}
+    for name in sorted(sources.difference(unfinished)):
+        folder = source_dir(run, name)
+        if folder is not None:
+            checkpoint.check_result(folder)
     # Everything is read and checked before the first stage compiles anything.
     jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
     # Only now does the directory belong to this config: after a corrected mistake in
     # the data or the batch size it can be used again.
     if not (workdir / 'config.json').exists():
         save_tokenizer(run.tokenizer, workdir / 'tokenizer')
-    checkpoint.write_json(workdir / 'config.json', _description(resolved))
+    files.write_json(workdir / 'config.json', _description(resolved))
     for train, job in jobs:
         print(f'[{job.stage}] {workdir / job.stage}', flush=True)
         try:
@@ -269,9 +291,17 @@ def _claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
             'change its '
             'rights, or use another directory'
         ) from error
+    mend, begun = files.remake_config(path), (workdir / 'tokenizer').exists()
     if not path.exists():
+        if begun and any((workdir / s / 'checkpoints').exists() for s in STAGES):
+            raise ValueError(f'{path} is missing; {mend}')
         return
-    old = json.loads(path.read_text(encoding='utf-8'))['config']
+    old = files.read_json(path, mend)
+    if 'config' not in old or not isinstance(old['config'], dict | type(None)):
+        raise ValueError(f'{path} holds no config; {mend}')
+    if (old := old['config']) is None:
+        print(f'{path} has no config: that of this command is taken for it')
+        return
     differing = [
         f'{key}: {before!r} there, {after!r} now'
         for key, before, after in _differences(old, resolved)
