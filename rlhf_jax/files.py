@@ -91,12 +91,16 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
         mend: what the error says is to be done.
 
     Raises:
-        ValueError: it is missing, or holds something else.
+        ValueError: it is missing, cannot be read, or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
         raise ValueError(f'{path} is missing; {mend}') from error
+    except PermissionError as error:
+        raise _not_allowed(path) from error
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror}); {mend}') from error
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is no UTF-8 ({error.reason}); {mend}') from error
     except json.JSONDecodeError as error:
