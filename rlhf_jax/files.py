@@ -37,8 +37,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an ``.npz`` so that a reader sees a whole file or none."""
-    _write(path, lambda file: np.savez(file, **arrays))
+    """Writes an ``.npz`` so that a reader sees a whole file or none; ``names`` in it
+    lists the others.
+    """
+    names = np.asarray(sorted(arrays))
+    _write(path, lambda file: np.savez(file, **arrays, names=names))
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -115,7 +118,8 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
 
 
 def read_arrays(path: Path, mend: str) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz``, whose own checksums are compared.
+    """The arrays that :func:`write_arrays` wrote; the checksums of the ``.npz`` and the
+    names are compared.
 
     Args:
         path: the file.
@@ -130,7 +134,10 @@ def read_arrays(path: Path, mend: str) -> dict[str, np.ndarray]:
         if damaged is not None:
             raise ValueError(f'the checksum of {damaged} differs')
         with np.load(path) as file:
-            return dict(file)
+            arrays = dict(file)
+        if arrays.pop('names').tolist() != sorted(arrays):
+            raise ValueError('it lacks arrays')
+        return arrays
     except PermissionError as error:
         raise _not_allowed(path) from error
     except (

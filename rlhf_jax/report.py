@@ -109,20 +109,19 @@ def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
             raise ValueError(
                 f'{place} is no JSON ({error}); {delete_line(path, i)}'
             ) from error
-        _require(row, required, place)
+        _require(row, required, place, delete_line(path, i))
         rows.append(_finite(row))
     return rows
 
 
-def _require(row: Any, keys: tuple[str, ...], where: str) -> None:
+def _require(row: Any, keys: tuple[str, ...], where: str, mend: str) -> None:
     if not isinstance(row, dict):
-        raise ValueError(f'{where} holds a {type(row).__name__}, not an object')
+        raise ValueError(f'{where} holds a {type(row).__name__}, not an object; {mend}')
     missing = [key for key in keys if key not in row]
     if missing:
         raise ValueError(
             f'{where} lacks {", ".join(missing)}; it has '
-            f'{", ".join(row) or "nothing"}. Run the stage again with the version of '
-            'rlhf_jax that reports on it'
+            f'{", ".join(row) or "nothing"}; {mend}'
         )
 
 
@@ -135,10 +134,10 @@ def _read_evaluation(stage: str, folder: Path) -> Json | None:
         required = REQUIRED_OF_KIND[kind_of(evaluation)]
     else:
         required = REQUIRED[stage]
-    _require(evaluation, required, str(path))
+    _require(evaluation, required, str(path), remake(folder))
     for key, keys in REQUIRED_IN_BINS.items():
         for i, row in enumerate(evaluation.get(key) or []):
-            _require(row, keys, f'{path}: {key}[{i}]')
+            _require(row, keys, f'{path}: {key}[{i}]', remake(folder))
     return evaluation
 
 
@@ -150,7 +149,7 @@ def _read_stage(
     evaluation = _read_evaluation(stage, folder)
     done = _read_json(folder / 'done.json', remake(folder))
     if done is not None:
-        _require(done, ('steps', 'seconds'), str(folder / 'done.json'))
+        _require(done, ('steps', 'seconds'), str(folder / 'done.json'), remake(folder))
     keys = ('before', 'after') if stage in COMPARED else ('response',)
     samples = _read_rows(folder / 'samples.jsonl', ('prompt', *keys))
     return rows, evaluation, done, samples
@@ -362,7 +361,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Json:
         raise ValueError(
             f'{path} does not exist; --workdir must name the directory of a run'
         )
-    _require(run, ('config',), str(path))
+    _require(run, ('config',), str(path), remake_config(path))
     views = [
         _stage_view(stage, workdir / stage)
         for stage in TITLES
