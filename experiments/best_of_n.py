@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from rlhf_jax import checkpoint
+from rlhf_jax import files
 from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> None:
         'temperature': job.temperature,
         'best_of_n': rows,
     }
-    checkpoint.write_json(workdir / 'best_of_n.json', result)
+    files.write_json(workdir / 'best_of_n.json', result)
     (workdir / 'best_of_n.md').write_text(markdown(rows), encoding='utf-8')
     plot(rows, points, workdir / 'best_of_n.png')
     print(markdown(rows))

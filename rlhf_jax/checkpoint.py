@@ -3,48 +3,41 @@
 A stage folder holds ``checkpoints/`` (the whole state, the last k of them, written
 asynchronously and committed by an atomic rename) and, once the stage is finished,
 ``params/``: the parameters alone, which is what the next stage, the sampler and the
-exporter read. Read ``stages/loop.py`` next.
+exporter read. Both have checksums (``files.py``), and nothing is restored from what is
+not as it was written. Read ``stages/loop.py`` next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+import shlex
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from rlhf_jax.files import (
+    CHECKSUMS,
+    find_damage,
+    read_json,
+    remake,
+    write_checksums,
+    write_json,
+)
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.types import Params
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of
-    one.
-    """
-    text = json.dumps(value, indent=1, sort_keys=True, default=str) + '\n'
-    _write(path, lambda file: file.write(text.encode()))
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an ``.npz`` so that a reader sees a whole file or none."""
-    _write(path, lambda file: np.savez(file, **arrays))
-
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    partial = path.with_name(f'{path.name}.partial')
-    with partial.open('wb') as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+# What the checksums of a finished stage cover.
+RESULT, RESULT_PARTS = 'the result of a stage', ('params', 'model.json', 'tokenizer')
 
 
 def disk_error(error: OSError | ValueError) -> str | None:
@@ -58,14 +51,98 @@ def disk_error(error: OSError | ValueError) -> str | None:
     return code and os.strerror(int(code[1]))
 
 
+class _Checked(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Gives a saved step its checksums, before older steps are deleted; on the first
+    process, and in the thread that wrote it.
+    """
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        folder = Path(self.get_final())
+        if folder.name.isdigit():  # not the parts of a step
+            write_checksums(folder, f'step {folder.name}')
+
+
 def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
     """The checkpoint manager of a stage: asynchronous, atomic, the last ``keep``
     kept.
+
+    The newest checkpoint is compared with its checksums. Where it is damaged, the last
+    whole one takes its place: a line says so, and the damaged ones are moved to
+    ``stage_dir/damaged``. Those of a version that wrote no checksums are used with a
+    warning.
+
+    Raises:
+        ValueError: there are checkpoints, but no whole one, or they may not be read.
     """
+    folder = stage_dir.absolute() / 'checkpoints'
+    _first_process(lambda: _set_damaged_aside(folder))
     return ocp.CheckpointManager(
-        epath.Path(stage_dir.absolute() / 'checkpoints'),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        epath.Path(folder),
+        item_handlers=ocp.StandardCheckpointHandler(),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, temporary_path_class=_Checked
+        ),
     )
+
+
+def _set_damaged_aside(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted((name for name in names if name.isdigit()), key=int, reverse=True)
+    if steps and not any((folder / step / CHECKSUMS).exists() for step in steps):
+        warnings.warn(
+            f'{folder / steps[0]} has no {CHECKSUMS} (an earlier version wrote none); '
+            'it is used unchecked',
+            stacklevel=2,
+        )
+        return
+    damaged = {}
+    for step in steps:
+        damage = find_damage(folder / step, f'step {step}')
+        if damage is None:
+            break
+        damaged[step] = damage
+    if len(damaged) == len(steps) and steps:
+        listed = '; '.join(f'step {step}: {what}' for step, what in damaged.items())
+        raise ValueError(
+            f'{folder} holds no whole checkpoint ({listed}); `rm -r '
+            f'{shlex.quote(str(folder))}` and the same command again train the stage '
+            'anew'
+        )
+    for place, what in damaged.items():
+        aside = _move_aside(folder / place)
+        print(
+            f'[{folder.parent.name}] checkpoint {folder / place} is damaged ({what}) '
+            f'and is now {aside}; training goes on from step {step}',
+            flush=True,
+        )
+
+
+def _move_aside(path: Path) -> Path:
+    """Moves a checkpoint into the folder ``damaged`` of its stage."""
+    folder = path.parents[1] / 'damaged'
+    folder.mkdir(exist_ok=True)
+    places = (folder / f'{path.name}-{i}' for i in itertools.count(1))
+    place = next(place for place in places if not place.exists())
+    return path.rename(place)
+
+
+def _first_process(work: Callable[[], None]) -> None:
+    """Does what changes files on the first process, and waits for it on the others,
+    where it fails too.
+    """
+    failed = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            failed = error
+    if jax.process_count() > 1:
+        all_failed = multihost_utils.broadcast_one_to_all(failed is not None)
+        if all_failed and failed is None:
+            raise ValueError('the first process stopped; its error says why')
+    if failed is not None:
+        raise failed
 
 
 def save_state(
@@ -100,18 +177,26 @@ def restore_state(manager: ocp.CheckpointManager, like: Any) -> Any | None:
     The arrays of ``like`` are let go before, or there would be two states at a time.
 
     Raises:
-        ValueError: the checkpoint is of another model or optimizer.
+        ValueError: the checkpoint is of another model or optimizer, or, having no
+            checksums, cannot be read.
     """
     step = manager.latest_step()
     if step is None:
         return None
+    place = Path(f'{manager.directory}/{step}')
+    mend = f'`rm -r {shlex.quote(str(place))}` and the same command again go on without'
+
+    def saved() -> Any:
+        if (tree := manager.item_metadata(step)) is None:
+            raise ValueError('it holds no state')
+        return tree
+
+    _check_layout(_read(saved, place, mend), like, place)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for array in jax.tree.leaves(like):
         array.delete()
-    return _restore(
-        lambda: manager.restore(step, args=ocp.args.StandardRestore(target)),
-        f'{manager.directory}/{step}',
-    )
+    args = ocp.args.StandardRestore(target)
+    return _read(lambda: manager.restore(step, args=args), place, mend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +214,8 @@ def save_params(
     members: int = 1,
     facts: ScoreFacts | None = None,
 ) -> None:
-    """Writes the result of a stage: ``params/`` and ``model.json``.
+    """Writes the result of a stage: ``params/`` and ``model.json``, and checksums of
+    both, and of the stage's own tokenizer where it has one.
 
     Args:
         stage_dir: the stage's folder.
@@ -148,19 +234,42 @@ def save_params(
         more = dataclasses.asdict(facts)
         table = {part: {**config, **more} for part, config in table.items()}
     write_json(stage_dir / 'model.json', table)
+    _first_process(lambda: write_checksums(stage_dir, RESULT, RESULT_PARTS))
+
+
+def check_result(stage_dir: Path) -> None:
+    """Makes sure that the result of a finished stage is what the stage wrote. That of a
+    version that wrote no checksums is used with a warning.
+
+    Raises:
+        ValueError: the stage has not finished, or a file is damaged or missing.
+    """
+    load_model_configs(stage_dir)
+    if not (stage_dir / CHECKSUMS).exists():
+        warnings.warn(
+            f'{stage_dir} has no {CHECKSUMS} (an earlier version wrote none); its '
+            'params/ are used unchecked',
+            stacklevel=2,
+        )
+    elif damage := find_damage(stage_dir, RESULT, RESULT_PARTS):
+        raise ValueError(f'{stage_dir} is damaged: {damage}; {remake(stage_dir)}')
 
 
 def load_model_configs(stage_dir: Path) -> dict[str, TransformerConfig]:
     """The Transformer configuration of every part of a finished stage.
 
     Raises:
-        ValueError: the stage has not finished.
+        ValueError: the stage has not finished, or its ``model.json`` is damaged.
     """
     table = _read_models(stage_dir)
     for config in table.values():
         for name in ('members', *ScoreFacts.__dataclass_fields__):
             config.pop(name, None)
-    return {part: TransformerConfig(**config) for part, config in table.items()}
+    try:
+        return {part: TransformerConfig(**config) for part, config in table.items()}
+    except TypeError as error:
+        path = stage_dir / 'model.json'
+        raise ValueError(f'{path}: {error}; {remake(stage_dir)}') from error
 
 
 def load_members(stage_dir: Path, part: str) -> int:
@@ -187,11 +296,17 @@ def load_score_facts(stage_dir: Path, part: str) -> ScoreFacts:
 
 def _read_models(stage_dir: Path) -> dict[str, dict[str, Any]]:
     path = stage_dir / 'model.json'
-    if not path.exists():
+    if not (path.exists() or (stage_dir / 'done.json').exists()):
         raise ValueError(
             f'{stage_dir} holds no finished stage (no {path.name}); run it first'
         )
-    return json.loads(path.read_text(encoding='utf-8'))
+    table = read_json(path, remake(stage_dir))
+    if (stage_dir / CHECKSUMS).exists():
+        if damage := find_damage(stage_dir, RESULT, RESULT_PARTS, only=path.name):
+            raise ValueError(f'{stage_dir} is damaged: {damage}; {remake(stage_dir)}')
+    if any(not isinstance(config, dict) for config in table.values()):
+        raise ValueError(f'{path} lists no models; {remake(stage_dir)}')
+    return table
 
 
 def load_params(stage_dir: Path, part: str, like: Params) -> Params:
@@ -204,35 +319,66 @@ def load_params(stage_dir: Path, part: str, like: Params) -> Params:
         like: tree of arrays or ``ShapeDtypeStruct``s with shardings.
 
     Raises:
-        ValueError: the stage has no such part, or it is of another shape.
+        ValueError: the stage has no such part, it is of another shape, or what the
+            stage wrote is damaged.
     """
     parts = load_model_configs(stage_dir)
     if part not in parts:
         raise ValueError(
             f'{stage_dir} has no {part!r}; it holds {", ".join(sorted(parts))}'
         )
-    path = epath.Path(stage_dir.absolute() / 'params')
+    check_result(stage_dir)
+    path, mend = stage_dir.absolute() / 'params', remake(stage_dir)
     target = {part: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
     with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = _restore(
-            lambda: checkpointer.restore(
-                path,
-                args=ocp.args.PyTreeRestore(
-                    item=target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
-                ),
-            ),
-            str(path),
+
+        def saved() -> Any:
+            return checkpointer.metadata(epath.Path(path)).item_metadata.tree[part]
+
+        _check_layout(_read(saved, path, mend), like, path)
+        args = ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
         )
-    return restored[part]
+        return _read(
+            lambda: checkpointer.restore(epath.Path(path), args=args), path, mend
+        )[part]
 
 
-def _restore(read: Callable[[], Any], place: str) -> Any:
+def _check_layout(saved: Any, like: Any, place: Path) -> None:
+    """Refuses arrays that are not those asked for, by name and shape."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+        return {name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    there, now = shapes(saved), shapes(like)
+    for name in sorted({*there, *now}):
+        if there.get(name) != now.get(name):
+            raise ValueError(
+                f'checkpoint {place} was written by another model or optimizer: '
+                f'{name} is {there.get(name, "missing")} there, and '
+                f'{now.get(name, "missing")} now'
+            )
+
+
+def _read(read: Callable[[], Any], place: Path, mend: str) -> Any:
+    """What Orbax reads; a disk that fails is no damage, and its error passes."""
     try:
         return read()
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).split('. ')[0]
-        raise ValueError(
-            f'checkpoint {place} was written by another model or optimizer: {reason}'
-        ) from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+    ) as error:
+        lost = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        if isinstance(error, (OSError, ValueError)) and disk_error(error) and not lost:
+            raise
+        reason = str(error).split('. ')[0].split('\n')[0]
+        raise ValueError(f'{place} cannot be read ({reason}); {mend}') from error

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rlhf_jax import files
 from rlhf_jax.command_line import read_flags
 from rlhf_jax.workdir import claim, locked
 
@@ -98,9 +99,12 @@ def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str,
     _check_sources(config, workdir)
     resolved = json.loads(config.to_json_best_effort())
     claim(workdir, resolved)
-    if not _unfinished(config, workdir) and (workdir / 'report.json').exists():
+    if (
+        not _unfinished(config, workdir)
+        and (report := _last_report(workdir)) is not None
+    ):
         print(f'{workdir} is finished: {workdir / "report.html"}')
-        return json.loads((workdir / 'report.json').read_text(encoding='utf-8'))
+        return report
     # Heavy imports wait until the config and the directory are known to be good.
     import jax
 
@@ -118,19 +122,34 @@ def _launch_alone(
     config: Any, workdir: Path, resolved: Any, profile: bool
 ) -> dict[str, Any]:
     """:func:`launch` in a directory that no other process writes to."""
-    from rlhf_jax import checkpoint
-
     claim(workdir, resolved)  # again: another process may have been here
     unfinished = _unfinished(config, workdir)
+    from rlhf_jax.report import check_files
+
+    check_files(workdir, config.stages)
     if unfinished:
         _run_stages(config, workdir, unfinished, resolved, profile)
     else:
-        checkpoint.write_json(workdir / 'config.json', _description(resolved))
+        files.write_json(workdir / 'config.json', _description(resolved))
     from rlhf_jax.report import write_report  # plots wait until there are curves
 
     report = write_report(workdir)
     _print_summary(report, workdir)
     return report
+
+
+def _last_report(workdir: Path) -> dict[str, Any] | None:
+    """What was reported; None where there is no report. A damaged one is written anew,
+    being made of the files of the stages.
+    """
+    path = workdir / 'report.json'
+    if not (path.exists() and (workdir / 'report.html').exists()):
+        return None
+    try:
+        return files.read_json(path, 'the report is written anew')
+    except ValueError as error:
+        print(error, flush=True)
+        return None
 
 
 def _run_stages(
@@ -153,14 +172,14 @@ def _run_stages(
         preference,
         reward_model,
     )
-    from rlhf_jax.stages.run import Run, load_run_tokenizer
+    from rlhf_jax.stages.run import Run, load_run_tokenizer, source_dir
 
     check_writers(tuple(config.metrics))
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
     tokenizer = load_run_tokenizer(config)
     run = Run(workdir, config, make_mesh(parallel), tokenizer, profile)
     if (workdir / 'config.json').exists():
-        check_saved(run.tokenizer, workdir / 'tokenizer')
+        check_saved(run.tokenizer, workdir / 'tokenizer', config.tokenizer)
         clock.restore_date(run.tokenizer, workdir / 'tokenizer')
     else:
         clock.begin(run.tokenizer)
@@ -183,13 +202,18 @@ def _run_stages(
         'ppo_lagrangian': (ppo_lagrangian.load_ppo_lagrangian, online.train_online),
     }
     _keep_compiled()
+    sources = {str(name) for s in unfinished for _, name in _sources(config[s])}
+    for name in sorted(sources.difference(unfinished)):
+        folder = source_dir(run, name)
+        if folder is not None:
+            checkpoint.check_result(folder)
     # Everything is read and checked before the first stage compiles anything.
     jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
     # Only now does the directory belong to this config: after a corrected mistake in
     # the data or the batch size it can be used again.
     if not (workdir / 'config.json').exists():
         save_tokenizer(run.tokenizer, workdir / 'tokenizer')
-    checkpoint.write_json(workdir / 'config.json', _description(resolved))
+    files.write_json(workdir / 'config.json', _description(resolved))
     for train, job in jobs:
         print(f'[{job.stage}] {workdir / job.stage}', flush=True)
         try:

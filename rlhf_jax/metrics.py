@@ -30,6 +30,7 @@ from rich.progress import (
 )
 
 from rlhf_jax.config import nearest
+from rlhf_jax.files import delete_line, without_rows
 
 
 class Writer(Protocol):
@@ -131,17 +132,21 @@ class JsonlWriter:
     """One JSON object a line: ``{"step": 3, "train/loss": 1.5}``, flushed at once.
 
     Opening with ``resume_step=k`` first drops every row whose step is beyond ``k``, and
-    a last line that a crash cut short, so that a resumed run has no row twice.
+    a last line that a crash cut short (which is said), so that a resumed run has no row
+    twice.
     ``resume_step=None`` starts an empty file.
 
     Raises:
-        ValueError: an existing line, other than a cut last one, is no metrics row.
+        ValueError: to be resumed, it is missing, or a line, other than a cut last one,
+            is no metrics row.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None):
         self.path = Path(path)
         keep = b''
-        if resume_step is not None and self.path.exists():
+        if resume_step is not None:
+            if not self.path.exists():
+                raise ValueError(without_rows(self.path))
             keep = _rows_up_to(self.path, resume_step)
         # Written aside and renamed: a crash leaves the old file or the new one, whole.
         aside = self.path.with_name(self.path.name + '.tmp')
@@ -177,12 +182,12 @@ def _rows_up_to(path: Path, step: int) -> bytes:
     for i, line in enumerate(lines[: last + 1]):
         try:
             keep = json.loads(line)['step'] <= step
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if i == last:
+                print(f'{path}:{i + 1} was cut while it was written, and is dropped')
                 break
             raise ValueError(
-                f'{path}:{i + 1} is no metrics row ({error!r}); '
-                'repair or delete that line to resume'
+                f'{path}:{i + 1} is no metrics row ({error!r}); {delete_line(path, i)}'
             ) from error
         if keep:
             kept.append(line + b'\n')

@@ -14,13 +14,14 @@ import importlib.resources
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from rlhf_jax import plots
+from rlhf_jax.files import delete_line, read_json, remake, remake_config, without_rows
 from rlhf_jax.verdicts import (
     COMPARED,
     ONLINE,
@@ -88,68 +89,93 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _read_json(path: Path) -> Json | None:
+def _read_json(path: Path, mend: str) -> Json | None:
     """A JSON object, or None when there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f'{path}:{error.lineno} is no JSON ({error.msg}); delete it and run its '
-            'stage again'
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f'{path}:1 holds a {type(value).__name__}, not an object')
-    return _finite(value)
+    return _finite(read_json(path, mend)) if path.exists() else None
 
 
 def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
     """The objects of a JSONL file; none when there is no such file."""
     if not path.exists():
         return []
-    text = path.read_text(encoding='utf-8')
     # A last line without its end is being written at this moment: it is not a row yet.
-    lines = text.split('\n')[:-1]
+    lines = path.read_bytes().split(b'\n')[:-1]
     rows = []
-    for place, line in enumerate(lines, 1):
+    for i, line in enumerate(lines):
+        place = f'{path}:{i + 1}'
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f'{path}:{place} is no JSON ({error.msg}); repair or delete that line'
+                f'{place} is no JSON ({error}); {delete_line(path, i)}'
             ) from error
-        _require(row, required, f'{path}:{place}')
+        _require(row, required, place, delete_line(path, i))
         rows.append(_finite(row))
     return rows
 
 
-def _require(row: Any, keys: tuple[str, ...], where: str) -> None:
+def _require(row: Any, keys: tuple[str, ...], where: str, mend: str) -> None:
     if not isinstance(row, dict):
-        raise ValueError(f'{where} holds a {type(row).__name__}, not an object')
+        raise ValueError(f'{where} holds a {type(row).__name__}, not an object; {mend}')
     missing = [key for key in keys if key not in row]
     if missing:
         raise ValueError(
             f'{where} lacks {", ".join(missing)}; it has '
-            f'{", ".join(row) or "nothing"}. Run the stage again with the version of '
-            'rlhf_jax that reports on it'
+            f'{", ".join(row) or "nothing"}; {mend}'
         )
 
 
 def _read_evaluation(stage: str, folder: Path) -> Json | None:
     path = folder / 'eval.json'
-    evaluation = _read_json(path)
+    evaluation = _read_json(path, remake(folder))
     if evaluation is None:
         return None
     if stage in REWARD_MODELS:
         required = REQUIRED_OF_KIND[kind_of(evaluation)]
     else:
         required = REQUIRED.get(stage, ())
-    _require(evaluation, required, str(path))
+    _require(evaluation, required, str(path), remake(folder))
     for key, keys in REQUIRED_IN_BINS.items():
         for i, row in enumerate(evaluation.get(key) or []):
-            _require(row, keys, f'{path}: {key}[{i}]')
+            _require(row, keys, f'{path}: {key}[{i}]', remake(folder))
     return evaluation
+
+
+def _read_stage(
+    stage: str, folder: Path
+) -> tuple[list[Json], Json | None, Json | None, list[Json]]:
+    """Rows of metrics, evaluation, what it took, samples; as far as they are there."""
+    rows = _read_rows(folder / 'metrics.jsonl', ('step',))
+    evaluation = _read_evaluation(stage, folder)
+    done = _read_json(folder / 'done.json', remake(folder))
+    if done is not None:
+        _require(done, ('steps', 'seconds'), str(folder / 'done.json'), remake(folder))
+    keys = ('before', 'after') if stage in COMPARED else ('response',)
+    samples = []
+    if stage in TITLES:
+        samples = _read_rows(folder / 'samples.jsonl', ('prompt', *keys))
+    return rows, evaluation, done, samples
+
+
+def check_files(workdir: Path, stages: Sequence[str]) -> None:
+    """Reads everything that the report of a run will read, before it goes on.
+
+    Args:
+        workdir: of the run.
+        stages: of the run; of these the finished ones must have all their files.
+
+    Raises:
+        ValueError: a file is damaged or missing.
+    """
+    for stage in _stages(workdir):
+        folder = workdir / stage
+        _, evaluation, done, _ = _read_stage(stage, folder)
+        if done is None or stage not in stages:
+            continue
+        if evaluation is None:
+            raise ValueError(f'{folder / "eval.json"} is missing; {remake(folder)}')
+        if not (folder / 'metrics.jsonl').exists():
+            raise ValueError(without_rows(folder / 'metrics.jsonl'))
 
 
 # ---------------------------------------------------------------------------- assembly
@@ -157,15 +183,7 @@ def _read_evaluation(stage: str, folder: Path) -> Json | None:
 
 def _stage_view(stage: str, folder: Path) -> Json:
     """Everything the template needs to know about one stage."""
-    rows = _read_rows(folder / 'metrics.jsonl', ('step',))
-    evaluation = _read_evaluation(stage, folder)
-    done = _read_json(folder / 'done.json')
-    if done is not None:
-        _require(done, ('steps', 'seconds'), str(folder / 'done.json'))
-    keys = ('before', 'after') if stage in COMPARED else ('response',)
-    samples = []
-    if stage in TITLES:
-        samples = _read_rows(folder / 'samples.jsonl', ('prompt', *keys))
+    rows, evaluation, done, samples = _read_stage(stage, folder)
     figures, absent = plots.draw(stage, rows, evaluation)
     holes = {
         name: sum(row.get(name, 0) is None for row in rows)
@@ -355,12 +373,12 @@ def write_report(workdir: str | os.PathLike[str]) -> Json:
     """
     workdir = Path(workdir)
     path = workdir / 'config.json'
-    run = _read_json(path)
+    run = _read_json(path, remake_config(path))
     if run is None:
         raise ValueError(
             f'{path} does not exist; --workdir must name the directory of a run'
         )
-    _require(run, ('config',), str(path))
+    _require(run, ('config',), str(path), remake_config(path))
     views = [_stage_view(stage, workdir / stage) for stage in _stages(workdir)]
     report = _report(views, run)
     page = _page(workdir.resolve().name, report, views, run)

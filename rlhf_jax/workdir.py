@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf_jax import files
 
 LOCK = 'lock'  # the file that a running process holds locked
 # Settings that may differ when a work directory is used again: which stages to run, and
@@ -29,7 +30,8 @@ def claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
         resolved: the config as JSON holds it.
 
     Raises:
-        ValueError: it cannot be written, or holds a run of another config.
+        ValueError: it cannot be written, holds a run of another config, or its
+            config.json is damaged or missing.
     """
     path = workdir / 'config.json'
     try:
@@ -42,9 +44,18 @@ def claim(workdir: Path, resolved: Mapping[str, Any]) -> None:
             f'--workdir {workdir} cannot be written ({error.strerror}); make room, '
             'change its rights, or use another directory'
         ) from error
+    mend = files.remake_config(path)
     if not path.exists():
+        begun = (workdir / 'tokenizer').exists()
+        if begun and any(workdir.glob('*/checkpoints')):
+            raise ValueError(f'{path} is missing; {mend}')
         return
-    old = json.loads(path.read_text(encoding='utf-8'))['config']
+    old = files.read_json(path, mend)
+    if 'config' not in old or not isinstance(old['config'], dict | type(None)):
+        raise ValueError(f'{path} holds no config; {mend}')
+    if (old := old['config']) is None:
+        print(f'{path} has no config: that of this command is taken for it')
+        return
     differing = [
         f'{key}: {before!r} there, {after!r} now'
         for key, before, after in _differences(old, resolved)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, files
 from rlhf_jax.sharding import ParallelConfig, make_mesh, place
 
 
@@ -21,14 +21,14 @@ def state(step, width=4096):
 
 def test_json_is_replaced_whole(tmp_path):
     path = tmp_path / 'a.json'
-    checkpoint.write_json(path, {'a': 1})
+    files.write_json(path, {'a': 1})
 
     class Unprintable:
         def __str__(self):
             raise RuntimeError('in the middle of writing')
 
     with pytest.raises(RuntimeError):
-        checkpoint.write_json(path, {'a': 2, 'b': Unprintable()})
+        files.write_json(path, {'a': 2, 'b': Unprintable()})
     assert json.loads(path.read_text()) == {'a': 1}
 
 

@@ -275,7 +275,7 @@ def test_a_disk_that_fills_up_in_a_stage(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_with_its_own_tokenizer(tmp_path, never_compiled):
-    from rlhf_jax import checkpoint
+    from rlhf_jax import files
     from rlhf_jax.data.tokenizer import load_tokenizer, save_tokenizer
 
     config = get_config()
@@ -283,7 +283,7 @@ def test_a_run_goes_on_with_its_own_tokenizer(tmp_path, never_compiled):
     tokenizer.chat_template = '{{ messages }}'
     save_tokenizer(tokenizer, tmp_path / 'tokenizer')
     resolved = json.loads(config.to_json_best_effort())
-    checkpoint.write_json(tmp_path / 'config.json', {'config': resolved})
+    files.write_json(tmp_path / 'config.json', {'config': resolved})
     fails(config, tmp_path, str(tmp_path / 'tokenizer'), 'differ in chat template')
 
 

@@ -25,16 +25,17 @@ PURE = {word for layer in LADDER[:-1] for word in layer.split()}
 # What stands beside the ladder, and everything that it may import.
 BESIDE = {
     'config': {'ranges'},
+    'files': set(),
     'verify': set(),
-    'data': {'config', 'types', 'verify'},
+    'data': {'config', 'files', 'types', 'verify'},
     'drawing': set(),
     'plots': {'drawing', 'verdicts'},
     'verdicts': set(),
-    'report': {'plots', 'verdicts'},
-    'metrics': {'config', 'types'},
+    'report': {'files', 'plots', 'verdicts'},
+    'metrics': {'config', 'files', 'types'},
     'optim': {'types', 'ranges'},
     'sharding': {'optim', 'ops', 'types'},
-    'checkpoint': {'models', 'types'},
+    'checkpoint': {'files', 'models', 'types'},
     'hf': {'models', 'types'},
 }
 

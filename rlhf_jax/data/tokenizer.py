@@ -8,6 +8,7 @@ which ends every response; it may lack BOS and pad (padding is told by masks). R
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import (
 from rlhf_jax.config import load_dotted
 from rlhf_jax.data import clock
 from rlhf_jax.data.stops import GENERATION_CONFIG, decide_ends, eos_ids
+from rlhf_jax.files import CHECKSUMS, find_damage, write_checksums
 
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
 
@@ -63,10 +65,16 @@ def load_scoring_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 def stage_tokenizer(stage_dir: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a finished stage: its own, or that of its run; None for a stage
     folder that stands by itself.
+
+    Raises:
+        ValueError: it is damaged, or as :func:`load_scoring_tokenizer` does.
     """
-    for folder in (stage_dir / 'tokenizer', stage_dir.parent / 'tokenizer'):
-        if folder.exists():
-            return load_scoring_tokenizer(str(folder))
+    own, common = stage_dir / 'tokenizer', stage_dir.parent / 'tokenizer'
+    if own.exists():  # the checksums of the stage cover it
+        return load_scoring_tokenizer(str(own))
+    if common.exists():
+        _check_whole(common, 'SPEC')
+        return load_scoring_tokenizer(str(common))
     return None
 
 
@@ -103,21 +111,60 @@ def _load_fast(spec: str) -> PreTrainedTokenizerBase:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a directory that loads as the same tokenizer, with the same EOS ids and
-    the date of the run.
+    the date of the run, and has
+    checksums.
     """
     tokenizer.save_pretrained(folder)
     clock.save_date(tokenizer, folder)
     text = json.dumps({'eos_token_id': eos_ids(tokenizer)}) + '\n'
     (folder / GENERATION_CONFIG).write_text(text, encoding='utf-8')
+    write_checksums(folder, 'tokenizer')
 
 
-def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _check_whole(folder: Path, spec: str) -> None:
+    """Raises ValueError where the files are not those that were written, and says how
+    they are written anew from ``spec``.
+    """
+    damage = None
+    if not folder.is_dir():
+        damage = 'it is missing'
+    elif (folder / CHECKSUMS).exists():
+        damage = find_damage(folder, 'tokenizer')
+    if damage is not None:
+        raise ValueError(f'{folder} is damaged ({damage}); {_rewrite(folder, spec)}')
+
+
+def _rewrite(folder: Path, spec: str) -> str:
+    code = (
+        'from pathlib import Path; from rlhf_jax.data.tokenizer import load_tokenizer, '
+        'save_tokenizer; '
+        f'save_tokenizer(load_tokenizer({spec!r}), Path({str(folder)!r}))'
+    )
+    place = shlex.quote(str(folder))
+    where = ', where SPEC is its `tokenizer` in config.json' if spec == 'SPEC' else ''
+    return f'write it anew with `rm -rf {place}; python -c {shlex.quote(code)}`{where}'
+
+
+def check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, spec: str) -> None:
     """Checks that a run that was begun with the tokenizer in ``folder`` may go on.
 
+    Args:
+        tokenizer: of the run now.
+        folder: where the run keeps its own.
+        spec: that ``tokenizer`` was loaded from.
+
     Raises:
-        ValueError: it differs from ``tokenizer`` in what a model would notice.
+        ValueError: what is in ``folder`` is damaged or missing, or differs from
+            ``tokenizer`` in what a model would notice.
     """
-    saved = AutoTokenizer.from_pretrained(folder)
+    _check_whole(folder, spec)
+    try:
+        saved = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = str(error).strip().splitlines()[:1]
+        raise ValueError(
+            f'{folder} cannot be read ({"".join(reason)}); {_rewrite(folder, spec)}'
+        ) from error
     decide_ends(saved)
     differing = [
         name

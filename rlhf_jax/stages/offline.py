@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint
+from rlhf_jax import files
 from rlhf_jax.algos.ensemble import member_seed, stack_batches
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.config import build
@@ -166,7 +166,7 @@ def train_language_model(run: Run, job: Offline) -> None:
     state, seconds = fit(run, job, sft_step, model, params, key, evaluate, spent)
     clock = time.monotonic()
     result = evaluate(state.params)
-    checkpoint.write_json(
+    files.write_json(
         run.stage_dir(job.stage) / 'eval.json',
         {
             **result,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint
+from rlhf_jax import files
 from rlhf_jax.algos.anchors import AnchorHParams, move_anchors
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
@@ -104,7 +104,7 @@ def train_online(run: Run, job: Online) -> None:
         write=write,
         scorers=scorers,
     )
-    checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', report)
+    files.write_json(run.stage_dir(job.stage) / 'eval.json', report)
     seconds['eval'] = time.monotonic() - clock
     finish(
         run,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint
+from rlhf_jax import files
 from rlhf_jax.algos.preference import (
     PreferenceHParams,
     implicit_rewards,
@@ -160,7 +161,7 @@ def train_preference(run: Run, job: Preference) -> None:
     )
     report |= _held_out(offline, scored(state.params))
     report['loss_settings'] = {'name': settings.name, **dataclasses.asdict(job.loss_hp)}
-    checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', report)
+    files.write_json(run.stage_dir(job.stage) / 'eval.json', report)
     seconds['eval'] = time.monotonic() - clock
     finish(
         run,
@@ -218,7 +219,8 @@ def _with_reference(
     computed now and left there.
 
     Raises:
-        ValueError: those in the folder are of another model or of other data.
+        ValueError: those in the folder are of another model or of other data, or
+            damaged.
     """
     path = run.stage_dir(offline.stage) / 'reference.npz'
     parts = {'train': offline.train, 'eval': offline.eval}
@@ -234,7 +236,7 @@ def _with_reference(
             for part, data in parts.items()
             for name, values in _reference(offline, compiled, params, data).items()
         }
-        checkpoint.write_arrays(path, {'fingerprint': np.asarray(mark), **columns})
+        files.write_arrays(path, {'fingerprint': np.asarray(mark), **columns})
     return dataclasses.replace(
         offline,
         **{
@@ -264,8 +266,10 @@ def _reference(
 
 
 def _read_reference(path: Path, mark: str) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        columns = dict(file)
+    mend = f'`rm {shlex.quote(str(path))}`, and it is computed anew'
+    columns = files.read_arrays(path, mend)
+    if 'fingerprint' not in columns:
+        raise ValueError(f'{path} has no fingerprint; {mend}')
     if str(columns.pop('fingerprint')) != mark:
         raise ValueError(
             f'{path} was computed with another model, other data or another tokenizer '

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import checkpoint, reward_losses
+from rlhf_jax import checkpoint, files, reward_losses
 from rlhf_jax.algos.ensemble import ensemble_rm_step, over_members, stack_members
 from rlhf_jax.algos.rm import (
     RMHParams,
@@ -235,7 +235,7 @@ def train_reward_model(run: Run, job: RewardStage) -> None:
         params, extra = _center(run, offline, model, params)
     report = {**examine(params), **extra}
     report['loss_settings'] = {'name': settings.loss, **dataclasses.asdict(job.loss_hp)}
-    checkpoint.write_json(run.stage_dir(job.stage) / 'eval.json', report)
+    files.write_json(run.stage_dir(job.stage) / 'eval.json', report)
     seconds['eval'] = time.monotonic() - clock
     if offline.tokenizer is not run.tokenizer:
         folder = run.stage_dir(job.stage) / 'tokenizer'

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from rlhf_jax import checkpoint, hf, reward_losses
+from rlhf_jax import checkpoint, files, hf, reward_losses
 from rlhf_jax.config import build
 from rlhf_jax.data.examples import Dataset
 from rlhf_jax.data.tokenizer import load_tokenizer
@@ -103,7 +103,7 @@ def finish(
         'seconds': seconds,
         'data': {name: part.counts.describe() for name, part in data.items()},
     }
-    checkpoint.write_json(folder / 'done.json', done)
+    files.write_json(folder / 'done.json', done)
 
 
 def source_dir(run: Run, init: str) -> Path | None:

@@ -338,4 +338,4 @@ def test_the_eos_ids_survive_the_work_directory(tmp_path):
     saved = tmp_path / 'run' / 'tokenizer'
     save_tokenizer(tokenizer, saved)
     assert eos_ids(load_tokenizer(str(saved))) == [1, 3]
-    check_saved(tokenizer, saved)
+    check_saved(tokenizer, saved, 'a')

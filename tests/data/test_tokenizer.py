@@ -116,7 +116,7 @@ def test_another_tokenizer_of_the_same_name_is_told_apart(tmp_path):
         return tokenizer
 
     save_tokenizer(made(), tmp_path)
-    check_saved(made(), tmp_path)
+    check_saved(made(), tmp_path, 'a')
     other, larger = made(), made()
     other.chat_template = '{{ messages }}'
     larger.add_tokens(['f'])
@@ -128,7 +128,7 @@ def test_another_tokenizer_of_the_same_name_is_told_apart(tmp_path):
         (made(template=None), 'differ in tokens before a text;'),
     ]:
         with pytest.raises(ValueError, match=trait) as caught:
-            check_saved(changed, tmp_path)
+            check_saved(changed, tmp_path, 'a')
         assert str(tmp_path) in str(caught.value)
 
 

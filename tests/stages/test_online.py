@@ -122,12 +122,21 @@ def test_continuous_batching_writes_the_same_samples(grpo, all_devices, tmp_path
         assert [row[text] for row in ours] == [row[text] for row in theirs]
 
 
-def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ('name', 'values'),
+    [
+        # Draws, from a stream of prompts, as often as it must.
+        ('dapo', {'rewards': {'mine': {'fn': f'{__name__}:mostly_equal'}}}),
+        ('online_dpo', {}),
+        ('expert_iteration', {}),
+        ('ppo_lagrangian', {'critic': 'scratch', 'cost_critic': 'scratch'}),
+    ],
+)
+def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch, name, values):
     class Killed(Exception):
         pass
 
-    name = 'dapo'  # which draws, from a stream of prompts, as often as it must
-    values = {'rewards': {'mine': {'fn': f'{__name__}:mostly_equal'}}}
+    values = {'num_rollouts': 4, **values}
     launch(get_config(name, **values), tmp_path / 'undisturbed')
     save = checkpoint.save_state
 

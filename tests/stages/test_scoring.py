@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_jax import checkpoint, hf, sharding
+from rlhf_jax import checkpoint, files, hf, sharding
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, prepare
 from rlhf_jax.config import section
 from rlhf_jax.data.formats import Prompt
@@ -412,7 +412,7 @@ def test_a_source_is_checked(run, config, source, parts):
         stage.mkdir()
         changed = dataclasses.asdict(config) | changes.get(name, {})
         parts_there = {'policy' if name == 'bare' else 'reward': changed}
-        checkpoint.write_json(stage / 'model.json', parts_there)
+        files.write_json(stage / 'model.json', parts_there)
         source = {**source, 'model': str(stage)}
     with pytest.raises(ValueError) as caught:
         check_reward(run, 'config.ppo.rewards.x', RewardSource(**source), 10)
