@@ -89,12 +89,8 @@ def generate_pooled(
             'of the prompts, and at least one row'
         )
     group = count // prompts
-    logits_of = logits_fn(
-        model.unembedding(params),
-        model.config.logit_softcap,
-        num_rows,
-        model.config.num_tokens,
-    )
+    cap, known = model.config.logit_softcap, model.config.num_tokens
+    logits_of = logits_fn(model.unembedding(params), cap, num_rows, known)
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     states, filled = apply(tokens, mask, prompt_length, method='prefill')
@@ -119,11 +115,10 @@ def generate_pooled(
         around = jnp.where(cache.slot == slots, prompt_length, cache.slot)
         return pool.replace(hidden=hidden, cache=cache.replace(slot=around))
 
-    pool = jax.lax.while_loop(
-        lambda pool: (pool.waiting < count) | jnp.any(pool.samples < count),
-        one_token,
-        pool,
-    )
+    def unfinished(pool: _Pool) -> Array:
+        return (pool.waiting < count) | jnp.any(pool.samples < count)
+
+    pool = jax.lax.while_loop(unfinished, one_token, pool)
     tokens, mask = (jnp.repeat(x, group, axis=0) for x in (tokens, mask))
     return as_generation(
         tokens, mask, pool.response, pool.response_mask, pool.logprobs, pool.ended

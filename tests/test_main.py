@@ -138,7 +138,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('ppo.max_new_tokens', 0, ['config.ppo.max_new_tokens=0: use 1 or more']),
         ('ppo.prompt_buckets', (), ['config.ppo.prompt_buckets=(): use numbers that']),
         ('ppo.prompt_buckets', (64, 32), ['config.ppo.prompt_buckets=(64, 32)']),
-        ('ppo.extra_eos_ids', (-1,), ['config.ppo.extra_eos_ids=(-1,): use 0 or more']),
+        ('ppo.extra_eos_ids', (-1,), ['config.ppo.extra_eos_ids=(-1,): -1 is no id']),
         ('ppo.extra_eos_ids', (5000,), ['extra_eos_ids=(5000,)', 'has the ids 0 to']),
         ('sft.batch_size', 0, ['config.sft.batch_size=0: use 1 or more']),
         ('sft.optim.learning_rate', -1e-3, ['config.sft.optim.learning_rate=-0.001']),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -28,22 +28,19 @@ from rlhf_jax.files import CHECKSUMS, find_damage, write_checksums
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
 
 
-def load_tokenizer(
-    spec: str, extra_eos_ids: Sequence[int] = ()
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and checks that it can end a text and leave a prompt open.
 
     Args:
         spec: a Hugging Face directory, a hub name, or ``'package.module:function'``, a
             function without arguments that returns a tokenizer.
-        extra_eos_ids: that end a response, beside those of ``stops.find_ends``.
 
     Raises:
         ValueError: nothing can be loaded there, it is no fast tokenizer, it has no EOS
-            token, it appends tokens to every text, or an extra id is none of its own.
+            token, or it appends tokens to every text.
     """
     tokenizer = _load_fast(spec)
-    decide_ends(tokenizer, extra_eos_ids)
+    decide_ends(tokenizer)
     eos_ids(tokenizer)
     bos_ids(tokenizer)
     return tokenizer

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import checkpoint, files, hf, reward_losses
 from rlhf_jax.config import build
 from rlhf_jax.data.examples import Dataset
+from rlhf_jax.data.stops import decide_ends
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
@@ -61,11 +62,24 @@ def load_run_tokenizer(config: ConfigDict) -> Any:
     those that ``data.stops`` finds, and the ``extra_eos_ids`` of every stage.
 
     Raises:
-        ValueError: see ``data.tokenizer.load_tokenizer``.
+        ValueError: an id that the tokenizer does not have; or see
+            ``data.tokenizer.load_tokenizer``.
     """
-    stages = [section for section in config.values() if isinstance(section, ConfigDict)]
-    lists = [s.extra_eos_ids for s in stages if 'extra_eos_ids' in s]
-    return load_tokenizer(config.tokenizer, [i for ids in lists for i in ids])
+    tokenizer = load_tokenizer(config.tokenizer)
+    known, extra = set(tokenizer.get_vocab().values()), []
+    for stage, section in config.items():
+        if not (isinstance(section, ConfigDict) and 'extra_eos_ids' in section):
+            continue
+        for token in section.extra_eos_ids:
+            if token not in known:
+                raise ValueError(
+                    f'config.{stage}.extra_eos_ids={section.extra_eos_ids}: {token!r} '
+                    f'is no id of the tokenizer {config.tokenizer!r}, which has the '
+                    f'ids 0 to {max(known)}'
+                )
+            extra.append(token)
+    decide_ends(tokenizer, extra)
+    return tokenizer
 
 
 def finish(

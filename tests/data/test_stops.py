@@ -112,13 +112,17 @@ def test_extra_ids_are_those_of_the_run_and_stay_with_it(tmp_path):
     save_tokenizer(tokenizer, tmp_path / 'run' / 'tokenizer')
     kept = stage_tokenizer(tmp_path / 'run' / 'ppo')
     assert eos_ids(kept) == [EOS, IM_END, 7, 8, 9]
-    check_saved(tokenizer, tmp_path / 'run' / 'tokenizer')
+    check_saved(tokenizer, tmp_path / 'run' / 'tokenizer', 'SPEC')
     with pytest.raises(ValueError, match='differ in EOS ids'):
         check_saved(
-            load_run_tokenizer(config_of(folder)), tmp_path / 'run' / 'tokenizer'
+            load_run_tokenizer(config_of(folder)),
+            tmp_path / 'run' / 'tokenizer',
+            'SPEC',
         )
     for wrong in (len(tokenizer), -1, 'so'):
-        with pytest.raises(ValueError, match=f'extra_eos_ids: {wrong!r} is no id'):
+        with pytest.raises(
+            ValueError, match=f'ppo.extra_eos_ids=.*: {wrong!r} is no id'
+        ):
             load_run_tokenizer(config_of(folder, ppo=(wrong,)))
 
 

