@@ -187,6 +187,8 @@ def compile_step(
 
     Returns:
         A function with the same signature and the same numbers under both backends.
+        That of 'jit' has ``lower(*arguments)``, which takes shapes too and needs none
+        of the mesh's devices: ``lower(*shapes).compile().memory_analysis()``.
     """
     compiler = {'jit': _compile_jit, 'pmap': _compile_pmap}[backend]
     if backend == 'pmap' and 'axis_name' in inspect.signature(step).parameters:
@@ -207,6 +209,8 @@ def compile_step(
             _give_back_freed_memory()
         return results
 
+    if backend == 'jit':
+        run.lower = compiled.lower
     return run
 
 
@@ -252,7 +256,26 @@ def _compile_jit(
         with jax.set_mesh(mesh):
             return compiled(*args)
 
+    def lower(*args: Any) -> jax.stages.Lowered:
+        args = tuple(_shapes(x, mesh, kind) for x, kind in zip(args, inputs))
+        with jax.set_mesh(mesh):
+            return compiled.lower(*args)
+
+    run.lower = lower
     return run
+
+
+def _shapes(tree: Any, mesh: Mesh, kind: Kind) -> Any:
+    """Arrays or shapes as shapes in their place on the mesh."""
+    where = shardings(tree, mesh)
+    if kind != 'params':
+        spec = P(BATCH_AXES) if kind == 'batch' else P()
+        where = jax.tree.map(lambda _: NamedSharding(mesh, spec), where)
+
+    def shape(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(shape, tree, where)
 
 
 def _compile_pmap(

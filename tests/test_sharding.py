@@ -342,3 +342,26 @@ def test_what_is_freed_below_something_in_use_is_given_back():
     sharding._give_back_freed_memory()
     assert before - resident() > 150  # of 200 MiB
     libc.free(blocks[-1])
+
+
+def test_a_step_is_lowered_from_shapes(policy, policy_params, token_batch):
+    """No array is made; what is compiled is what runs."""
+    mesh = make_mesh(ParallelConfig(data=2, fsdp=2, tensor=2))
+    tx = make_optimizer(OPTIM, UPDATES)
+    state = TrainState(
+        step=jnp.int32(0),
+        rng=jax.random.PRNGKey(0),
+        params=policy_params,
+        opt_state=tx.init(policy_params),
+    )
+    step = functools.partial(sft_step, model=policy, tx=tx, hp=SFTHParams())
+    compiled = compile_step(step, mesh=mesh, donate=())
+    shapes = jax.eval_shape(lambda *args: args, state, token_batch)
+    ahead = compiled.lower(*shapes).compile()
+    got = ahead(place(state, mesh, 'params'), place(token_batch, mesh, 'batch'))
+    expected = compiled(place(state, mesh, 'params'), token_batch)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    kernel = policy_params['backbone']['layers']['mlp']['up_kernel']
+    memory = ahead.memory_analysis()
+    whole = sum(x.nbytes for x in jax.tree.leaves((state, token_batch)))
+    assert kernel.nbytes < memory.argument_size_in_bytes < whole / 2
