@@ -72,7 +72,7 @@ class TransformerConfig:
     logit_softcap: float | None = None
     init_std: float = 0.02
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: bool = False  # recompute each layer in the backward pass; not if unrolled
     scan_unroll: int = 1  # layers per iteration of the scan
     # First layers whose parameters are stacked, None for all; models.heads.take_apart
     # puts those of the others by themselves.
@@ -86,6 +86,12 @@ class TransformerConfig:
         object.__setattr__(self, 'windowed', tuple(self.windowed))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, 'rope_scaling', RopeScaling(**self.rope_scaling))
+        if self.remat and self.scan_unroll > 1:
+            raise ValueError(
+                f'remat=True with scan_unroll={self.scan_unroll} saves no memory: what '
+                'unrolled layers would compute anew, XLA keeps; use scan_unroll=1 '
+                '(config.model.scan_unroll), or remat=False'
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f'num_heads={self.num_heads} is not divisible by '
