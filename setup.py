@@ -36,6 +36,7 @@ setup(
     extras_require={
         'cuda': ['jax[cuda]'],
         'tpu': ['jax[tpu]'],
+        'tpu-compile': ['libtpu==0.0.42.*'],  # without TPUs; the one of jax 0.10.2
         'test': ['filelock', 'pytest', 'pytest-xdist>=3.7', 'ruff'],
         'parity': ['torch', 'trl==1.12.0', 'pandas', 'requests'],  # the last with PPO
         'parity-latest': ['torch', 'trl==1.16.0', 'pandas', 'requests'],

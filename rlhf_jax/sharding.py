@@ -26,6 +26,12 @@ from rlhf_jax.optim import path_of
 
 PMAP_AXIS = 'devices'
 
+# bfloat16 means rounded to bfloat16. By default XLA keeps what it fuses in float32,
+# other things in every program, and log-probabilities of the same tokens differ by
+# tenths of a nat between sampler, reference and training passes. Nothing in float32
+# changes. jax.pmap takes no such options.
+COMPILER_OPTIONS = {'xla_allow_excess_precision': False}
+
 # First match wins; a path is searched, so optimizer moments follow their parameters.
 # Stacked layers have a leading layer axis. `fsdp` cuts the width, `tensor` heads and
 # MLP units. A rule but the last names every axis of its array: what an array has more,
@@ -187,6 +193,8 @@ def compile_step(
 
     Returns:
         A function with the same signature and the same numbers under both backends.
+        That of 'jit' has ``lower(*arguments)``, which takes shapes too and needs none
+        of the mesh's devices: ``lower(*shapes).compile().memory_analysis()``.
     """
     compiler = {'jit': _compile_jit, 'pmap': _compile_pmap}[backend]
     if backend == 'pmap' and 'axis_name' in inspect.signature(step).parameters:
@@ -207,6 +215,8 @@ def compile_step(
             _give_back_freed_memory()
         return results
 
+    if backend == 'jit':
+        run.lower = compiled.lower
     return run
 
 
@@ -240,7 +250,7 @@ def _compile_jit(
         results = tuple(constrain(x, kind) for x, kind in zip(results, outputs))
         return results if len(outputs) > 1 else results[0]
 
-    compiled = jax.jit(placed, donate_argnums=donate)
+    compiled = jax.jit(placed, donate_argnums=donate, compiler_options=COMPILER_OPTIONS)
 
     def run(*args: Any) -> Any:
         # Batches come fresh from the host; parameters and states already lie on the
@@ -252,7 +262,25 @@ def _compile_jit(
         with jax.set_mesh(mesh):
             return compiled(*args)
 
+    def lower(*args: Any) -> jax.stages.Lowered:
+        args = tuple(_shapes(x, mesh, kind) for x, kind in zip(args, inputs))
+        with jax.set_mesh(mesh):
+            return compiled.lower(*args)
+
+    run.lower = lower
     return run
+
+
+def _shapes(tree: Any, mesh: Mesh, kind: Kind) -> Any:
+    """Arrays or shapes as shapes in their place on the mesh."""
+
+    def shape(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    if kind == 'params':
+        return jax.tree.map(shape, tree, shardings(tree, mesh))
+    where = NamedSharding(mesh, P(BATCH_AXES) if kind == 'batch' else P())
+    return jax.tree.map(lambda x: shape(x, where), tree)
 
 
 def _compile_pmap(

@@ -241,7 +241,8 @@ def policy_step(
 ) -> tuple[OnlineState, Metrics]:
     """All epochs and minibatches over one rollout.
 
-    The first minibatch sees ratio 1 and approxkl 0. A minibatch of which no row is kept
+    The first minibatch sees ratio 1 and approxkl 0, up to rounding:
+    ``sampling/logprob_diff_…``, see ``ppo_step``. A minibatch of which no row is kept
     has gradient 0: parameters then move by the optimizer's momentum alone.
 
     Args:

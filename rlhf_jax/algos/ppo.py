@@ -420,10 +420,12 @@ def ppo_step(
     """All epochs and minibatches over one rollout, then the KL coefficient.
 
     The first minibatch sees ratio 1 and approxkl 0, because the log-probabilities of
-    the rollout are fixed before the first update. With ``hp.target_approxkl`` the
-    updates after the first minibatch that exceeds it are skipped, that one included. In
-    the first ``hp.critic_warmup_rollouts`` rollouts the policy, its optimizer and β
-    stay as they are.
+    the rollout are fixed before the first update: to about 1e-5 nats in float32. In
+    bfloat16 the sampler, which sees a token at a time, rounds other sums;
+    ``sampling/logprob_diff_mean`` and ``…_max`` say how far the two are apart. With
+    ``hp.target_approxkl`` the updates after the first minibatch that exceeds it are
+    skipped, that one included. In the first ``hp.critic_warmup_rollouts`` rollouts the
+    policy, its optimizer and β stay as they are.
 
     Args:
         state: parameters of policy and critic, their optimizer, β.

@@ -53,7 +53,8 @@ def surrogate_loss(
         length: tokens, for the aggregation ``'fixed_length'``.
 
     Returns:
-        (sum [], weight [], metrics; ``loss/policy`` is the objective alone).
+        (sum [], weight [], metrics; ``loss/policy`` is the objective alone, and
+        ``sampling/logprob_diff_…`` are |log π − log π_old| per token, in nats).
     """
     # Outside the response both sides are 0, and the ratio is 1.
     logprobs, entropy = response_logprobs(
@@ -66,6 +67,7 @@ def surrogate_loss(
         batch.advantages,
     )
     tokens = jnp.sum(mask).astype(jnp.float32)
+    apart = jnp.abs(logprobs - batch.old_logprobs)
 
     def mean(x: Array) -> Mean:
         return Mean(masked_sum(x, mask), tokens)
@@ -77,6 +79,8 @@ def surrogate_loss(
         'policy/entropy': mean(entropy),
         'policy/ratio': mean(ratio),
         'policy/ratio_max': Max(jnp.max(jnp.where(mask, ratio, 0))),
+        'sampling/logprob_diff_mean': mean(apart),
+        'sampling/logprob_diff_max': Max(jnp.max(jnp.where(mask, apart, 0))),
     }
     total = loss - entropy_coef * entropy
     if kl_coef:

@@ -23,6 +23,9 @@ from rlhf_jax.types import (
     merge_metrics,
 )
 
+# How far the passes that train are from the sampler, in |log π − log π_old|: numerics
+# alone before the first update, and therefore of that minibatch alone.
+OF_FIRST = 'sampling/logprob_diff_mean', 'sampling/logprob_diff_max'
 SHUFFLE = 1  # purpose folded into the key of the minibatch permutations
 
 # (params, optimizer state, minibatch) -> the same two after an update, and metrics,
@@ -134,8 +137,8 @@ def update_epochs(
         axis_name: mapped device axis under ``pmap``.
 
     Returns:
-        (params, optimizer state, metrics: means over the updates done;
-        ``policy/updates`` counts them).
+        (params, optimizer state, metrics: means over the updates done, those of
+        ``OF_FIRST`` before the first; ``policy/updates`` counts them).
 
     Raises:
         ValueError: rows that do not divide into the minibatches.
@@ -175,5 +178,6 @@ def _over_updates(stacked: Metrics, done: Array) -> Metrics:
         ), None
 
     metrics, _ = jax.lax.scan(merge, first, (rest, done))
+    metrics |= {name: first[name] for name in OF_FIRST if name in first}
     metrics['policy/updates'] = Last(count)
     return metrics

@@ -12,11 +12,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.backend import get_backend
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.ops.layout import head_axes, row_axes
+from rlhf_jax.ops.layout import head_axes, per_device, platform, row_axes
 from rlhf_jax.ops.logprobs import soft_cap
 from rlhf_jax.types import Array
 
@@ -57,7 +56,7 @@ def has_fused(cfg: TransformerConfig, queries: int, keys: int) -> bool:
     nothing by it.
     """
     return (
-        'cuda' in get_backend().platform_version
+        platform() == 'cuda'
         and cfg.dtype in ('bfloat16', 'float16')
         and cfg.head_dim <= 128
         and cfg.head_dim % 8 == 0
@@ -75,20 +74,29 @@ def fused_attention(
     cfg: TransformerConfig,
     implementation: Literal['cudnn', 'xla'],
 ) -> Array:
-    """:func:`attend` by ``jax.nn.dot_product_attention``."""
-    batch, length, *heads, size = q.shape
-    out = jax.nn.dot_product_attention(
-        q.reshape(batch, length, -1, size),
-        jnp.moveaxis(keys, 1, 2),
-        jnp.moveaxis(values, 1, 2),
-        mask=visible[:, None],
-        scale=(cfg.query_scalar or cfg.head_dim) ** -0.5,
-        # Of whole sequences, so that nothing behind the diagonal is computed: with
-        # fewer queries than keys the two sides of JAX's diagonal do not end together.
-        is_causal=cfg.attention == 'causal' and length == keys.shape[2],
-        implementation=implementation,
-    )
-    return out.reshape(batch, length, *heads, size)
+    """:func:`attend` by ``jax.nn.dot_product_attention``, on every device for the rows
+    and the heads that it has.
+    """
+
+    def rows(q: Array, keys: Array, values: Array, visible: Array) -> Array:
+        out = jax.nn.dot_product_attention(
+            q.reshape(*q.shape[:2], -1, q.shape[-1]),
+            jnp.moveaxis(keys, 1, 2),
+            jnp.moveaxis(values, 1, 2),
+            mask=visible[:, None],
+            scale=_scale(cfg),
+            # Of whole sequences, so that nothing behind the diagonal is computed: with
+            # fewer queries than keys the two sides of JAX's diagonal do not end
+            # together.
+            is_causal=cfg.attention == 'causal' and q.shape[1] == keys.shape[2],
+            implementation=implementation,
+        )
+        return out.reshape(q.shape)
+
+    batch, heads = row_axes(q.shape[0]), head_axes(keys.shape[1])
+    by_token, by_head = P(batch, None, heads), P(batch, heads)
+    in_specs = by_token, by_head, by_head, P(batch)
+    return per_device(rows, in_specs, by_token)(q, keys, values, visible)
 
 
 def has_splash(cfg: TransformerConfig, queries: int, keys: int) -> bool:
@@ -96,7 +104,7 @@ def has_splash(cfg: TransformerConfig, queries: int, keys: int) -> bool:
     causal sequences in multiples of 128 tokens, without windows.
     """
     return (
-        get_backend().platform == 'tpu'
+        platform() == 'tpu'
         and cfg.dtype == 'bfloat16'
         and cfg.attention == 'causal'
         and not any(cfg.windowed)
@@ -156,12 +164,8 @@ def splash_attention(
     documents = jnp.where(real, jnp.argmax(visible, axis=-1), -1)
     q = jnp.moveaxis(q, 1, 3) * _scale(cfg)
     args = q.astype(keys.dtype), keys, values, documents.astype(jnp.int32)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:  # the partitioner cannot look into a kernel
-        batch = PartitionSpec(row_axes(q.shape[0]))
-        split = PartitionSpec(row_axes(q.shape[0]), head_axes(heads))
-        specs = (split, split, split, batch)
-        rows = jax.shard_map(rows, in_specs=specs, out_specs=split, check_vma=False)
+    batch, by_head = P(row_axes(q.shape[0])), P(row_axes(q.shape[0]), head_axes(heads))
+    rows = per_device(rows, (by_head, by_head, by_head, batch), by_head)
     return jnp.moveaxis(rows(*args), 3, 1)
 
 

@@ -75,7 +75,7 @@ class TransformerConfig:
     num_tokens: int | None = None
     init_std: float = 0.02
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: bool = False  # recompute each layer in the backward pass; not if unrolled
     scan_unroll: int = 1  # layers per iteration of the scan
     # First layers whose parameters are stacked, None for all; models.heads.take_apart
     # puts those of the others by themselves.
@@ -89,6 +89,12 @@ class TransformerConfig:
         object.__setattr__(self, 'windowed', tuple(self.windowed))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, 'rope_scaling', RopeScaling(**self.rope_scaling))
+        if self.remat and self.scan_unroll > 1:
+            raise ValueError(
+                f'remat=True with scan_unroll={self.scan_unroll} saves no memory: what '
+                'unrolled layers would compute anew, XLA keeps; use scan_unroll=1 '
+                '(config.model.scan_unroll), or remat=False'
+            )
         if self.head_dim < 1:
             raise ValueError(
                 f'head_dim={self.head_dim} must be at least 1: width={self.width} for '

@@ -209,6 +209,38 @@ def apply_to_last(
     return out[:, -last:]
 
 
+def in_compute_dtype(params: Params, config: TransformerConfig) -> Params:
+    """Parameters that nobody trains, in ``config.dtype`` where every use would round
+    them to it: half the memory in bfloat16, and what the model says is the same.
+
+    Those are the kernels and biases of the layers, the unembedding and, unless
+    something is computed with them in float32 first, the embeddings. Norms and scalar
+    heads stay as they are, and in float32 everything does.
+
+    Args:
+        params: of a ``CausalLM`` or a ``ScalarModel``, or of several, stacked.
+        config: of the model.
+    """
+    plain = not (
+        config.scale_embeddings
+        or config.embed_norm
+        or config.token_types
+        or config.position == 'learned'
+    )
+
+    def is_rounded(path: tuple[str, ...]) -> bool:
+        if path[-2:] == ('embed', 'tokens'):
+            return plain
+        in_layer = path[-2:-1] in (('attention',), ('mlp',))
+        return path[-1] == 'lm_head' or (
+            in_layer and path[-1].endswith(('_kernel', '_bias'))
+        )
+
+    return traverse_util.path_aware_map(
+        lambda path, x: x.astype(config.dtype) if is_rounded(path) else x, params
+    )
+
+
 def start_from(params: Params, source: Params) -> Params:
     """``params`` with the backbone of ``source``: how a reward model starts from a
     policy.

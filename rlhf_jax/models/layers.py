@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.extend.backend import get_backend
 
 from rlhf_jax.models.attention import attend
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
+from rlhf_jax.ops.layout import platform
 from rlhf_jax.ops.linear import linear
 from rlhf_jax.ops.memory import recomputed
 from rlhf_jax.types import Array
@@ -56,7 +56,7 @@ def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     """cos and sin of position·frequency, [B, T] → [B, T, 1, R/2] each."""
     angles = positions.astype(jnp.float32).reshape(-1, 1) * frequencies
     tables = jnp.cos(angles), jnp.sin(angles)
-    if get_backend().platform == 'cpu':
+    if platform() == 'cpu':
         # XLA fuses a cosine into each of its uses and would compute the tables anew in
         # every layer, for every head. It does not fuse through a gather.
         every = jnp.arange(positions.size)

@@ -9,8 +9,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.extend.backend import get_backend
 
+from rlhf_jax.ops.layout import platform
 from rlhf_jax.types import Array
 
 _OVER_ROWS = (((0,), (0,)), ((), ()))
@@ -43,7 +43,7 @@ def linear(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
     """
     *outer, width = x.shape
     rows = math.prod(outer)
-    if not 1 < rows <= FEW_ROWS or not _on_cpu():
+    if not 1 < rows <= FEW_ROWS or platform() != 'cpu':
         return jnp.einsum('...d,df->...f', x, kernel, preferred_element_type=dtype)
     # The barrier keeps XLA from turning it back.
     columns = jax.lax.optimization_barrier(x.reshape(rows, width).T)
@@ -76,18 +76,14 @@ def kernel_gradient(x: Array, dy: Array) -> Array:
     if x.shape[1] <= dy.shape[1]:
         return _over_rows(x, dy)
     product = _over_rows(dy, x)
-    if _on_cpu():  # XLA would drop the turn and transpose the wider factor
+    if platform() == 'cpu':  # XLA would drop the turn and transpose the wider factor
         product = jax.lax.optimization_barrier(product)
     return product.T
 
 
 def _over_rows(narrow: Array, wide: Array) -> Array:
     """[N, D] and [N, F] → [D, F], narrowᵀ·wide."""
-    if not _on_cpu():
+    if platform() != 'cpu':
         return jax.lax.dot_general(narrow, wide, _OVER_ROWS)
     # XLA would turn to Eigen here too, which is slower than its library and a copy.
     return jax.lax.optimization_barrier(narrow.T) @ wide
-
-
-def _on_cpu() -> bool:
-    return get_backend().platform == 'cpu'

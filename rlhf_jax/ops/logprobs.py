@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.extend.backend import get_backend
 
-from rlhf_jax.ops.layout import batch_shards
+from rlhf_jax.ops.layout import batch_shards, platform
 from rlhf_jax.ops.linear import kernel_gradient, linear
 from rlhf_jax.ops.memory import after
 from rlhf_jax.types import Array
@@ -119,7 +118,7 @@ def logprob_sum(
     """
     batch, vocabulary = hidden.shape[0], unembedding.shape[-1]
     if max_logits is None:
-        on_cpu = get_backend().platform == 'cpu'
+        on_cpu = platform() == 'cpu'
         max_logits = MAX_SUM_LOGITS_ON_CPU if on_cpu else MAX_SUM_LOGITS
         max_logits = max(max_logits, MIN_SUM_TOKENS * vocabulary)
     largest = _block_length(batch, vocabulary, max_logits)
@@ -211,7 +210,7 @@ def _add_gradient(total: Array, states: Array, d_logits: Array) -> Array:
     few columns of the states are taken at a time.
     """
     width = total.shape[0]
-    if get_backend().platform != 'cpu' or width % PARTS_ON_CPU:
+    if platform() != 'cpu' or width % PARTS_ON_CPU:
         return total + kernel_gradient(states, d_logits).astype(total.dtype)
     size = width // PARTS_ON_CPU
 
@@ -312,7 +311,7 @@ def logits_fn(
         A function of states [B, D] to logits [B, V] float32.
     """
     few = 1 < rows <= ROWS_BY_TOKENS and unembedding.shape[1] >= LARGE_VOCABULARY
-    if not few or get_backend().platform != 'cpu':
+    if not few or platform() != 'cpu':
         return lambda states: logits_of(states, unembedding, softcap, num_tokens)
     turned = unembedding.T
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.backend import get_backend
 
+from rlhf_jax.ops.layout import platform
 from rlhf_jax.types import Array
 
 
@@ -29,7 +29,7 @@ def after(tree: Any, signal: Array) -> Any:
     Returns:
         ``tree``; nan where ``signal`` begins with a number that is not finite.
     """
-    if get_backend().platform != 'cpu':
+    if platform() != 'cpu':
         return jax.lax.optimization_barrier((tree, signal))[0]
     zero = 0 * signal.ravel()[0]
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)

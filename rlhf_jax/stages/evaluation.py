@@ -29,7 +29,13 @@ from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.run import Run, check_policy, load_policy, model_config
+from rlhf_jax.stages.run import (
+    Run,
+    check_policy,
+    frozen,
+    load_policy,
+    model_config,
+)
 from rlhf_jax.stages.settings import EvaluationSettings, RewardSource
 from rlhf_jax.types import Generation, Params, PRNGKey, PromptBatch
 
@@ -248,6 +254,7 @@ def evaluate_policy(
     Returns:
         The fields of ``evals.policy.policy_report``; ``samples.jsonl`` is written.
     """
+    before, after = (frozen(run, policy, params) for params in (before, after))
     judge = _judge(run, job, policy, before)
     base = jax.random.fold_in(run.key(job.stage), EVALUATE)
 
@@ -289,6 +296,7 @@ def _judge(run: Run, job: Evaluation, policy: CausalLM, ref_params: Params) -> A
     if job.settings.base is None:
         return functools.partial(statistics, ref_params)
     base, params = load_policy(run, job.settings.base, run.key(job.stage))
+    params = frozen(run, base, params)
     likelihood = run.compile(
         functools.partial(policy_eval.base_likelihood, model=base), **policy_eval.KINDS
     )

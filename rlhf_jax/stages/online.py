@@ -34,7 +34,7 @@ from rlhf_jax.stages import scoring
 from rlhf_jax.stages.evaluation import evaluate_policy, make_writer, repeat_rows
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.online_job import Judged, Method, Online, data_of
-from rlhf_jax.stages.run import Run, finish, load_policy
+from rlhf_jax.stages.run import Run, finish, frozen, load_policy
 from rlhf_jax.stages.watching import Watch
 from rlhf_jax.types import (
     Array,
@@ -70,6 +70,7 @@ def train_online(run: Run, job: Online) -> None:
     settings, key = job.settings, run.key(job.stage)
     policy, ref_params = load_policy(run, settings.init, key)
     method = job.begin(run, job, policy, ref_params)
+    ref_params = frozen(run, policy, ref_params)
     scorers = scoring.make_scorers(run, job.evaluation.rewards)
     write = make_writer(run, job.evaluation, policy)
     phases = {'setup': time.monotonic() - clock}

@@ -22,7 +22,7 @@ from rlhf_jax.data.examples import Dataset
 from rlhf_jax.data.stops import decide_ends
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.models.heads import CausalLM, ScalarModel, in_compute_dtype
 from rlhf_jax.models.presets import preset
 from rlhf_jax.sharding import compile_step, init_sharded, shardings, spec_of
 from rlhf_jax.stages.settings import ModelSettings
@@ -170,6 +170,17 @@ def load_policy(run: Run, init: str, key: PRNGKey) -> tuple[CausalLM, Params]:
         return model, _from_hf(run, init, model.config, 'lm')
     like = _like(run, start, key)
     return model, checkpoint.load_params(folder, 'policy', like)
+
+
+def frozen(run: Run, model: CausalLM | ScalarModel, params: Params) -> Params:
+    """Parameters for reading alone, see ``models.heads.in_compute_dtype``, in place on
+    the mesh; ``params`` themselves where nothing changes.
+    """
+    rounded = functools.partial(in_compute_dtype, config=model.config)
+    after = jax.eval_shape(rounded, params)
+    if jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype, params, after)):
+        return params
+    return init_sharded(rounded, run.mesh, params)
 
 
 def check_policy(run: Run, where: str, init: str) -> None:

@@ -49,6 +49,7 @@ from rlhf_jax.stages.run import (
     Run,
     check_trained_head,
     ensemble_size,
+    frozen,
     load_ensemble,
     load_scalar,
     model_config,
@@ -247,6 +248,7 @@ def _load_scores(run: Run, reward: Reward) -> tuple[Callable[..., Scored], int]:
     source, inputs = reward.source, ('params', 'batch', 'batch')
     if ensemble_size(run, source.model) == 1:
         model, params = load_scalar(run, source.model, run.key(reward.where), 'reward')
+        params = frozen(run, model, params)
         # [H] as the heads stand in the model; a single score stays as it is.
         weights = np.asarray([(source.heads or {}).get(h, 0.0) for h in model.heads])
 
@@ -262,6 +264,7 @@ def _load_scores(run: Run, reward: Reward) -> tuple[Callable[..., Scored], int]:
         )
         return lambda *text: Scored(compiled(params, *text)), model.config.max_positions
     model, params = load_ensemble(run, source.model)
+    params = frozen(run, model, params)
     combined = run.compile(
         lambda params, tokens, mask: combine_members(
             ensemble_scores(params, tokens, mask, model=model),
@@ -303,6 +306,7 @@ def _templated(tokenizer: Any, responses: Responses) -> list[bool] | None:
 def _make_step_scorer(run: Run, reward: Reward) -> Scorer:
     source = reward.source
     model, params = load_scalar(run, source.model, run.key(reward.where), 'reward')
+    params = frozen(run, model, params)
     tokenizer = reward.tokenizer or run.tokenizer
     trained = score_facts(run, source.model).step_separator
     separator, limit = source.steps.separator or trained, model.config.max_positions

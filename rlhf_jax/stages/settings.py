@@ -22,7 +22,7 @@ class ModelSettings:
 
     preset: str = 'micro'  # models/presets.py
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations
-    remat: bool = False  # recompute layers in the backward pass
+    remat: bool = False  # recompute layers in the backward pass; wants scan_unroll=1
     scan_unroll: Annotated[int, at_least(1)] = 1  # layers per scan iteration
 
 

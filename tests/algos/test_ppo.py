@@ -165,6 +165,19 @@ def test_the_first_minibatch_sees_ratio_one(update, rollout):
     assert metrics['policy/clipfrac'] == 0
 
 
+@pytest.mark.parametrize('epochs', [1, 3])
+def test_how_far_the_sampler_is_counts_before_the_first_update(update, rollout, epochs):
+    """Here it is wrong by 0.25 nats at every token, and by 0.5 at one."""
+    response = np.asarray(rollout.response_mask)
+    wrong = np.asarray(rollout.old_logprobs) - 0.25 * response
+    wrong[*np.argwhere(response)[0]] -= 0.25
+    hp = make_hp(num_epochs=epochs, num_minibatches=1)
+    _, metrics = update(rollout.replace(old_logprobs=wrong), hp)
+    mean = 0.25 + 0.25 / response.sum()
+    assert metrics['sampling/logprob_diff_mean'] == pytest.approx(mean, abs=1e-5)
+    assert metrics['sampling/logprob_diff_max'] == pytest.approx(0.5, abs=1e-5)
+
+
 def test_old_logprobs_are_not_recomputed_within_a_rollout(update, rollout):
     _, metrics = update(rollout, make_hp(num_epochs=3))
     assert metrics['policy/approxkl'] > 1e-4

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.export
@@ -149,8 +148,7 @@ def test_a_token_that_sees_nothing_moves_no_score(grouped, monkeypatch):
 def test_where_cudnn_is_asked(grouped, monkeypatch, changes, queries, keys, there):
     cfg = dataclasses.replace(grouped, **{'dtype': 'bfloat16', **changes})
     assert not attention.has_fused(cfg, queries, keys)  # on this machine
-    cuda = types.SimpleNamespace(platform='gpu', platform_version='cuda 13010')
-    monkeypatch.setattr(attention, 'get_backend', lambda: cuda)
+    monkeypatch.setattr(attention, 'platform', lambda: 'cuda')
     assert attention.has_fused(cfg, queries, keys) == there
     asked = []
 
@@ -162,6 +160,32 @@ def test_where_cudnn_is_asked(grouped, monkeypatch, changes, queries, keys, ther
     kv = jnp.zeros((2, 2, keys, cfg.head_dim))
     attention.attend(q, kv, kv, jnp.ones((2, queries, keys), bool), cfg)
     assert asked == (['cudnn'] if there else [])
+
+
+@pytest.mark.parametrize(
+    ('shape', 'part'), [((8, 1, 1), (1, 6)), ((2, 2, 2), (2, 3)), ((1, 1, 8), (8, 6))]
+)
+def test_each_device_asks_cudnn_for_its_rows_and_heads(
+    grouped, monkeypatch, shape, part
+):
+    """No partitioner splits cuDNN's attention where keys lie otherwise than queries;
+    two heads of keys do not divide over eight devices.
+    """
+    args = [np.tile(x, (4,) + (1,) * (x.ndim - 1)) for x in inputs(12)]
+    expected = jax.jit(functools.partial(fused, cfg=grouped))(*args)
+    asked, attention_of = [], jax.nn.dot_product_attention
+
+    def note(q, keys, values, **how):
+        asked.append((q.shape[0], q.shape[2]))
+        return attention_of(q, keys, values, **how)
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', note)
+    data, fsdp, tensor = shape
+    mesh = make_mesh(ParallelConfig(data=data, fsdp=fsdp, tensor=tensor))
+    kinds = {'inputs': ('batch',) * 4, 'outputs': ('batch',), 'donate': ()}
+    run = compile_step(functools.partial(fused, cfg=grouped), mesh=mesh, **kinds)
+    np.testing.assert_allclose(run(*args), expected, atol=2e-6)
+    assert set(asked) == {part}
 
 
 # ------------------------------------------------------------------------------ on TPUs
@@ -289,8 +313,7 @@ def test_where_the_splash_kernel_is_asked(
 ):
     cfg = dataclasses.replace(grouped, **{'dtype': 'bfloat16', **changes})
     assert not attention.has_splash(cfg, queries, keys)  # on this machine
-    tpu = types.SimpleNamespace(platform='tpu', platform_version='')
-    monkeypatch.setattr(attention, 'get_backend', lambda: tpu)
+    monkeypatch.setattr(attention, 'platform', lambda: 'tpu')
     assert attention.has_splash(cfg, queries, keys) == there
     q = jax.ShapeDtypeStruct((2, queries, 2, 3, 8), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, 2, keys, 8), jnp.bfloat16)

@@ -17,12 +17,14 @@ from rlhf_jax.models.heads import (
     CausalLM,
     ScalarModel,
     apply_to_last,
+    in_compute_dtype,
     join_kernels,
     start_from,
     take_apart,
 )
 from rlhf_jax.models.layers import MLP, Norm
 from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.sharding import COMPILER_OPTIONS
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
 STORIES = DATA / 'stories260k'
@@ -238,9 +240,54 @@ def test_remat_and_unrolling_change_nothing_but_speed():
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     expected = gradient(params, ROPE)
-    same = gradient(params, dataclasses.replace(ROPE, remat=True, scan_unroll=2))
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(same)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for change in ({'remat': True}, {'scan_unroll': 2}):
+        same = gradient(params, dataclasses.replace(ROPE, **change))
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(same)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_remat_saves_memory_and_is_refused_where_it_would_not():
+    tokens = jax.ShapeDtypeStruct((4, 64), np.int32)
+
+    def temporary(**changes):
+        cfg = dataclasses.replace(ROPE, num_layers=6, max_positions=64, **changes)
+        model = CausalLM(cfg)
+        params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens, tokens)
+
+        def loss(params, tokens):
+            return jnp.sum(jnp.sin(model.apply(params, tokens, tokens >= 0)))
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(remat=True) < 0.7 * temporary()
+    with pytest.raises(ValueError, match='remat=True with scan_unroll=6'):
+        temporary(remat=True, scan_unroll=6)
+
+
+@configs
+def test_a_frozen_model_says_the_same_in_half_the_memory(config):
+    """Bit by bit, in bfloat16; in float32 nothing is touched."""
+    params = random_params(ScalarModel(config)) | random_params(CausalLM(config))
+    assert in_compute_dtype(params, config) == params
+    config = dataclasses.replace(config, dtype='bfloat16')
+    stored = in_compute_dtype(params, config)
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    def say(params):
+        model = CausalLM(config)
+        hidden = model.apply({'params': params}, tokens, tokens >= 0)
+        scores = ScalarModel(config).apply({'params': params}, tokens, tokens >= 0)
+        return token_logprobs(hidden, model.unembedding(params), tokens), scores
+
+    jax.tree.map(np.testing.assert_array_equal, say(stored), say(params))
+    kernels = stored['backbone']['layers']['mlp']
+    assert {x.dtype for x in jax.tree.leaves(kernels)} == {jnp.dtype('bfloat16')}
+    kept = {x.dtype for x in jax.tree.leaves(stored['head'])}
+    assert kept == {stored['backbone']['final_norm']['scale'].dtype}
+    learned = config.position == 'learned'
+    assert (stored['backbone']['embed']['tokens'].dtype == np.float32) == learned
 
 
 WINDOWS = dataclasses.replace(

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +54,12 @@ def test_bfloat16_factors_give_a_float32_product(rows):
         ('cpu', 2, True),
         ('cpu', FEW_ROWS, True),
         ('cpu', FEW_ROWS + 1, False),
-        ('gpu', 2, False),
+        ('cuda', 2, False),
     ],
 )
 def test_few_rows_are_turned_on_a_cpu(monkeypatch, platform, rows, turned):
     module = importlib.import_module('rlhf_jax.ops.linear')
-    backend = types.SimpleNamespace(platform=platform)
-    monkeypatch.setattr(module, 'get_backend', lambda: backend)
+    monkeypatch.setattr(module, 'platform', lambda: platform)
     text = str(
         jax.make_jaxpr(lambda x, k: linear(x, k))(jnp.ones((rows, 5)), jnp.ones((5, 3)))
     )
@@ -89,16 +87,15 @@ def test_the_gradient_of_a_kernel_by_whole_numbers(shape):
         ('cpu', (5, 7), True),
         ('cpu', (7, 5), True),
         ('cpu', (5, 5), True),
-        ('gpu', (5, 7), False),
-        ('gpu', (7, 5), False),
+        ('cuda', (5, 7), False),
+        ('cuda', (7, 5), False),
     ],
 )
 def test_the_gradient_of_a_kernel_copies_its_narrow_factor(
     monkeypatch, platform, shape, copied
 ):
     module = importlib.import_module('rlhf_jax.ops.linear')
-    backend = types.SimpleNamespace(platform=platform)
-    monkeypatch.setattr(module, 'get_backend', lambda: backend)
+    monkeypatch.setattr(module, 'platform', lambda: platform)
     rows = FEW_ROWS + 1
     x = jnp.ones((rows, shape[0]))
     gradient = jax.grad(lambda k: jnp.sum(linear(x, k)))

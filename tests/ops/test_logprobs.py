@@ -1,7 +1,5 @@
 """Token log-probabilities against a slow reference, chunked and not."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,12 +138,11 @@ def _weights():
     return jnp.asarray(weights)
 
 
-@pytest.fixture(params=['cpu', 'gpu'])
+@pytest.fixture(params=['cpu', 'cuda'])
 def platform(request, monkeypatch):
     """What is run on a GPU, too, here: gradients of W in one part, and barriers."""
-    backend = types.SimpleNamespace(platform=request.param)
     for module in (logprobs, linear, memory):
-        monkeypatch.setattr(module, 'get_backend', lambda: backend)
+        monkeypatch.setattr(module, 'platform', lambda: request.param)
 
 
 @pytest.mark.parametrize('max_logits', [None, 2 * B * V])

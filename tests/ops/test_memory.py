@@ -1,5 +1,3 @@
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +7,10 @@ from rlhf_jax.ops import memory
 from rlhf_jax.ops.memory import after, look_up, recomputed
 
 
-@pytest.fixture(params=['cpu', 'gpu'])
+@pytest.fixture(params=['cpu', 'cuda'])
 def platform(request, monkeypatch):
     """What is run on a GPU, too, here: optimization barriers."""
-    backend = types.SimpleNamespace(platform=request.param)
-    monkeypatch.setattr(memory, 'get_backend', lambda: backend)
+    monkeypatch.setattr(memory, 'platform', lambda: request.param)
 
 
 def temporary(fn, *args):

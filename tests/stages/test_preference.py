@@ -96,6 +96,16 @@ def test_the_first_loss_is_that_of_a_policy_that_is_its_reference(dpo):
 WHEN = ('before', 'after')
 
 
+def test_the_first_loss_in_bfloat16_is_the_same(tmp_path):
+    """The reference pass has whole batches, training microbatches and a gradient."""
+    config = get_config(num_steps=1, num_microbatches=2, eval_every_steps=None)
+    config.model.dtype = 'bfloat16'
+    launch(config, tmp_path / 'run')
+    (first,) = [row for row in rows(tmp_path / 'run') if 'train/loss' in row]
+    assert first['train/loss'] == pytest.approx(math.log(2), abs=1e-5)
+    assert first['train/rewards/chosen'] == pytest.approx(0, abs=1e-5)
+
+
 def test_it_is_measured_as_ppo_is_and_on_held_out_comparisons(dpo, finished):
     workdir, report = dpo
     assert report['finished'] and report['steps'] == 6
