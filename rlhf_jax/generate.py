@@ -10,7 +10,7 @@ next.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +268,12 @@ def for_decoding(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
     return join_kernels(*take_apart(model.clone(last=1), params, 0))
 
 
+def head_of(model: CausalLM, params: Params, rows: int) -> Callable[[Array], Array]:
+    """Hidden states [B, D] of so many rows → logits [B, V], for a loop."""
+    cfg = model.config
+    return logits_fn(model.unembedding(params), cfg.logit_softcap, rows, cfg.num_tokens)
+
+
 def generate(
     params: Params,
     tokens: Array,
@@ -304,12 +310,7 @@ def generate(
     if batch % prompts:
         raise ValueError(f'{batch} row ids do not divide over {prompts} prompts')
     samples = batch // prompts
-    logits_of = logits_fn(
-        model.unembedding(params),
-        model.config.logit_softcap,
-        batch,
-        model.config.num_tokens,
-    )
+    logits_of = head_of(model, params, batch)
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     hidden, cache = apply(tokens, mask, tokens.shape[1], method='prefill')

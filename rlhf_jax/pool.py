@@ -17,12 +17,12 @@ from rlhf_jax.generate import (
     Sampling,
     as_generation,
     for_decoding,
+    head_of,
     sample_tokens,
     stopped,
 )
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.models.transformer import KVCache, grow
-from rlhf_jax.ops.logprobs import logits_fn
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
 
 # Waiting prompts are taken once this share of the rows is free: taking them reads and
@@ -89,8 +89,7 @@ def generate_pooled(
             'of the prompts, and at least one row'
         )
     group = count // prompts
-    cap, known = model.config.logit_softcap, model.config.num_tokens
-    logits_of = logits_fn(model.unembedding(params), cap, num_rows, known)
+    logits_of = head_of(model, params, num_rows)
     model, params = for_decoding(model, params)
     apply = functools.partial(model.apply, {'params': params})
     states, filled = apply(tokens, mask, prompt_length, method='prefill')

@@ -127,10 +127,12 @@ def test_comparisons_of_messages(fields):
     assert to_prompt(record(**fields), chat).prompt == '<U>hi</s><A>'
 
 
-def test_an_end_of_turn_that_is_not_eos_stays():
-    chat = tokenizer(TEMPLATE.replace('</s>', '<end>.'))
-    made = to_demonstration(record(messages=[user('hi'), assistant('ok')]), chat)
-    assert made.completion == 'ok<end>.'
+def test_what_stands_before_the_end_of_a_turn_stays_and_text_alone_ends_none():
+    talk = dict(messages=[user('hi'), assistant('ok')])
+    chat = tokenizer(TEMPLATE.replace('</s>', '<end>.</s>'))
+    assert to_demonstration(record(**talk), chat).completion == 'ok<end>.</s>'
+    endless = tokenizer(TEMPLATE.replace('</s>', '<end>.'))
+    refuses(to_demonstration, talk, "in '<end>.', which", kind=ValueError, by=endless)
 
 
 def test_bad_fields():
