@@ -80,8 +80,6 @@ def _check(
         jax.eval_shape(lambda x: estimator.advantages(x, estimator_hp, None), outcomes)
     except ValueError as error:
         raise ValueError(f'{where}: {name}: {error}') from error
-    if settings.max_draws < 1:
-        raise ValueError(f'{where}.max_draws={settings.max_draws}: use at least 1')
     if settings.max_draws > 1 and not hasattr(estimator, 'kept'):
         raise ValueError(
             f'{where}.max_draws={settings.max_draws}: {name} leaves no prompt out; '
