@@ -86,8 +86,6 @@ def _check(
         raise ValueError(
             f'{where}: {name}: {error}; max_new_tokens={settings.max_new_tokens}'
         ) from error
-    if settings.max_draws < 1:
-        raise ValueError(f'{where}.max_draws={settings.max_draws}: use at least 1')
     if settings.max_draws > 1 and not hasattr(estimator, 'kept'):
         raise ValueError(
             f'{where}.max_draws={settings.max_draws}: {name} leaves no prompt out; '

@@ -250,7 +250,7 @@ def test_no_key_is_used_twice(bigram):
     ('settings', 'message'),
     [
         ({'temperature': 0.0}, 'temperature=0'),
-        ({'keep': 0}, 'keep=0 of group_size=4 responses; use 1 to 4'),
+        ({'keep': 0}, 'keep=0: use 1 or more'),
         ({'keep': 5}, 'keep=5 of group_size=4'),
         ({'keep': 4}, 'selects nothing; lower keep, or set min_score'),
     ],

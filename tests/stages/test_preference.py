@@ -113,9 +113,8 @@ def test_it_is_measured_as_ppo_is_and_on_held_out_comparisons(dpo, finished):
     # There is no reward model here: the proxy is all that is missing.
     missing = {f'proxy_{x}_{when}' for x in ('reward', 'range') for when in WHEN}
     assert ppo.keys() - report.keys() == missing
-    assert (
-        report['prompts'] == 16 and report['kl'] > 0 and 'win rate' in report['figure']
-    )
+    assert report['prompts'] == 16 and report['kl'] > 0
+    assert 0 <= report['win_rate'] <= 1
     assert report['pairs'] == 32 and report['accuracy_ceiling'] > 0.5
     held_out = [row for row in rows(workdir) if 'eval/accuracy' in row]
     assert [row['step'] for row in held_out] == [3, 6]
