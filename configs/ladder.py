@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         init='pretrain' if arg.scratch else 'tiny',
         train=f'{DATA}/demonstrations:train',
         eval=f'{DATA}/demonstrations:test',
-        num_steps=20 if arg.smoke else 250,
+        num_steps=20 if arg.smoke else 150,
         batch_size=8 if arg.smoke else 32,
         buckets=(80,),
         optim=dict(learning_rate=1.5e-3, warmup_percent=5),
@@ -57,11 +57,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         train=f'{DATA}/comparisons:train',
         eval=f'{DATA}/comparisons:test',
         references=f'{DATA}/demonstrations:test',
-        num_steps=20 if arg.smoke else 450,
+        num_steps=20 if arg.smoke else 620,
         batch_size=8 if arg.smoke else 32,
         buckets=(88,),
-        optim=dict(learning_rate=2e-3, warmup_percent=5),
-        loop=dict(eval_every_steps=100),
+        optim=dict(learning_rate=1.2e-3, warmup_percent=5),
+        loop=dict(eval_every_steps=200),
     )
     return config
 

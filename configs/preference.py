@@ -3,12 +3,12 @@
     python -m rlhf_jax.main --config configs/preference.py:loss=dpo --workdir runs/dpo
     python -m rlhf_jax.main --config configs/preference.py:smoke --workdir runs/smoke
 
-The policy of the quickstart (pretrain, sft) learns from the comparisons directly, and
+The policy of the quickstart (sft) learns from the comparisons directly, and
 is measured as the quickstart's PPO is, by the gold reward on the same prompts.
 
 Arguments: ``loss`` a module of rlhf_jax/preference, or package.module for one of your
 own; ``from`` a finished run to start from, e.g. runs/quickstart, so that a sweep does
-not pretrain again; ``smoke`` (about a minute), ``seed=N``. What a
+not fine-tune again; ``smoke`` (about a minute), ``seed=N``. What a
 loss can be told stands in its HParams: --config.preference.beta=0.3; what is not told
 has the loss's own default.
 """

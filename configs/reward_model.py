@@ -3,7 +3,7 @@
     python -m rlhf_jax.main --config configs/reward_model.py:kind=steps --workdir runs/s
     python -m rlhf_jax.main --config configs/reward_model.py:smoke --workdir runs/smoke
 
-The policy of the ladder (pretrain, sft) lends its backbone to a reward model, which
+The policy of the ladder (sft) lends its backbone to a reward model, which
 learns from ``kind``: comparisons, rankings (three to five summaries in order, with
 ties), ratings (coverage, faithfulness and brevity, a score each) or steps (sums, right
 or wrong line by line; from scratch, because no summary teaches sums).
