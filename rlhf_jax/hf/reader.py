@@ -85,9 +85,9 @@ def load_config(spec: str | Path) -> TransformerConfig:
     family, _ = _family(directory, entries)
     try:
         config = read_config(family, entries)
-        _check_layers(directory, family, config)
     except ValueError as error:
         raise ValueError(f'{directory / "config.json"}: {error}') from error
+    _check_layers(directory, family, config)
     return config
 
 
@@ -329,8 +329,8 @@ def _check_layers(directory: Path, family: Family, config: TransformerConfig) ->
     layers = {int(match[1]) for match in found if match}
     if layers and config.num_layers != len(layers):
         raise ValueError(
-            f'it has {config.num_layers} layers, and the weights have {len(layers)}; '
-            'one of them belongs to another model'
+            f'{directory / "config.json"}: it has {config.num_layers} layers, and the '
+            f'weights have {len(layers)}; one of them belongs to another model'
         )
 
 
