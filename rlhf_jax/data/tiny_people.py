@@ -75,7 +75,7 @@ ANNOTATORS = (
     Annotator(temperature=0.6, length_bias=0.30),
     Annotator(temperature=0.4, length_bias=0.10),
 )
-FLIP_RATE = 0.05  # of a label being noted down wrongly
+FLIP_RATE = 0.03  # of a label being noted down wrongly
 
 
 # ---------------------------------------------------------------------------- summaries
@@ -216,7 +216,7 @@ def _padded(article: Article, rng: np.random.Generator) -> tuple[str, str]:
     tails = int(rng.integers(0, 3))
     first, second = (
         write(stated, article.main.verb, np.random.default_rng(seed), tails=n)
-        for n in (tails, tails + int(rng.integers(1, 5)))
+        for n in (tails, tails + int(rng.integers(1, 3)))
     )
     if rng.random() < 0.3:
         words = first.rstrip('.').split()
@@ -227,7 +227,7 @@ def _padded(article: Article, rng: np.random.Generator) -> tuple[str, str]:
 
 # Kinds of pairs and their shares; see make_pair. Where most pairs differ in length as
 # well, a model of a million parameters learns length and not truth.
-PAIRS = {'any': 0.4, 'twins': 0.25, 'invented': 0.15, 'padded': 0.05, 'spoilt': 0.15}
+PAIRS = {'any': 0.35, 'twins': 0.3, 'invented': 0.1, 'padded': 0.15, 'spoilt': 0.1}
 
 
 def make_pair(article: Article, rng: np.random.Generator) -> tuple[str, str, str]:
