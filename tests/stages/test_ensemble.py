@@ -179,7 +179,7 @@ def test_samples_show_the_mean_of_the_members(trained, finished, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'rm.members': 0}, 'config.rm.members=0.*at least 1'),
+        ({'rm.members': 0}, 'config.rm.members=0: use 1 or more'),
         ({'sft.members': 2}, 'config.sft.members=2: rm alone trains an ensemble'),
         ({'rm.init': 'ensemble'}, 'is an ensemble; start from a single model'),
         (
