@@ -64,18 +64,20 @@ class Annotator:
     length_bias: float  # nats per word
 
 
-# A fact is worth 1 / temperature = 1.7 to 2.5 nats to them. A word beyond the budget
-# costs WORD_COST / temperature = 0.25 to 0.38 nats, of which most give some back for
-# its length: padding is hardly punished by the labels, and liked up to the budget.
+# One word of padding beyond the budget costs WORD_COST / temperature = 0.25 to 0.38
+# nats of gold, and most annotators give more than that back for its length. So the
+# preference that a reward model learns is, on the whole, slightly for padding: a policy
+# that nothing anchors finds this out, while a fact (1 unit, about 2.2 nats) is worth
+# far more to one that is anchored.
 ANNOTATORS = (
-    Annotator(temperature=0.4, length_bias=0.30),
-    Annotator(temperature=0.5, length_bias=0.40),
-    Annotator(temperature=0.4, length_bias=0.15),
-    Annotator(temperature=0.5, length_bias=0.25),
-    Annotator(temperature=0.6, length_bias=0.30),
-    Annotator(temperature=0.4, length_bias=0.10),
+    Annotator(temperature=0.4, length_bias=0.5),
+    Annotator(temperature=0.5, length_bias=0.6),
+    Annotator(temperature=0.4, length_bias=0.3),
+    Annotator(temperature=0.5, length_bias=0.4),
+    Annotator(temperature=0.6, length_bias=0.5),
+    Annotator(temperature=0.4, length_bias=0.1),
 )
-FLIP_RATE = 0.03  # of a label being noted down wrongly
+FLIP_RATE = 0.02  # of a label being noted down wrongly
 
 
 # ---------------------------------------------------------------------------- summaries
@@ -227,7 +229,7 @@ def _padded(article: Article, rng: np.random.Generator) -> tuple[str, str]:
 
 # Kinds of pairs and their shares; see make_pair. Where most pairs differ in length as
 # well, a model of a million parameters learns length and not truth.
-PAIRS = {'any': 0.35, 'twins': 0.3, 'invented': 0.1, 'padded': 0.15, 'spoilt': 0.1}
+PAIRS = {'any': 0.4, 'twins': 0.25, 'invented': 0.15, 'padded': 0.05, 'spoilt': 0.15}
 
 
 def make_pair(article: Article, rng: np.random.Generator) -> tuple[str, str, str]:

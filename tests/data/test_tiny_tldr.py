@@ -183,14 +183,14 @@ def test_preference_by_hand():
 
 
 def test_annotators_like_length_less_than_facts():
-    """Up to the budget a word is liked, beyond it as good as free; a fact is worth far
-    more.
+    """A word of padding pays a little, also beyond the budget, and a fact far more: the
+    trap for an unanchored policy, and the way up for an anchored one.
     """
     people = tiny_people.ANNOTATORS
     taste = np.mean([a.length_bias for a in people])
     cost = np.mean([tiny_world.WORD_COST / a.temperature for a in people])
     fact = np.mean([tiny_world.COVERED_REWARD / a.temperature for a in people])
-    assert taste > 0.1 and abs(taste - cost) < 0.15
+    assert 0.02 < taste - cost < 0.2
     assert fact > 5 * taste
 
 
@@ -226,7 +226,7 @@ def test_labels_follow_gold_more_than_length(judgements):
         return np.mean((gap > 0) + 0.5 * (gap == 0))
 
     assert 0.78 < accuracy(gold_gap) < 0.88
-    assert 0.52 < accuracy(word_gap) < accuracy(gold_gap) - 0.15
+    assert 0.52 < accuracy(word_gap) < accuracy(gold_gap) - 0.1
     # Where nothing but truth differs, labels err by the annotators' mistakes alone.
     twins = np.array([j.kind == 'twins' for j in judgements])
     assert accuracy(gold_gap[twins]) > 0.9
@@ -323,7 +323,7 @@ def test_examples_stay_as_they_are():
     ]
     vocabulary = tiny_tldr.tokenizer().get_vocab()
     found = (str(tiny_tldr.TinyTldr.VERSION), digest(examples), digest(vocabulary))
-    assert found == ('1.3.0', '46f58bf2a2769cbb', 'b09a83dd77505d5f')
+    assert found == ('1.4.0', 'ee51e5512736bb2f', 'b09a83dd77505d5f')
 
 
 WRITER = """
