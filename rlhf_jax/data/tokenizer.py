@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rlhf_jax.config import load_dotted
-from rlhf_jax.files import CHECKSUMS, find_damage, write_checksums
+from rlhf_jax.files import find_damage, has_checksums, write_checksums
 
 GENERATION_CONFIG = 'generation_config.json'
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
@@ -113,7 +113,7 @@ def _check_whole(folder: Path, spec: str) -> None:
     damage = None
     if not folder.is_dir():
         damage = 'it is missing'
-    elif (folder / CHECKSUMS).exists():
+    elif has_checksums(folder):
         damage = find_damage(folder, 'tokenizer')
     if damage is not None:
         raise ValueError(f'{folder} is damaged ({damage}); {_rewrite(folder, spec)}')
