@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from rlhf_jax.files import (
     CHECKSUMS,
     find_damage,
+    has_checksums,
     read_json,
     remake,
     write_checksums,
@@ -89,7 +90,7 @@ def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
 def _set_damaged_aside(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     steps = sorted((name for name in names if name.isdigit()), key=int, reverse=True)
-    if steps and not any((folder / step / CHECKSUMS).exists() for step in steps):
+    if steps and not any(has_checksums(folder / step) for step in steps):
         warnings.warn(
             f'{folder / steps[0]} has no {CHECKSUMS} (an earlier version wrote none); '
             'it is used unchecked',
@@ -245,7 +246,7 @@ def check_result(stage_dir: Path) -> None:
         ValueError: the stage has not finished, or a file is damaged or missing.
     """
     load_model_configs(stage_dir)
-    if not (stage_dir / CHECKSUMS).exists():
+    if not has_checksums(stage_dir):
         warnings.warn(
             f'{stage_dir} has no {CHECKSUMS} (an earlier version wrote none); its '
             'params/ are used unchecked',
@@ -301,7 +302,7 @@ def _read_models(stage_dir: Path) -> dict[str, dict[str, Any]]:
             f'{stage_dir} holds no finished stage (no {path.name}); run it first'
         )
     table = read_json(path, remake(stage_dir))
-    if (stage_dir / CHECKSUMS).exists():
+    if has_checksums(stage_dir):
         if damage := find_damage(stage_dir, RESULT, RESULT_PARTS, only=path.name):
             raise ValueError(f'{stage_dir} is damaged: {damage}; {remake(stage_dir)}')
     if any(not isinstance(config, dict) for config in table.values()):

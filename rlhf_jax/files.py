@@ -177,6 +177,18 @@ def write_checksums(folder: Path, about: str, parts: Sequence[str] = ('',)) -> N
     write_json(folder / CHECKSUMS, {'about': about, 'files': files})
 
 
+def has_checksums(folder: Path) -> bool:
+    """Whether a folder has a ``checksums.json``.
+
+    Raises:
+        ValueError: the folder may not be read.
+    """
+    try:
+        return (folder / CHECKSUMS).exists()
+    except PermissionError as error:
+        raise _not_allowed(folder) from error
+
+
 def find_damage(
     folder: Path, about: str, parts: Sequence[str] = ('',), only: str | None = None
 ) -> str | None:

@@ -23,7 +23,7 @@ from transformers import (
 from rlhf_jax.config import load_dotted
 from rlhf_jax.data import clock
 from rlhf_jax.data.stops import GENERATION_CONFIG, decide_ends, eos_ids
-from rlhf_jax.files import CHECKSUMS, find_damage, write_checksums
+from rlhf_jax.files import find_damage, has_checksums, write_checksums
 
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
 
@@ -125,7 +125,7 @@ def _check_whole(folder: Path, spec: str) -> None:
     damage = None
     if not folder.is_dir():
         damage = 'it is missing'
-    elif (folder / CHECKSUMS).exists():
+    elif has_checksums(folder):
         damage = find_damage(folder, 'tokenizer')
     if damage is not None:
         raise ValueError(f'{folder} is damaged ({damage}); {_rewrite(folder, spec)}')

@@ -99,9 +99,9 @@ def run(tmp_path):
 def make_stage(folder, params, config, tokenizer=None, members=1):
     """A finished reward model."""
     folder.mkdir(parents=True)
-    checkpoint.save_params(folder, {'reward': params}, {'reward': config}, members)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / 'tokenizer')
+    checkpoint.save_params(folder, {'reward': params}, {'reward': config}, members)
     return RewardSource(model=str(folder))
 
 
