@@ -10,7 +10,8 @@ For H100s, with 5 GB of wheels in a folder of their own, DIR (jax 0.10.2, say):
         jax-cuda12-plugin==0.10.2 nvidia-{cublas,cudnn,cuda-nvcc,cuda-runtime}-cu12 \\
         nvidia-{cufft,cusolver,cusparse,nccl,nvjitlink,cuda-nvrtc,nvshmem}-cu12 \\
         nvidia-cuda-cupti-cu12
-    CUDA_WHEELS=DIR LD_LIBRARY_PATH=$(ls -d DIR/nvidia/*/lib | paste -sd:) \\
+    CUDA_WHEELS=DIR PYTHONPATH=DIR \\
+        LD_LIBRARY_PATH=$(ls -d DIR/nvidia/*/lib | paste -sd:) \\
         pytest -n 0 -s -m gpu_compile tests/test_accelerators.py
 
 ``-s`` shows the memory of a device.
@@ -19,7 +20,6 @@ For H100s, with 5 GB of wheels in a folder of their own, DIR (jax 0.10.2, say):
 import functools
 import importlib
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,6 @@ def h100s():
     wheels = os.environ.get('CUDA_WHEELS')
     if wheels is None:
         pytest.skip('CUDA_WHEELS names no folder; see the head of this file')
-    sys.path.insert(0, wheels)
     jax.devices()
     importlib.import_module('jax_plugins.xla_cuda12')
     library = f'{wheels}/jax_plugins/xla_cuda12/xla_cuda_plugin.so'
