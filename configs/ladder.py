@@ -4,11 +4,11 @@
     python -m rlhf_jax.main --config configs/ladder.py:smoke --workdir runs/smoke
     python -m rlhf_jax.main --config configs/ladder.py:scratch --workdir runs/scratch
 
-The base model that the package ships, a small decoder which knows the text of the tiny
-summarisation world, learns to write summaries as its labellers do (sft), and a reward
-model learns from comparisons (rm). With ``scratch`` the base model is pretrained first.
-The recipes of single methods differ by one section; with ``from=runs/ladder`` they
-start from a finished run. Arguments: ``smoke``, ``scratch``, ``seed=N``.
+The base model that the package ships, which knows the text of the tiny summarisation
+world, learns to write summaries as its labellers do (sft), and a reward model learns
+from comparisons (rm). With ``scratch`` a base model is pretrained first. The recipes of
+single methods differ by one section; with ``from=runs/ladder`` they start from a
+finished run. Arguments: ``smoke``, ``scratch``, ``seed=N``.
 """
 
 from typing import Any
@@ -92,12 +92,7 @@ def pretraining(smoke: bool) -> ConfigDict:
 
 
 def below(stage: str, arg: ConfigDict) -> ConfigDict:
-    """The config of a run that ends in ``stage``, whose section is still to be set.
-
-    Args:
-        stage: 'ppo', for instance.
-        arg: with ``smoke``, ``seed`` and ``from``, a run to start from or ''.
-    """
+    """A run that ends in ``stage`` ('ppo'), whose section is still to be set."""
     config = get_config(f'smoke={arg.smoke},seed={arg.seed}')
     config.stages = (stage,) if arg['from'] else (*config.stages, stage)
     return config
