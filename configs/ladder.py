@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         train=f'{DATA}/comparisons:train',
         eval=f'{DATA}/comparisons:test',
         references=f'{DATA}/demonstrations:test',
-        num_steps=20 if arg.smoke else 620,
+        num_steps=20 if arg.smoke else 450,
         batch_size=8 if arg.smoke else 32,
         buckets=(88,),
         optim=dict(learning_rate=1.2e-3, warmup_percent=5),
