@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from rlhf_jax import hf
 from rlhf_jax.export import export
+from rlhf_jax.files import write_checksums
 from rlhf_jax.sample import load_part, sample
 from tests.small_config import ROOT
 from tests.test_main import command
@@ -50,6 +51,7 @@ def test_all_ids_that_end_a_response_are_exported(finished, tmp_path):
     ours = AutoTokenizer.from_pretrained(finished / 'tokenizer').eos_token_id
     listed = json.dumps({'eos_token_id': [ours, 7]})
     (tmp_path / 'run/tokenizer/generation_config.json').write_text(listed)
+    write_checksums(tmp_path / 'run/tokenizer', 'tokenizer')
     export(tmp_path / 'run', 'sft', tmp_path / 'out')
     written = json.loads((tmp_path / 'out/generation_config.json').read_text())
     assert written['eos_token_id'] == [ours, 7]
