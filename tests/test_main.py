@@ -322,7 +322,7 @@ def test_an_error_is_one_line_without_a_traceback(tmp_path):
         'configs/quickstart.py:smoke',
         '--config.sft.batch_size=8',
         '--config.sft.train=jsonl:/nowhere/a.jsonl',
-        "--config.stages=('pretrain','sft')",
+        "--config.stages=('sft',)",
     )
     assert code == 1
     assert 'error: ' in text and '/nowhere/a.jsonl' in text

@@ -75,7 +75,8 @@ def test_long_responses_are_marked_down_behind_the_clip():
 
 def test_zero_is_a_value_and_not_off():
     assert _shaped(missing_eos_score=0.0).tolist() == [0.25, 0, -7.0, 0]
-    assert _shaped(score_clip=0.0).tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match='score_clip=0.0: use above 0'):
+        ScoreHParams(score_clip=0.0)  # every score would be the same
 
 
 @pytest.mark.parametrize('kind', ['running', 'running_std'])
