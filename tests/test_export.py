@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_jax import hf
+from rlhf_jax import files, hf
 from rlhf_jax.export import export
 from rlhf_jax.sample import load_part, sample
 from tests.small_config import ROOT
@@ -50,6 +50,7 @@ def test_all_ids_that_end_a_response_are_exported(finished, tmp_path):
     ours = AutoTokenizer.from_pretrained(finished / 'tokenizer').eos_token_id
     listed = json.dumps({'eos_token_id': [ours, 7]})
     (tmp_path / 'run/tokenizer/generation_config.json').write_text(listed)
+    files.write_checksums(tmp_path / 'run' / 'tokenizer', 'tokenizer')
     export(tmp_path / 'run', 'sft', tmp_path / 'out')
     written = json.loads((tmp_path / 'out/generation_config.json').read_text())
     assert written['eos_token_id'] == [ours, 7]
