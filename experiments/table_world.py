@@ -52,7 +52,12 @@ class TablePolicy(nn.Module):
     """
 
     last: int | None = None
-    config = types.SimpleNamespace(logit_softcap=None, is_unrolled=False)
+    config = types.SimpleNamespace(
+        logit_softcap=None,
+        is_unrolled=False,
+        num_tokens=None,  # all of the vocabulary
+        check_length=lambda length: None,  # a table has a row for every prefix
+    )
 
     def setup(self) -> None:
         self.logits = self.param('logits', nn.initializers.zeros, (PREFIXES, VOCAB))
