@@ -141,9 +141,11 @@ def find_joint(tokenizer: PreTrainedTokenizerBase) -> Joint:
     )
     anchors, differs = [], []
     for text, ids, joined in zip(ANCHORS, pairs[::2], pairs[1::2]):
-        if ids and tokenizer.unk_token_id not in ids and joined[: len(ids)] == ids:
+        behind = joined[len(ids) :]  # none where one unknown word is all that there is
+        known = ids and tokenizer.unk_token_id not in ids
+        if known and behind and joined[: len(ids)] == ids:
             anchors.append(Anchor(text, ids))
-            differs.append(joined[len(ids) :] != alone)
+            differs.append(behind != alone)
     return Joint(tokenizer, tuple(anchors) if any(differs[:1]) else ())
 
 

@@ -211,6 +211,14 @@ def test_other_tokenizers_write_a_text_alike_everywhere():
     assert find_joint(plain).anchors == ()
 
 
+def test_a_word_level_tokenizer_that_hides_its_unknown_word_uses_no_anchor():
+    """':' and ':a' are both the unknown word: nothing tells how 'a' stands behind."""
+    core = Tokenizer(models.WordLevel({'?': 0, 'two': 1, '</s>': 2}, '?'))
+    core.pre_tokenizer = pre_tokenizers.Split(' ', 'removed')
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token='</s>')
+    assert find_joint(tokenizer).encode([0, None], ['two two', 'so']) == [[1, 1], [0]]
+
+
 def test_a_byte_level_tokenizer_with_a_space_of_its_own_joins_too():
     core = Tokenizer(models.BPE({c: i for i, c in enumerate('Ġab:0Ċ')}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
