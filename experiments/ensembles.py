@@ -79,8 +79,10 @@ def optimise(base: Path, workdir: Path, argument: str, method: str) -> dict[str,
         settings['num_rollouts'] = values.rollouts
     folder = workdir / f'ppo_{method}'
     rows = run_ppo(folder, argument, settings)
-    lines = (folder / 'ppo' / 'samples.jsonl').read_text(encoding='utf-8').splitlines()
-    return {'rows': rows, 'samples': [json.loads(line) for line in lines]}
+    text = (folder / 'ppo' / 'samples.jsonl').read_text(encoding='utf-8')
+    # Not by splitlines: a text may hold line separators of its own.
+    samples = [json.loads(line) for line in text.split('\n') if line]
+    return {'rows': rows, 'samples': samples}
 
 
 def describe(runs: list[dict[str, Any]]) -> dict[str, Any]:

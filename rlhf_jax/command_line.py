@@ -22,7 +22,7 @@ from rlhf_jax.config import nearest
 
 # Settings that are dicts: new names may stand below them. What else is new there is
 # refused when the dataclasses are built (``config.build``).
-FREE = ('rewards', 'args', 'heads')
+OPEN = ('rewards', 'args', 'heads')
 SETTING = re.compile(r'--?(?:no)?config\.([^=]+)(?:=(.*))?', re.S)
 
 
@@ -107,7 +107,7 @@ def _apply(config: ConfigDict, key: str, text: str | None, flag: str) -> bool:
         section = section[name]
         if not isinstance(section, ConfigDict):
             raise ValueError(f'{flag}: {name!r} is a value, nothing stands below it')
-        is_free = is_free or name in FREE or isinstance(section, _New)
+        is_free = is_free or name in OPEN or isinstance(section, _New)
     if last not in section:
         if not is_free or text is None:
             raise ValueError(f'{flag}: there is no {last!r}{nearest(last, section)}')
@@ -117,7 +117,7 @@ def _apply(config: ConfigDict, key: str, text: str | None, flag: str) -> bool:
         return False
     before = section[last]
     is_section = isinstance(before, ConfigDict)
-    if (is_section and not above) or (above and above[-1] in FREE):
+    if (is_section and not above) or (above and above[-1] in OPEN):
         del section[last]  # a stage, or one of several entries
     elif before is not None:
         # It can be set again, to what it could be set to before.

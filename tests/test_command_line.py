@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_jax.command_line import FREE, read_flags
+from rlhf_jax.command_line import OPEN, read_flags
 from rlhf_jax.config import build, section
 from rlhf_jax.stages import settings
 from rlhf_jax.stages.settings import PPOSettings, RewardSource
@@ -123,5 +123,5 @@ def test_every_setting_that_is_a_dict_takes_new_names():
         for name, hint in cls.__annotations__.items()
         if hint.startswith('dict[')
     }
-    assert dicts == set(FREE)
+    assert dicts == set(OPEN)
     assert section(settings.RewardSource).args.to_dict() == {}

@@ -27,13 +27,6 @@ Decode = Callable[[Any, Sequence[int], Sequence[np.ndarray]], list[str]]
 KINDS = {'inputs': ('params', 'batch'), 'outputs': ('batch',), 'donate': ()}
 
 
-def decode_alone(
-    tokenizer: Any, before: Sequence[int], rows: Sequence[np.ndarray]
-) -> list[str]:
-    """Texts of ids by themselves, whatever stands before them."""
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Responses:
     """A batch of responses, as tokens on the device and as text for whoever asks.
@@ -45,7 +38,7 @@ class Responses:
     records: Sequence[Any]  # of the prompts' data set, with their uncut ``prompt``
     batch: PromptBatch
     generation: Generation
-    decode: Decode = decode_alone
+    decode: Decode  # e.g. data.joining.decode_behind
 
     @functools.cached_property
     def real(self) -> np.ndarray:
@@ -166,7 +159,7 @@ def sample_policy(
     tokenizer: Any,
     records: Sequence[Any],
     batches: Iterable[PromptBatch],
-    decode: Decode = decode_alone,
+    decode: Decode,
 ) -> Sampled:
     """Writes and scores one response per prompt; rows that fill a batch are left out.
 

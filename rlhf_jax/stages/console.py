@@ -16,7 +16,7 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
-def told(data: Dataset) -> Dataset:
+def tell_left_out(data: Dataset) -> Dataset:
     """The same data; prints how many records were dropped, cut or skipped, if any.
 
     It is a warning where most of them were left out.

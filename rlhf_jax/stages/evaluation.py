@@ -139,12 +139,6 @@ def check_positions(
     """
     config = model_config(run, model)
     pipeline.check_vocabulary(run.tokenizer, config.vocab_size)
-    for token in settings.extra_eos_ids:
-        if token >= config.vocab_size:
-            raise ValueError(
-                f'extra_eos_ids={settings.extra_eos_ids!r}: {where}={model!r} has the '
-                f'ids 0 to {config.vocab_size - 1}'
-            )
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens
     if longest > config.max_positions:
         raise ValueError(

@@ -28,7 +28,7 @@ from rlhf_jax.data.packing import pack
 from rlhf_jax.evals import language_model
 from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.sharding import check_batch_size, init_sharded
-from rlhf_jax.stages.console import told
+from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.run import (
     Run,
@@ -114,7 +114,10 @@ def check_offline(
             f'{where}.buckets end at {settings.buckets[-1]} tokens, the model has '
             f'{config.max_positions} positions; use shorter buckets'
         )
-    train, held_out = told(read(settings.train)), told(read(settings.eval))
+    train, held_out = (
+        tell_left_out(read(settings.train)),
+        tell_left_out(read(settings.eval)),
+    )
     if settings.packing is not None:
         train = _packed(train, settings, where)
     if (settings.num_steps is None) == (settings.num_epochs is None):

@@ -19,7 +19,7 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_schedule
 from rlhf_jax.rewards import ScoreHParams, initial_moments
-from rlhf_jax.stages.console import told
+from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.evaluation import Evaluation, check_evaluation
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import OnlineSettings, RewardSource
@@ -135,7 +135,7 @@ def load_online(
         )
     make_schedule(settings.optim, settings.num_rollouts)
     prompts, held_out = (
-        told(pipeline.load_prompts(spec, run.tokenizer, **limits))
+        tell_left_out(pipeline.load_prompts(spec, run.tokenizer, **limits))
         for spec in (settings.prompts, settings.eval_prompts)
     )
     evaluation = check_evaluation(

@@ -19,7 +19,7 @@ from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import actor_critic_optimizer
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.console import told
+from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.evaluation import check_positions
 from rlhf_jax.stages.online_job import (
     Judged,
@@ -102,7 +102,7 @@ def load_ptx(
         on_bad=settings.on_bad,
         control_tokens=settings.control_tokens,
     )
-    return told(data)
+    return tell_left_out(data)
 
 
 def _begin(

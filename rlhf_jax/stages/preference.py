@@ -33,7 +33,7 @@ from rlhf_jax.evals import preference
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss, load
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.console import told
+from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.evaluation import (
     Evaluation,
     check_evaluation,
@@ -105,7 +105,7 @@ def load_preference(run: Run, stage: str) -> Preference:
         )
 
     length = settings.prompt_buckets[-1]
-    prompts = told(
+    prompts = tell_left_out(
         pipeline.load_prompts(
             settings.eval_prompts, run.tokenizer, max_prompt_length=length, **limits
         )

@@ -45,7 +45,7 @@ from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.reward_losses import RewardLoss
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.sharding import init_sharded
-from rlhf_jax.stages.console import told
+from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
@@ -125,7 +125,7 @@ def load_reward_model(run: Run, stage: str) -> RewardStage:
             on_bad=limits.on_bad,
             control_tokens=limits.control_tokens,
         )
-        references = told(references).take(settings.num_references)
+        references = tell_left_out(references).take(settings.num_references)
     wanted = Wanted(
         kind=loss.DATA,
         by=f'{where}.loss={name!r}',

@@ -124,7 +124,7 @@ class EvaluationSettings:
     top_k: Annotated[int | None, at_least(1)] = None
     top_p: Annotated[float | None, Range(0, 1, open_low=True)] = None
     # end a response too, in all stages of the run
-    extra_eos_ids: Annotated[tuple[int, ...], at_least(0)] = ()
+    extra_eos_ids: tuple[int, ...] = ()
     stop_sequences: tuple[str, ...] = ()
     # response tokens before a stop sequence counts
     stop_after: Annotated[int, at_least(0)] = 0

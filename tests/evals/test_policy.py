@@ -110,10 +110,9 @@ def test_row_statistics_by_hand(bigram, generation):
 
 
 def test_rows_that_fill_a_batch_are_left_out(generation):
-    class Tokenizer:
-        def batch_decode(self, rows, skip_special_tokens):
-            assert skip_special_tokens
-            return [' '.join(map(str, row)) for row in rows]
+    def decode(tokenizer, before, rows):
+        assert before == [0] * len(rows)  # the last ids of the prompts
+        return [' '.join(map(str, row)) for row in rows]
 
     index = np.where(np.arange(16) < 14, 13 - np.arange(16), -1)
     empty = np.zeros((16, 5), np.int32)
@@ -132,9 +131,10 @@ def test_rows_that_fill_a_batch_are_left_out(generation):
             name: np.arange(16) for name in ('kl', 'ref_logprobs', 'lengths', 'ended')
         },
         {'words': scorer, 'row': lambda responses: Scored(np.arange(16))},
-        Tokenizer(),
+        None,
         records,
         [batch, batch],
+        decode,
     )
     assert len(result.responses) == 28
     assert seen == [f'prompt {i}' for i in range(13, -1, -1)] * 2

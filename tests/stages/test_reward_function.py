@@ -105,14 +105,13 @@ def test_columns_follow_the_rows_of_a_batch():
         ended=np.ones(4, bool),
     )
 
-    class Tokenizer:
-        def batch_decode(self, rows, skip_special_tokens):
-            return ['text'] * len(rows)
+    def decode(tokenizer, before, rows):
+        return ['text'] * len(rows)
 
     batch = PromptBatch(
         tokens=generation.tokens, mask=generation.mask, index=np.array([1, 0, 1, -1])
     )
-    responses = Responses(Tokenizer(), TRAIN.records, batch, generation)
+    responses = Responses(None, TRAIN.records, batch, generation, decode)
     scored = score_by_function(function, responses)
     assert SEEN[-1][2:] == (['three', 'one', 'three'], [3, 1, 3])
     # len('three') + 3, len('one') + 1, again; the last row repeats

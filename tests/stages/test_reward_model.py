@@ -12,6 +12,7 @@ from rlhf_jax import checkpoint, hf, sharding
 from rlhf_jax.config import section
 from rlhf_jax.data import tiny_tldr
 from rlhf_jax.data.formats import Prompt
+from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals.policy import Responses
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
@@ -140,7 +141,7 @@ def responses(tokenizer):
     batch = PromptBatch(
         tokens=tokens[:, :start], mask=mask[:, :start], index=np.arange(8)
     )
-    return Responses(tokenizer, records, batch, generation)
+    return Responses(tokenizer, records, batch, generation, decode_behind)
 
 
 def scored(run, responses, source):

@@ -15,6 +15,7 @@ from rlhf_jax import checkpoint, files, hf, sharding
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, prepare
 from rlhf_jax.config import section
 from rlhf_jax.data.formats import Prompt
+from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.data.pipeline import load_comparisons
 from rlhf_jax.data.tokenizer import frame
 from rlhf_jax.evals.policy import Responses
@@ -128,7 +129,7 @@ def responses(run):
     records = [Prompt(prompts[i], None, {}, 'here') for i in np.argsort(order)]
     index = np.where(np.arange(SIZE) < SIZE - 2, order, -1)
     batch = PromptBatch(tokens=tokens[:, :2], mask=mask[:, :2], index=index)
-    result = Responses(run.tokenizer, records, batch, generation)
+    result = Responses(run.tokenizer, records, batch, generation, decode_behind)
     assert (result.prompts, result.texts) == (prompts[:-2], answers[:-2])
     return result
 
