@@ -367,7 +367,7 @@ def step_batch(
     """
     before, end = frame(tokenizer)
     records = []
-    whole = _told(tokenizer, prompts, templated)
+    whole = _known_templated(tokenizer, prompts, templated)
     for prompt, response, is_whole in zip(prompts, responses, whole):
         steps = [step for step in response.split(separator) if step.strip()]
         records.append(Steps(prompt, steps, [], {}, 'a response', is_whole))
@@ -423,7 +423,9 @@ def text_batch(
     """
     before, end = frame(tokenizer)
     rows, truncated = [], 0
-    opened = open_prompts(tokenizer, prompts, _told(tokenizer, prompts, templated))
+    opened = open_prompts(
+        tokenizer, prompts, _known_templated(tokenizer, prompts, templated)
+    )
     answers = find_joint(tokenizer).encode(
         [last_id(prompt) for prompt in opened], responses, PLAIN
     )
@@ -436,7 +438,7 @@ def text_batch(
     return *_padded(rows, limit), truncated
 
 
-def _told(
+def _known_templated(
     tokenizer: Any, prompts: Sequence[str], templated: Sequence[bool] | None
 ) -> Sequence[bool]:
     return rendered(tokenizer, prompts) if templated is None else templated
