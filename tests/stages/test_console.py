@@ -6,13 +6,13 @@ import pytest
 
 from rlhf_jax.data.examples import Counts, Dataset
 from rlhf_jax.main import launch
-from rlhf_jax.stages.console import told
+from rlhf_jax.stages.console import tell_left_out
 from tests.small_config import get_config
 
 
 def said(capsys, what='demonstrations', **counts):
     data = Dataset([], [], Counts('jsonl:a.jsonl', what, 8, **counts))
-    assert told(data) is data
+    assert tell_left_out(data) is data
     return capsys.readouterr().out
 
 
