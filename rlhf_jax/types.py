@@ -16,7 +16,7 @@ masked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +215,14 @@ class Generation:
     # R of T = P + R: all prompts are in front of it. None where that is not known, and
     # then models are run to the end at every place.
     response_length: int | None = struct.field(pytree_node=False, default=None)
+
+
+class Scores(NamedTuple):
+    """What was said of the responses of a rollout, in reward units."""
+
+    total: Array  # [B] float32, what is optimised: weighted, scaled and shaped
+    each: dict[str, Array] | None = None  # [B] by reward, as the scorers gave it
+    baseline: Array | None = None  # [B] the total of the policy's greedy response
 
 
 @struct.dataclass(kw_only=True)

@@ -46,6 +46,7 @@ from rlhf_jax.types import (
     Outcomes,
     Params,
     Rollout,
+    Scores,
     reduce_metrics,
 )
 
@@ -138,8 +139,7 @@ def prepare_policy(
     state: OnlineState,
     ref_params: Params,
     generation: Generation,
-    scores: Array,
-    baseline: Array | None = None,
+    scores: Scores,
     *,
     model: CausalLM,
     hp: PolicyHParams,
@@ -154,8 +154,7 @@ def prepare_policy(
         ref_params: of the reference policy, frozen or ``state.ref_params``.
         generation: responses with the log-probabilities they were sampled with; the
             ``hp.group_size`` responses to a prompt are adjacent rows.
-        scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
-        baseline: [B] float32, for estimators that want it (``remax``).
+        scores: of the responses; some estimators want the ``baseline`` (``remax``).
         model: the policy, static.
         hp: hyperparameters, static.
         estimator: a module of ``algos.estimators``, or one like it; static.
@@ -179,13 +178,15 @@ def prepare_policy(
     )
     response = generation.response_mask
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
-    rewards = token_rewards(scores, kl, response, hp.kl_coef)
+    rewards = token_rewards(scores.total, kl, response, hp.kl_coef)
     outcomes = jax.tree.map(
         lambda x: in_groups(x, hp.group_size),
-        Outcomes(rewards=rewards, mask=response, baseline=baseline),
+        Outcomes(rewards=rewards, mask=response, baseline=scores.baseline),
     )
     advantages = estimator.advantages(outcomes, estimator_hp, axis_name)
-    metrics |= objective_metrics(generation, ref_logprobs, scores, rewards, response)
+    metrics |= objective_metrics(
+        generation, ref_logprobs, scores.total, rewards, response
+    )
     if hp.group_size > 1:
         metrics['rollout/equal_groups'] = per_row(outcomes.equal)
     kept = None

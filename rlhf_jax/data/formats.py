@@ -33,6 +33,15 @@ FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
 TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
 
 
+# What the records of a stage can be read as, by what they hold.
+READABLE_AS = {
+    'demonstrations': ('demonstrations', 'prompts'),
+    'comparisons': ('comparisons', 'unpaired', 'prompts'),
+    'rankings': ('rankings', 'prompts'),
+    'prompts': ('prompts',),
+}
+
+
 class BadRecord(ValueError):
     """A record that cannot be used as asked; ``on_bad='skip'`` leaves it out."""
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from rlhf_jax.config import load_dotted, nearest
 from rlhf_jax.data.examples import Dataset
-from rlhf_jax.evals.policy import Responses, Scored, field
+from rlhf_jax.responses import Responses, Scored, field
 from rlhf_jax.stages.settings import RewardSource
 
 # fn(prompts, responses, **columns) -> scores [N], reward units.

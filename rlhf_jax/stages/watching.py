@@ -1,7 +1,7 @@
 """Warnings during a stage that samples: nothing is left to learn from.
 
-``loop.run_loop`` asks after every rollout and prints what is said; the verdicts of the
-report (``verdicts.py``) judge the same when the stage ends. Read ``online_job.py``
+``loop.run_loop`` asks after every rollout and prints what is said; the report's page
+(``pages/policy.py``) says the same when the stage ends. Read ``online_job.py``
 next.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.verdicts import FEW_END
+from rlhf_jax.responses import FEW_END
 
 PATIENCE = 3  # rollouts in a row, before anything is said
 
