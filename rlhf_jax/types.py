@@ -225,6 +225,10 @@ class Outcomes:
     rewards: Array
     mask: Array  # [P, G, T] bool, response tokens
     baseline: Array | None = None  # [P, G] float32, score of the greedy response
+    # [P, G] float32 each: the single rewards by name, as they were scored, before they
+    # are weighted, summed up and shaped, and their weights in the sum
+    scores: Mapping[str, Array] | None = None
+    weights: Mapping[str, Array | float] | None = None
 
     @property
     def returns(self) -> Array:

@@ -3,14 +3,15 @@
 One iteration: ``generate``, G responses to each prompt → a score per response →
 :func:`prepare_policy` (advantages by a module of ``algos/estimators/``, once per
 rollout) → :func:`policy_step`. What makes RLOO, GRPO, Dr. GRPO, DAPO, REINFORCE++,
-ReMax, GSPO or CISPO is the estimator and the settings; ``docs/algorithms`` has the
-table.
+ReMax, GDPO, MaxRL, GSPO or CISPO is the estimator and the settings;
+``docs/algorithms`` has the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -134,12 +135,28 @@ def in_groups(x: Array, size: int) -> Array:
     return x.reshape(-1, size, *x.shape[1:])
 
 
+def check_estimator(estimator: Estimator, hp: PolicyHParams) -> None:
+    """Refuses hyperparameters that do not go with an estimator.
+
+    Raises:
+        ValueError: a KL penalty in the reward of an estimator that divides by rewards.
+    """
+    if hp.kl_coef > 0 and not getattr(estimator, 'KL_IN_REWARD', True):
+        raise ValueError(
+            f'kl_coef={hp.kl_coef} puts a KL penalty into the reward, and this '
+            'estimator takes the mean reward for a rate of success; use kl_coef=0, and '
+            'kl_loss_coef for a KL in the loss'
+        )
+
+
 def prepare_policy(
     state: OnlineState,
     ref_params: Params,
     generation: Generation,
     scores: Array,
     baseline: Array | None = None,
+    named_scores: Mapping[str, Array] | None = None,
+    weights: Mapping[str, float] | None = None,
     *,
     model: CausalLM,
     hp: PolicyHParams,
@@ -156,6 +173,9 @@ def prepare_policy(
             ``hp.group_size`` responses to a prompt are adjacent rows.
         scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
         baseline: [B] float32, for estimators that want it (``remax``).
+        named_scores: [B] float32 by name, for estimators that look at the single
+            rewards (``gdpo``): as they were scored, before ``scores`` was made of them.
+        weights: of ``named_scores`` in their sum, by the same names.
         model: the policy, static.
         hp: hyperparameters, static.
         estimator: a module of ``algos.estimators``, or one like it; static.
@@ -169,9 +189,11 @@ def prepare_policy(
 
     Raises:
         ValueError: rows that do not divide into groups, groups of one where others are
-            needed, or no baseline where one is.
+            needed, no baseline or no named scores where they are, or what
+            :func:`check_estimator` refuses.
     """
-    generation, weights, metrics = off_policy_weights(
+    check_estimator(estimator, hp)
+    generation, importance, metrics = off_policy_weights(
         state.params['policy'], generation, model=model, hp=hp
     )
     ref_logprobs, _ = response_logprobs(
@@ -180,10 +202,10 @@ def prepare_policy(
     response = generation.response_mask
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
     rewards = token_rewards(scores, kl, response, hp.kl_coef)
-    outcomes = jax.tree.map(
-        lambda x: in_groups(x, hp.group_size),
-        Outcomes(rewards=rewards, mask=response, baseline=baseline),
-    )
+    by_response = {'rewards': rewards, 'mask': response, 'baseline': baseline}
+    by_response['scores'] = named_scores
+    grouped = jax.tree.map(lambda x: in_groups(x, hp.group_size), by_response)
+    outcomes = Outcomes(**grouped, weights=weights)
     advantages = estimator.advantages(outcomes, estimator_hp, axis_name)
     metrics |= objective_metrics(generation, ref_logprobs, scores, rewards, response)
     if hp.group_size > 1:
@@ -199,7 +221,7 @@ def prepare_policy(
         response_mask=response,
         old_logprobs=generation.logprobs,
         ref_logprobs=ref_logprobs,
-        advantages=advantages.reshape(response.shape) * weights,
+        advantages=advantages.reshape(response.shape) * importance,
         kept=kept,
         response_length=generation.response_length,
         aggregation=estimator.AGGREGATION,

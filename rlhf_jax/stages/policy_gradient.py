@@ -14,7 +14,12 @@ import jax.numpy as jnp
 
 from rlhf_jax.algos.anchors import AnchorHParams
 from rlhf_jax.algos.estimators import Estimator, load
-from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
+from rlhf_jax.algos.policy_gradient import (
+    PolicyHParams,
+    check_estimator,
+    policy_step,
+    prepare_policy,
+)
 from rlhf_jax.config import build_named
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
@@ -58,6 +63,7 @@ def load_policy_gradient(run: Run, stage: str) -> Online:
         where=where,
     )
     _check(where, settings, hp, estimator, estimator_hp)
+    _check_shaping(where, settings, others[0], estimator)
     begin = functools.partial(_begin, estimator=estimator, estimator_hp=estimator_hp)
     return load_online(run, stage, settings, hp, *others, begin, hp.group_size)
 
@@ -75,8 +81,11 @@ def _check(
         rewards=jnp.zeros((1, hp.group_size, 1)),
         mask=jnp.ones((1, hp.group_size, 1), bool),
         baseline=jnp.zeros((1, hp.group_size)),
+        scores={name: jnp.zeros((1, hp.group_size)) for name in settings.rewards},
+        weights={name: reward.weight for name, reward in settings.rewards.items()},
     )
     try:
+        check_estimator(estimator, hp)
         jax.eval_shape(lambda x: estimator.advantages(x, estimator_hp, None), outcomes)
     except ValueError as error:
         raise ValueError(f'{where}: {name}: {error}') from error
@@ -98,6 +107,24 @@ def _check(
         )
 
 
+def _check_shaping(
+    where: str,
+    settings: PolicyGradientSettings,
+    shaping: ScoreHParams,
+    estimator: Estimator,
+) -> None:
+    if not getattr(estimator, 'WANTS_SCORES', False):
+        return
+    for name in ('score_scaling', 'score_clip', 'missing_eos_score'):
+        value = getattr(shaping, name)
+        if value is not None:
+            raise ValueError(
+                f'{where}.{name}={value!r} changes the sum of the rewards, and '
+                f'{where}.name={settings.name!r} normalises each of them by itself; '
+                'use None, and missing_eos_penalty for responses that do not end'
+            )
+
+
 def _begin(
     run: Run,
     job: Online,
@@ -107,7 +134,7 @@ def _begin(
     estimator: Estimator,
     estimator_hp: object,
 ) -> Method:
-    settings, hp = job.settings, job.hp
+    settings, hp, weights = job.settings, job.hp, job.evaluation.weights
     tx = make_optimizer(settings.optim, job.num_updates)
 
     def prepared(
@@ -124,6 +151,8 @@ def _begin(
             generation,
             judged.total,
             judged.baseline,
+            {name: judged.each[name] for name in weights},
+            weights,
             model=policy,
             hp=hp,
             estimator=estimator,
