@@ -221,7 +221,8 @@ class Scores(NamedTuple):
     """What was said of the responses of a rollout, in reward units."""
 
     total: Array  # [B] float32, what is optimised: weighted, scaled and shaped
-    each: dict[str, Array] | None = None  # [B] by reward, as the scorers gave it
+    each: Mapping[str, Array] | None = None  # [B] by name, as the scorers gave it
+    weights: Mapping[str, Array | float] | None = None  # of those in the weighted sum
     baseline: Array | None = None  # [B] the total of the policy's greedy response
 
 
@@ -233,6 +234,10 @@ class Outcomes:
     rewards: Array
     mask: Array  # [P, G, T] bool, response tokens
     baseline: Array | None = None  # [P, G] float32, score of the greedy response
+    # [P, G] float32 each: the single rewards by name, as they were scored, before they
+    # are weighted, summed up and shaped, and their weights in the sum
+    scores: Mapping[str, Array] | None = None
+    weights: Mapping[str, Array | float] | None = None
 
     @property
     def returns(self) -> Array:

@@ -169,7 +169,7 @@ def test_mistakes_are_named_before_compilation(
 
 def test_a_policy_of_this_run_is_no_reward_before_it_has_run(tmp_path, never_compiled):
     config = get_config()
-    recipe = config_file('grpo').get_config('smoke')
+    recipe = config_file('policy_gradient').get_config('smoke')
     config.policy_gradient = recipe.policy_gradient
     config.stages = ('pretrain', 'sft', 'rm', 'policy_gradient', 'ppo')
     config.ppo.rewards.rm.model = 'policy_gradient'

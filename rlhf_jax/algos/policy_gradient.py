@@ -3,8 +3,8 @@
 One iteration: ``generate``, G responses to each prompt → a score per response →
 :func:`prepare_policy` (advantages by a module of ``algos/estimators/``, once per
 rollout) → :func:`policy_step`. What makes RLOO, GRPO, Dr. GRPO, DAPO, REINFORCE++,
-ReMax, GSPO or CISPO is the estimator and the settings; ``docs/algorithms`` has the
-table.
+ReMax, GDPO, MaxRL, GSPO or CISPO is the estimator and the settings;
+``docs/algorithms`` has the table.
 """
 
 from __future__ import annotations
@@ -135,6 +135,20 @@ def in_groups(x: Array, size: int) -> Array:
     return x.reshape(-1, size, *x.shape[1:])
 
 
+def check_estimator(estimator: Estimator, hp: PolicyHParams) -> None:
+    """Refuses hyperparameters that do not go with an estimator.
+
+    Raises:
+        ValueError: a KL penalty in the reward of an estimator that divides by rewards.
+    """
+    if hp.kl_coef > 0 and not getattr(estimator, 'KL_IN_REWARD', True):
+        raise ValueError(
+            f'kl_coef={hp.kl_coef} puts a KL penalty into the reward, and this '
+            'estimator takes the mean reward for a rate of success; use kl_coef=0, and '
+            'kl_loss_coef for a KL in the loss'
+        )
+
+
 def prepare_policy(
     state: OnlineState,
     ref_params: Params,
@@ -154,7 +168,8 @@ def prepare_policy(
         ref_params: of the reference policy, frozen or ``state.ref_params``.
         generation: responses with the log-probabilities they were sampled with; the
             ``hp.group_size`` responses to a prompt are adjacent rows.
-        scores: of the responses; some estimators want the ``baseline`` (``remax``).
+        scores: of the responses; some estimators want the ``baseline`` (``remax``), or
+            the single rewards and their ``weights`` (``gdpo``).
         model: the policy, static.
         hp: hyperparameters, static.
         estimator: a module of ``algos.estimators``, or one like it; static.
@@ -168,9 +183,11 @@ def prepare_policy(
 
     Raises:
         ValueError: rows that do not divide into groups, groups of one where others are
-            needed, or no baseline where one is.
+            needed, no baseline or no named scores where they are, or what
+            :func:`check_estimator` refuses.
     """
-    generation, weights, metrics = off_policy_weights(
+    check_estimator(estimator, hp)
+    generation, importance, metrics = off_policy_weights(
         state.params['policy'], generation, model=model, hp=hp
     )
     ref_logprobs, _ = response_logprobs(
@@ -179,10 +196,11 @@ def prepare_policy(
     response = generation.response_mask
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
     rewards = token_rewards(scores.total, kl, response, hp.kl_coef)
-    outcomes = jax.tree.map(
-        lambda x: in_groups(x, hp.group_size),
-        Outcomes(rewards=rewards, mask=response, baseline=scores.baseline),
-    )
+    by_response = {'rewards': rewards, 'mask': response, 'baseline': scores.baseline}
+    if scores.weights is not None:
+        by_response['scores'] = {name: scores.each[name] for name in scores.weights}
+    grouped = jax.tree.map(lambda x: in_groups(x, hp.group_size), by_response)
+    outcomes = Outcomes(**grouped, weights=scores.weights)
     advantages = estimator.advantages(outcomes, estimator_hp, axis_name)
     metrics |= objective_metrics(
         generation, ref_logprobs, scores.total, rewards, response
@@ -200,7 +218,7 @@ def prepare_policy(
         response_mask=response,
         old_logprobs=generation.logprobs,
         ref_logprobs=ref_logprobs,
-        advantages=advantages.reshape(response.shape) * weights,
+        advantages=advantages.reshape(response.shape) * importance,
         kept=kept,
         response_length=generation.response_length,
         aggregation=estimator.AGGREGATION,

@@ -55,6 +55,7 @@ def run_loop(
     shown: dict[str, str],
     spent: Callable[[], dict[str, float]],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    eval_every_steps: int | None = None,
     watch: Callable[[dict[str, float]], list[str]] | None = None,
     profile: bool = False,
 ) -> tuple[Any, dict[str, float]]:
@@ -66,11 +67,12 @@ def run_loop(
             its shapes are used.
         num_steps: steps of the whole stage.
         one_step: see OneStep.
-        settings: how often to log, save, evaluate.
+        settings: how often to log and save.
         writers: names for ``metrics.open_writers``.
         shown: metric name -> name in the progress bar.
         spent: seconds that this process has taken for the stage so far, by phase.
-        evaluate: numbers to log every ``eval_every_steps``.
+        evaluate: numbers to log now and then.
+        eval_every_steps: how often; None for never.
         watch: the metrics of a step -> warnings to print.
         profile: leave a trace and the time per phase in ``stage_dir/profile``.
 
@@ -104,8 +106,7 @@ def run_loop(
                 done += 1
                 logged = done % settings.log_every_steps == 0 or done in (1, num_steps)
                 journal.pending = _Pending(done, metrics, known, logged)
-                every = settings.eval_every_steps
-                if evaluate is not None and every and done % every == 0:
+                if eval_every_steps and done % eval_every_steps == 0:
                     journal.flush()
                     journal.write(done, evaluate(state))
                 stop = received()  # asked once: it may come between two lines

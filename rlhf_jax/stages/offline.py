@@ -180,6 +180,7 @@ def fit(
         shown=shown,
         spent=lambda: {**spent, 'train': time.monotonic() - clock},
         evaluate=lambda s: {f'eval/{k}': v for k, v in evaluate(s.params).items()},
+        eval_every_steps=settings.loop.eval_every_steps,
         profile=run.profile,
     )
 

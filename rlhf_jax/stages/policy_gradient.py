@@ -17,7 +17,12 @@ import jax.numpy as jnp
 from rlhf_jax.algos import estimators
 from rlhf_jax.algos.anchors import AnchorHParams
 from rlhf_jax.algos.estimators import Estimator
-from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
+from rlhf_jax.algos.policy_gradient import (
+    PolicyHParams,
+    check_estimator,
+    policy_step,
+    prepare_policy,
+)
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
@@ -69,6 +74,7 @@ def load(
     where = f'config.{stage}'
     check_optimised(where, settings)
     _check(where, settings, hp, estimator, estimator_hp)
+    _check_shaping(where, settings, shaping, estimator)
     begin = functools.partial(_begin, estimator=estimator, estimator_hp=estimator_hp)
     size = hp.group_size
     return load_online(run, stage, settings, hp, shaping, anchors, begin, size)
@@ -92,8 +98,11 @@ def _check(
         rewards=jnp.zeros((1, hp.group_size, 1)),
         mask=jnp.ones((1, hp.group_size, 1), bool),
         baseline=jnp.zeros((1, hp.group_size)),
+        scores={name: jnp.zeros((1, hp.group_size)) for name in settings.rewards},
+        weights={name: reward.weight for name, reward in settings.rewards.items()},
     )
     try:
+        check_estimator(estimator, hp)
         jax.eval_shape(lambda x: estimator.advantages(x, estimator_hp, None), outcomes)
     except ValueError as error:
         raise ValueError(f'{where}: {name}: {error}') from error
@@ -113,6 +122,24 @@ def _check(
             f'{where}.max_draws={settings.max_draws}: choosing prompts by their scores '
             f'needs a single process, and this run has {jax.process_count()}; use 1'
         )
+
+
+def _check_shaping(
+    where: str,
+    settings: PolicyGradientSettings,
+    shaping: ScoreHParams,
+    estimator: Estimator,
+) -> None:
+    if not getattr(estimator, 'WANTS_SCORES', False):
+        return
+    for name in ('score_scaling', 'score_clip', 'missing_eos_score'):
+        value = getattr(shaping, name)
+        if value is not None:
+            raise ValueError(
+                f'{where}.{name}={value!r} changes the sum of the rewards, and '
+                f'{where}.name={settings.name!r} normalises each of them by itself; '
+                'use None, and missing_eos_penalty for responses that do not end'
+            )
 
 
 def _begin(

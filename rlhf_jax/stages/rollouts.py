@@ -387,7 +387,7 @@ def shape_and_prepare(
         baseline = shape(greedy.generation, likewise)
         baseline = jnp.repeat(baseline, total.shape[0] // baseline.shape[0])
     reference = ref_params if state.ref_params is None else state.ref_params
-    scores = Scores(total, samples.scores, baseline)
+    scores = Scores(total, samples.scores, weights, baseline)
     batch, metrics = prepare(
         state, reference, samples.generation, scores, axis_name=axis_name
     )

@@ -13,7 +13,7 @@ from rlhf_jax.main import launch
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.sample import sample
 from rlhf_jax.stages import online
-from tests.small_config import config_file
+from tests.small_config import ROOT, config_file
 from tests.test_main import fails, never_compiled  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -21,7 +21,10 @@ pytestmark = pytest.mark.usefixtures('one_device')
 
 def get_config(name, **values):
     """Four rollouts of a small fresh policy; the reward is a function of the texts."""
-    config = config_file(name).get_config('smoke')
+    if (ROOT / 'configs' / f'{name}.py').exists():
+        config = config_file(name).get_config('smoke')
+    else:
+        config = config_file('policy_gradient').get_config(f'name={name},smoke')
     stage = config.stages[-1]
     config.stages = (stage,)
     settings = config[stage]
@@ -105,6 +108,15 @@ def test_every_method_learns_something(tmp_path, name):
     first, second = rows(tmp_path)
     assert first['policy/grad_norm'] > 0 and second['objective/kl'] != 0
     assert ('rollout/draws' in first) == (name == 'dapo')
+
+
+def test_several_rewards_are_normalised_by_themselves(tmp_path):
+    rewards = {'letters': {'fn': f'{__name__}:letters'}}
+    rewards['equal'] = {'fn': f'{__name__}:mostly_equal', 'weight': -2.0}
+    launch(get_config('gdpo', rewards=rewards, num_rollouts=2), tmp_path)
+    first, second = rows(tmp_path)
+    assert first['policy/grad_norm'] > 0 and second['objective/kl'] != 0
+    assert {'reward/letters', 'reward/equal'} <= first.keys()
 
 
 def test_continuous_batching_writes_the_same_samples(grpo, all_devices, tmp_path):
@@ -300,6 +312,8 @@ def test_a_rollout_can_be_learned_from_twice(tmp_path):
         ('online_dpo', {'num_minibatches': 16}, ['batch_size/group_size', '16']),
         ('expert_iteration', {'keep': 3}, ['keep=3 of group_size=2', '1 to 2']),
         ('expert_iteration', {'keep': 2}, ['keep=2', 'selects nothing']),
+        ('gdpo', {'score_clip': 1.0}, ['score_clip=1.0', "name='gdpo' normalises"]),
+        ('maxrl', {}, ["name='maxrl'", 'kl_coef=0.2', 'kl_loss_coef']),
         ('grpo', {'ref_mix': 0.0}, ['ref_mix=0.0', '(0, 1]']),
         ('grpo', {'overlong_buffer': 9}, ['overlong_buffer', 'max_new_tokens=8']),
     ],
