@@ -217,6 +217,7 @@ def _keep_compiled() -> None:
 
 def _check_top_level(config: Any) -> None:
     from rlhf_jax.config import nearest
+    from rlhf_jax.stages.kinds import kind_of
 
     for name in config:
         if name not in TOP_LEVEL and not isinstance(config[name], ConfigDict | None):
@@ -232,6 +233,8 @@ def _check_top_level(config: Any) -> None:
         for name in config
         if name not in TOP_LEVEL and isinstance(config[name], ConfigDict)
     ]
+    for name in known:
+        kind_of(config, name)
     if not config.stages:
         raise ValueError(f'config.stages is empty; name stages, of {sorted(known)}')
     for stage in config.stages:

@@ -251,6 +251,8 @@ def _stages(workdir: Path, config: Json) -> list[str]:
     """The stages with a folder, in order; folders that no config knows come last."""
     files = ('metrics.jsonl', 'eval.json', 'done.json')
     there = {path.parent.name for name in files for path in workdir.glob(f'*/{name}')}
+    sections = {name for name in config if isinstance(config[name], dict)}
+    there |= {name for name in sections if (workdir / name).is_dir()}
     listed = list(config['stages']) if 'stages' in config else []
     known = sorted(there & config.keys() - {*listed})
     ordered = in_order(config, [s for s in (*known, *listed) if s in there])

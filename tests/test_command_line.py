@@ -116,7 +116,7 @@ def test_a_recipe_that_is_none(tmp_path):
 
 
 def test_every_setting_that_is_a_dict_takes_new_names():
-    classes = (settings.EvaluationSettings, settings.RewardSource)
+    classes = (settings.OnlineSettings, settings.RewardSource)
     dicts = {
         name
         for cls in classes

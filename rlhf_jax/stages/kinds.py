@@ -33,8 +33,10 @@ from ml_collections import ConfigDict
 from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.config import build, build_named, section, unset
 from rlhf_jax.named import load_module
-from rlhf_jax.pages.page import Page
 from rlhf_jax.stages.settings import DataSpec
+
+if typing.TYPE_CHECKING:
+    from rlhf_jax.pages.page import Page
 
 PACKAGE = 'rlhf_jax.stages'
 NEEDED = ('SETTINGS', 'makes', 'load', 'train', 'PAGE')
@@ -88,7 +90,7 @@ def kind_of(config: Mapping[str, Any], stage: str) -> Kind:
     settings = config[stage]
     if 'kind' in settings:
         return load_kind(settings['kind'], f'config.{stage}.kind')
-    return load_kind(stage, f'config.{stage}, whose kind is not set,')
+    return load_kind(stage, f"config.{stage}.kind (by default the stage's name)")
 
 
 def stage(kind: str, **values: Any) -> ConfigDict:

@@ -12,7 +12,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax.main import launch
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.sample import sample
-from rlhf_jax.stages import online
+from rlhf_jax.stages import rollouts
 from tests.small_config import ROOT, config_file
 from tests.test_main import fails, never_compiled  # noqa: F401
 
@@ -251,7 +251,7 @@ def test_a_rollout_that_teaches_nothing_is_counted_and_moves_nothing(tmp_path):
 
 def test_the_rows_of_a_draw_are_its_useful_groups_first():
     class Stub:
-        job = method = run = None
+        pass
 
     scores = np.array([0.0, 0, 1, 2, 5, 5, 3, 4])
     generation = jax.tree.map(
@@ -259,12 +259,11 @@ def test_the_rows_of_a_draw_are_its_useful_groups_first():
         {'ended': np.ones(8, bool), 'response_mask': np.ones((8, 1), bool)},
     )
     stub = Stub()
-    stub.job = Stub()
-    stub.job.evaluation, stub.job.settings = Stub(), Stub()
-    stub.job.evaluation.weights, stub.job.shaping = {'a': 2.0}, ScoreHParams()
-    stub.job.settings.max_new_tokens = 1
-    drawn = online.Scored(type('G', (), generation), {'a': scores})
-    differ = online._Rollouts._differ(stub, drawn, 2)
+    stub.settings = Stub()
+    stub.weights, stub.shaping = {'a': 2.0}, ScoreHParams()
+    stub.settings.max_new_tokens = 1
+    drawn = rollouts.Sampled(type('G', (), generation), {'a': scores})
+    differ = rollouts.Rollouts._differ(stub, drawn, 2)
     np.testing.assert_array_equal(differ, [False, True, False, True])
 
 

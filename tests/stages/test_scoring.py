@@ -24,7 +24,7 @@ from rlhf_jax.main import launch
 from rlhf_jax.rewards import ScoreHParams, reward_model_scores, weighted_sum
 from rlhf_jax.sample import sample
 from rlhf_jax.sharding import ParallelConfig
-from rlhf_jax.stages.online import Scored, shape_and_prepare
+from rlhf_jax.stages.rollouts import Sampled, shape_and_prepare
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.scoring import check_reward, make_scorers, text_batch
 from rlhf_jax.stages.settings import ModelSettings, RewardSource
@@ -307,16 +307,16 @@ def test_scores_of_a_function_reach_the_rollout(
     models = ActorCritic(bigram, token_scores)
     hp = PPOHParams(lam=1.0, whiten_advantages=False)
 
-    def prepared(state, ref_params, generation, judged, axis_name):
-        assert judged.baseline is None and judged.each.keys() == {'length', 'gold', 'b'}
+    def prepared(state, ref_params, generation, scores, axis_name):
+        assert scores.baseline is None and scores.each.keys() == {'length', 'gold', 'b'}
         how = {'model': models, 'hp': hp, 'axis_name': axis_name}
-        return prepare(state, ref_params, generation, judged.total, **how)
+        return prepare(state, ref_params, generation, scores, **how)
 
     scores = {'length': scored.scores, 'gold': np.full(SIZE, 7.0), 'b': np.ones(SIZE)}
     rollout, metrics, moments = shape_and_prepare(
         state,
         params['policy'],
-        Scored(responses.generation, scores),
+        Sampled(responses.generation, scores),
         None,
         prepare=prepared,
         weights={'length': 2.0, 'b': -1.0},
@@ -529,7 +529,7 @@ def test_a_run_with_a_tokenizer_for_its_reward_model(own_tokenizer, tmp_path):
         assert line['rewards_after']['words'] == counted
         assert np.isfinite(line['gold_after'])
     written = sample(tmp_path, 'ppo', 'ARTICLE: a\n\nTL;DR:', num=2, max_new_tokens=4)
-    assert all(np.isfinite(score) for _, _, score in written)
+    assert all(np.isfinite(scores['rm']) for _, _, scores in written)
     export(tmp_path, 'rm', tmp_path / 'out')
     table = json.loads((tmp_path / 'out' / 'tokenizer.json').read_text())
     assert table['model']['vocab']['[SEP]'] == 1
