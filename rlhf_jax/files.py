@@ -16,7 +16,7 @@ import os
 import shlex
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,16 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(value, indent=1, sort_keys=True, default=str) + '\n'
     _write(path, lambda file: file.write(text.encode()))
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Writes JSON lines so that a reader sees the old file or the new one."""
+
+    def write(file: BinaryIO) -> None:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
+
+    _write(path, write)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -4,8 +4,9 @@
     python -m rlhf_jax.sample --workdir runs/quickstart --stage sft --num 3
 
 Without ``--stage`` the policy that was finished last is taken; every reward model of
-the run that gives a response a single score scores. Without ``--prompt`` the first prompts of the run's ``samples.jsonl`` are continued. A
-``\\n`` in the prompt is a line break.
+the run that gives a response a single score scores. Without ``--prompt`` the first
+prompts of the run's ``samples.jsonl`` are continued. A ``\\n`` in the prompt is a line
+break.
 """
 
 from __future__ import annotations

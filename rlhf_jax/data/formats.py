@@ -253,7 +253,7 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
             text_of(record, 'reference', reference) if reference.strip() else None
         )
     meta = {k: v for k, v in fields.items() if k not in (*FIELDS, 'reference')}
-    templated = turns is not None
+    templated = turns is not None or _templated(record)
     return Prompt(prompt, reference, meta, record.where, templated)
 
 
@@ -407,7 +407,17 @@ def prompt_and_answer(
             told = chat.told(present(record), tokenizer)
             prompt, answer = chat.split(turns, tokenizer, told, begun=found.begun)
     text_of(record, 'prompt', prompt)
-    return prompt, text_of(record, name, answer), found is not None
+    return (
+        prompt,
+        text_of(record, name, answer),
+        found is not None or _templated(record),
+    )
+
+
+def _templated(record: SourceRecord) -> bool:
+    """Whether a chat template has written a prompt that is a text."""
+    fields = present(record)
+    return 'templated' in fields and fields['templated'] is True
 
 
 def _check_written(record: SourceRecord, name: str, turn: dict[str, Any]) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from rlhf_jax import sharding
+from rlhf_jax import files, sharding
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals import policy as policy_eval
@@ -138,9 +137,7 @@ def evaluate_policy(
 
     both = sampled(before), sampled(after)
     path = run.stage_dir(job.stage) / 'samples.jsonl'
-    rows = _sample_rows(job, *both)
-    lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
-    path.write_text(''.join(lines), encoding='utf-8')
+    files.write_rows(path, _sample_rows(job, *both))
     report = policy_eval.policy_report(*both, job.weights)
     return {
         **report,

@@ -248,7 +248,14 @@ def train(run: Run, job: RewardJob) -> Result:
     offline, settings = job.offline, job.offline.settings
     key = run.key(offline.stage)
     model, params = _start(run, offline, key)
-    examine = _examination(run, offline, model)
+    examine = examination(
+        run,
+        offline.eval,
+        model,
+        settings.batch_size,
+        settings.buckets,
+        settings.members,
+    )
 
     def evaluate(params: Params) -> dict[str, float]:
         report = examine(params)
@@ -283,32 +290,44 @@ def train(run: Run, job: RewardJob) -> Result:
     )
 
 
-def _examination(
-    run: Run, job: Offline, model: ScalarModel
+def examination(
+    run: Run,
+    data: pipeline.Dataset,
+    model: ScalarModel,
+    batch_size: int,
+    buckets: tuple[int, ...],
+    members: int = 1,
 ) -> Callable[[Params], dict[str, Any]]:
-    """params -> the report on the held-out data, whatever their kind."""
-    examples, settings = job.eval.examples, job.settings
+    """params -> the report on judged data, whatever their kind.
+
+    Args:
+        run: the run.
+        data: held out.
+        model: the reward model.
+        batch_size: examples at a time.
+        buckets: static lengths in tokens.
+        members: of an ensemble, whose parameters are stacked.
+    """
+    examples = data.examples
 
     def outputs(fn: Any, collect: Any) -> Callable[[Params], Any]:
-        compiled = _compile(run, job, functools.partial(fn, model=model))
+        compiled = _compile(run, members, functools.partial(fn, model=model))
         return lambda params: collect(
-            compiled,
-            params,
-            pipeline.eval_batches(job.eval, settings.batch_size, settings.buckets),
+            compiled, params, pipeline.eval_batches(data, batch_size, buckets)
         )
 
     if isinstance(examples[0], RankingExample):
         scores_of = outputs(ranked_scores, preference.score_pairs)
-        facts = _ranked(job.eval)
+        facts = _ranked(data)
         return lambda params: judgements.ranking_report(
-            scores_of(params), *facts, settings.heads
+            scores_of(params), *facts, model.heads
         )
     if isinstance(examples[0], RatingExample):
         scores_of = outputs(rated_scores, preference.score_pairs)
         ratings = np.stack([e.ratings for e in examples])
         rated = np.stack([e.rated for e in examples])
         return lambda params: judgements.rating_report(
-            scores_of(params), ratings, rated, settings.heads
+            scores_of(params), ratings, rated, model.heads
         )
     if isinstance(examples[0], StepExample):
         scores_of = outputs(step_scores, judgements.score_steps)
@@ -318,10 +337,10 @@ def _examination(
     report_of = functools.partial(
         preference.preference_report,
         lengths=np.asarray([(len(e.chosen), len(e.rejected)) for e in examples]),
-        gold=known_gold(job.eval.records),
-        kinds=known_kinds(job.eval.records),
+        gold=known_gold(data.records),
+        kinds=known_kinds(data.records),
     )
-    if settings.members > 1:
+    if members > 1:
         return lambda params: ensemble_report(scores_of(params), report_of)
     return lambda params: report_of(scores_of(params))
 
@@ -354,9 +373,9 @@ def _start(run: Run, job: Offline, key: PRNGKey) -> tuple[ScalarModel, Params]:
     return loaded[0][0], init_sharded(stack_members, run.mesh, trees)
 
 
-def _compile(run: Run, job: Offline, fn: Any) -> Callable[..., Any]:
+def _compile(run: Run, members: int, fn: Any) -> Callable[..., Any]:
     """``fn(params, batch)`` compiled; for an ensemble it gives [B, M, …]."""
-    fn = fn if job.settings.members == 1 else over_members(fn)
+    fn = fn if members == 1 else over_members(fn)
     return run.compile(fn, **preference.KINDS)
 
 
@@ -372,7 +391,7 @@ def _center(
     """
     scores_of = _compile(
         run,
-        job,
+        job.members,
         lambda params, batch: reward_model_scores(
             params, batch.tokens, batch.mask, model=model
         ),

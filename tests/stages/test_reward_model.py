@@ -13,10 +13,10 @@ from rlhf_jax.config import section
 from rlhf_jax.data import tiny_tldr
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.joining import decode_behind
-from rlhf_jax.evals.policy import Responses
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
 from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.responses import Responses
 from rlhf_jax.rewards import combine_steps, reward_model_scores
 from rlhf_jax.sample import load_part
 from rlhf_jax.sharding import ParallelConfig

@@ -18,9 +18,9 @@ from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.data.pipeline import load_comparisons
 from rlhf_jax.data.tokenizer import frame
-from rlhf_jax.evals.policy import Responses
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
+from rlhf_jax.responses import Responses
 from rlhf_jax.rewards import ScoreHParams, reward_model_scores, weighted_sum
 from rlhf_jax.sample import sample
 from rlhf_jax.sharding import ParallelConfig
