@@ -18,7 +18,7 @@ from rlhf_jax.algos.online_preference import (
 from rlhf_jax.config import build_named
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
-from rlhf_jax.preference import PreferenceLoss, load
+from rlhf_jax.preference import PreferenceLoss, load, wants_tokens
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages.online_job import (
     Judged,
@@ -46,6 +46,12 @@ def load_online_preference(run: Run, stage: str) -> Online:
         raise ValueError(
             f'{where}.name={name!r} learns from single responses, and this stage makes '
             "pairs of them; use a loss on pairs, such as 'dpo'"
+        )
+    if wants_tokens(loss) and loss.REFERENCE:
+        raise ValueError(
+            f'{where}.name={name!r} looks at single tokens under the reference policy, '
+            'which only the stage preference runs in every step; use a loss on sums, '
+            "such as 'dpo'"
         )
     settings, hp, *others, loss_hp = build_named(
         run.config[stage],

@@ -31,7 +31,7 @@ from rlhf_jax.config import build_named
 from rlhf_jax.data import pipeline
 from rlhf_jax.evals import preference
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.preference import PreferenceLoss, load
+from rlhf_jax.preference import PreferenceLoss, load, wants_tokens
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.evaluation import (
@@ -47,7 +47,7 @@ from rlhf_jax.stages.offline import (
     known_gold,
     known_kinds,
 )
-from rlhf_jax.stages.run import Run, finish, load_policy
+from rlhf_jax.stages.run import Run, finish, frozen, load_policy
 from rlhf_jax.stages.settings import PreferenceSettings
 from rlhf_jax.types import Array, Params
 
@@ -126,30 +126,40 @@ def train_preference(run: Run, job: Preference) -> None:
     offline, settings, key = job.offline, job.offline.settings, run.key(job.stage)
     model, params = load_policy(run, settings.init, key)
     spent = {'setup': time.monotonic() - clock}
-    if job.loss.REFERENCE:
+    ref_params = None
+    if job.loss.REFERENCE and wants_tokens(job.loss):
+        # Training takes over the memory of ``params``.
+        _, ref_params = load_policy(run, settings.init, key)
+        ref_params = frozen(run, model, ref_params)
+    elif job.loss.REFERENCE:
         clock = time.monotonic()
         offline = _with_reference(run, offline, model, params)
         spent['reference'] = time.monotonic() - clock
+    more = () if ref_params is None else (ref_params,)
     how = {'loss': job.loss, 'loss_hp': job.loss_hp}
     rewards_of = run.compile(
-        functools.partial(implicit_rewards, model=model, **how), **preference.KINDS
+        functools.partial(implicit_rewards, model=model, **how),
+        **preference.KINDS | {'inputs': ('params', 'batch') + ('params',) * len(more)},
     )
 
     def scored(params: Params) -> np.ndarray:
         batches = pipeline.eval_batches(
             offline.eval, settings.batch_size, settings.buckets
         )
-        return _opposed(offline, preference.score_pairs(rewards_of, params, batches))
+        scores = preference.score_pairs(rewards_of, params, batches, *more)
+        return _opposed(offline, scores)
 
     def evaluate(params: Params) -> dict[str, float]:
         gap = np.subtract(*scored(params).T)
         return {'accuracy': float((gap > 0).mean()), 'margin': float(gap.mean())}
 
     step = functools.partial(preference_step, **how)
-    state, seconds = fit(run, offline, step, model, params, key, evaluate, spent)
+    state, seconds = fit(
+        run, offline, step, model, params, key, evaluate, spent, ref_params
+    )
     clock = time.monotonic()
-    # Training needs none of these on the device.
-    _, ref_params = load_policy(run, settings.init, key)
+    if ref_params is None:  # training needed none on the device
+        _, ref_params = load_policy(run, settings.init, key)
     report = evaluate_policy(
         run,
         job.evaluation,
