@@ -13,6 +13,8 @@ PAGES = ROOT / 'docs' / 'algorithms'
 ALGORITHMS = sorted(path for path in PAGES.glob('*.md') if path.name != 'README.md')
 TEXTS = [
     ROOT / 'README.md',
+    ROOT / 'CONTRIBUTING.md',
+    ROOT / 'CHANGELOG.md',
     ROOT / 'benchmarks' / 'README.md',
     *sorted((ROOT / 'docs').rglob('*.md')),
 ]
@@ -80,6 +82,15 @@ def test_a_page_that_a_config_names_is_there(path):
     docstring = ast.get_docstring(ast.parse(_text(path)))
     for name in re.findall(r'docs/[\w/]+\.md', docstring):
         assert (ROOT / name).exists(), f'{path.name} names {name}'
+
+
+def test_contributing_names_files_that_are_there():
+    text = _text(ROOT / 'CONTRIBUTING.md')
+    names = set(re.findall(r'`((?:rlhf_jax|tests|configs|docs|\.ci)/[\w/.]*)`', text))
+    assert len(names) > 15
+    for name in names:
+        name = name.replace('NAME', '__init__' if 'rlhf_jax' in name else 'quickstart')
+        assert (ROOT / name).exists(), f'CONTRIBUTING.md names {name}'
 
 
 @pytest.mark.parametrize('path', ALGORITHMS, ids=[path.stem for path in ALGORITHMS])
