@@ -310,6 +310,28 @@ class TrainState:
     opt_state: Any
 
 
+def train_state(
+    params: Params, tx: Any, key: PRNGKey, of: Any = TrainState, **fields: Any
+) -> Any:
+    """The state that training starts from.
+
+    Args:
+        params: of the model; for a state with several, ``{'policy': …, 'critic': …}``.
+        tx: the optimizer, an ``optax.GradientTransformation``.
+        key: base key of the stage.
+        of: the kind of state, e.g. ``PPOState``.
+        **fields: what this kind has beside those of ``TrainState``, e.g.
+            ``kl_coef=jnp.float32(0.05)``.
+    """
+    return of(
+        step=jnp.int32(0),
+        rng=key,
+        params=params,
+        opt_state=tx.init(params),
+        **fields,
+    )
+
+
 @struct.dataclass(kw_only=True)
 class RunningMoments:
     """Mean and spread of all numbers seen so far; see ``rewards.scale_scores``."""

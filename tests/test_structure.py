@@ -27,7 +27,7 @@ BESIDE = {
     'config': {'ranges'},
     'files': set(),
     'verify': set(),
-    'data': {'config', 'files', 'types', 'verify'},
+    'data': {'config', 'files', 'ops', 'types', 'verify'},
     'drawing': set(),
     'plots': {'drawing', 'verdicts'},
     'verdicts': set(),

@@ -24,6 +24,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals import policy as policy_eval
 from rlhf_jax.evals.policy import GOLD
+from rlhf_jax.ops.rows import repeat_prompts
 from rlhf_jax.rewards import (
     ScoreHParams,
     scale_scores,
@@ -31,7 +32,7 @@ from rlhf_jax.rewards import (
     weighted_sum,
 )
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.evaluation import evaluate_policy, make_writer, repeat_rows
+from rlhf_jax.stages.evaluation import evaluate_policy, make_writer
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.online_job import Judged, Method, Online, data_of
 from rlhf_jax.stages.run import Run, finish, frozen, load_policy
@@ -335,7 +336,7 @@ class _Rollouts:
         responses = policy_eval.Responses(
             self.run.tokenizer,
             self.job.prompts.records,
-            repeat_rows(prompts, size),
+            repeat_prompts(prompts, size),
             generation,
             decode_behind,
         )
