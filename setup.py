@@ -48,6 +48,7 @@ setup(
         'test': ['filelock', 'pytest', 'pytest-xdist>=3.7', 'ruff', 'setuptools>=77'],
         'parity': ['torch', 'trl==1.12.0', 'pandas', 'requests'],  # the last with PPO
         'parity-latest': ['torch', 'trl==1.16.0', 'pandas', 'requests'],
+        'docs': ['mkdocs>=1.6', 'mkdocstrings[python]>=0.26', 'ruff'],
         'tensorboard': ['tensorboardX'],
         'wandb': ['wandb'],
     },
