@@ -1,6 +1,6 @@
 """rlhf_jax behind the gate: the public functions, put together as a user would.
 
-``docs/library.md`` is the same thing as a script. Every step is compiled by
+``examples/library.py`` is the same thing as a script. Every step is compiled by
 ``sharding.compile_step`` over a mesh of one device, its batch is on the host, and its
 result is waited for. Read ``run.py`` next.
 """

@@ -27,7 +27,7 @@ BESIDE = {
     'config': {'ranges'},
     'files': set(),
     'verify': set(),
-    'data': {'config', 'files', 'types', 'verify'},
+    'data': {'config', 'files', 'ops', 'types', 'verify'},
     'pages': {'responses'},
     'report': {'files', 'pages', 'stages'},
     'metrics': {'config', 'files', 'types'},
@@ -50,7 +50,7 @@ def _allowed():
     # The only ones that see both the ladder and what stands beside it.
     everything = below | set(BESIDE) | {'stages'}
     table['stages'] = everything
-    commands = {'main', 'sample', 'export', 'workdir', 'command_line'}
+    commands = {'main', 'sample', 'export', 'scripts', 'workdir', 'command_line'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names

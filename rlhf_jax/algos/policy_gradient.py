@@ -36,6 +36,7 @@ from rlhf_jax.ops import policy_loss
 from rlhf_jax.ops.advantages import token_rewards
 from rlhf_jax.ops.kl import KLEstimator
 from rlhf_jax.ops.policy_loss import Aggregation, RatioLevel
+from rlhf_jax.ops.rows import in_groups
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Array,
@@ -119,20 +120,6 @@ class PolicyHParams:
                 'allowed), the others None'
             )
         return how
-
-
-def in_groups(x: Array, size: int) -> Array:
-    """[B, …] → [B/size, size, …]: the responses to a prompt stand next to each other.
-
-    Raises:
-        ValueError: rows that do not divide into groups.
-    """
-    if x.shape[0] % size:
-        raise ValueError(
-            f'{x.shape[0]} rollout rows on a device do not divide into groups of '
-            f'group_size={size}; use a multiple of {size}'
-        )
-    return x.reshape(-1, size, *x.shape[1:])
 
 
 def check_estimator(estimator: Estimator, hp: PolicyHParams) -> None:

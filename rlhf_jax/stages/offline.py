@@ -118,18 +118,21 @@ def fit(
     key: Any,
     evaluate: Any,
     spent: dict[str, float],
+    ref_params: Params | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains: every batch of the stage's data, or what is left of them, by ``step``.
 
     Args:
         run: the run.
         job: the stage.
-        step: (state, batch, *, model, tx, hp) -> (state, metrics).
+        step: (state, batch, *, model, tx, hp) -> (state, metrics); with ``ref_params``
+            these come behind the batch.
         model: static argument of the step.
         params: where training starts; the state takes over their memory.
         key: base key of the stage.
         evaluate: params -> numbers to log now and then.
         spent: seconds before training, by phase.
+        ref_params: of a frozen model that the step runs too.
 
     Returns:
         The last state and the seconds by phase.
@@ -149,7 +152,11 @@ def fit(
         params,
         donate=(0,),
     )
-    compiled = run.compile(functools.partial(step, model=model, tx=tx, hp=job.hp))
+    frozen = () if ref_params is None else (ref_params,)
+    compiled = run.compile(
+        functools.partial(step, model=model, tx=tx, hp=job.hp),
+        inputs=('params', 'batch') + ('params',) * len(frozen),
+    )
     batches = None
 
     def one_step(state: TrainState, done: int) -> Any:
@@ -157,7 +164,7 @@ def fit(
         if batches is None:  # the first step that this process does
             batches = _stream(run, job, done)
         batch = next(batches)
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, *frozen)
         metrics = {f'train/{name}': metric for name, metric in metrics.items()}
         real = int(np.sum(batch.mask))
         known = {'train/lr': float(rates[done]), 'tokens': real}

@@ -20,7 +20,7 @@ from rlhf_jax.algos.online_preference import (
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
-from rlhf_jax.preference import PreferenceLoss
+from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.online import (
@@ -76,6 +76,12 @@ def load(
         raise ValueError(
             f'{where}.name={settings.name!r} learns from single responses, and this '
             "stage makes pairs of them; use a loss on pairs, such as 'dpo'"
+        )
+    if wants_tokens(loss) and loss.REFERENCE:
+        raise ValueError(
+            f'{where}.name={settings.name!r} looks at single tokens under the reference '
+            'policy, which only the stage preference runs in every step; use a loss on '
+            "sums, such as 'dpo'"
         )
     begin = functools.partial(_begin, loss=loss, loss_hp=loss_hp)
     size = hp.group_size

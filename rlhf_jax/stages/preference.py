@@ -31,7 +31,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.evals import preference
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.pages import policy as pages
-from rlhf_jax.preference import PreferenceLoss
+from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.preference import load as load_loss
 from rlhf_jax.responses import GOLD
 from rlhf_jax.stages import scoring
@@ -48,7 +48,7 @@ from rlhf_jax.stages.offline import (
 from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.sampler import check_decode_rows, make_sampler
 from rlhf_jax.stages.settings import PreferenceSettings
-from rlhf_jax.stages.sources import check_policy, check_positions, load_policy
+from rlhf_jax.stages.sources import check_policy, check_positions, frozen, load_policy
 from rlhf_jax.types import Array, Params
 
 SETTINGS = (PreferenceSettings, PreferenceHParams)
@@ -143,30 +143,40 @@ def train(run: Run, job: PreferenceJob) -> Result:
     key = run.key(offline.stage)
     model, params = load_policy(run, settings.init, key)
     spent = {'setup': time.monotonic() - clock}
-    if job.loss.REFERENCE:
+    ref_params = None
+    if job.loss.REFERENCE and wants_tokens(job.loss):
+        # Training takes over the memory of ``params``.
+        _, ref_params = load_policy(run, settings.init, key)
+        ref_params = frozen(run, model, ref_params)
+    elif job.loss.REFERENCE:
         clock = time.monotonic()
         offline = _with_reference(run, offline, model, params)
         spent['reference'] = time.monotonic() - clock
+    more = () if ref_params is None else (ref_params,)
     how = {'loss': job.loss, 'loss_hp': job.loss_hp}
     rewards_of = run.compile(
-        functools.partial(implicit_rewards, model=model, **how), **preference.KINDS
+        functools.partial(implicit_rewards, model=model, **how),
+        **preference.KINDS | {'inputs': ('params', 'batch') + ('params',) * len(more)},
     )
 
     def scored(params: Params) -> np.ndarray:
         batches = pipeline.eval_batches(
             offline.eval, settings.batch_size, settings.buckets
         )
-        return _opposed(offline, preference.score_pairs(rewards_of, params, batches))
+        scores = preference.score_pairs(rewards_of, params, batches, *more)
+        return _opposed(offline, scores)
 
     def evaluate(params: Params) -> dict[str, float]:
         gap = np.subtract(*scored(params).T)
         return {'accuracy': float((gap > 0).mean()), 'margin': float(gap.mean())}
 
     step = functools.partial(preference_step, **how)
-    state, seconds = fit(run, offline, step, model, params, key, evaluate, spent)
+    state, seconds = fit(
+        run, offline, step, model, params, key, evaluate, spent, ref_params
+    )
     clock = time.monotonic()
-    # Training needs none of these on the device.
-    _, ref_params = load_policy(run, settings.init, key)
+    if ref_params is None:  # training needed none on the device
+        _, ref_params = load_policy(run, settings.init, key)
     report = evaluate_policy(
         run,
         job.evaluation,

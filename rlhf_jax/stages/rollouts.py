@@ -23,6 +23,7 @@ from rlhf_jax.algos.anchors import AnchorHParams, move_anchors
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.ops.rows import repeat_prompts
 from rlhf_jax.responses import GOLD, Responses, Scorer
 from rlhf_jax.rewards import (
     ScoreHParams,
@@ -33,7 +34,6 @@ from rlhf_jax.rewards import (
 )
 from rlhf_jax.stages.loop import run_loop
 from rlhf_jax.stages.run import Run
-from rlhf_jax.stages.sampler import repeat_rows
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.stages.watching import Watch
 from rlhf_jax.types import (
@@ -166,7 +166,7 @@ class Rollouts:
         responses = Responses(
             self.run.tokenizer,
             self.prompts.records,
-            repeat_rows(prompts, size),
+            repeat_prompts(prompts, size),
             generation,
             decode_behind,
         )

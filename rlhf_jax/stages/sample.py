@@ -21,6 +21,7 @@ from rlhf_jax import files
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals.policy import distinct_bigrams
+from rlhf_jax.ops.rows import repeat_prompts
 from rlhf_jax.pages.page import Page, Verdict, number
 from rlhf_jax.ranges import above, at_least
 from rlhf_jax.responses import Responses
@@ -30,7 +31,7 @@ from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.run import RECORDS, Result, Run
-from rlhf_jax.stages.sampler import check_decode_rows, make_sampler, repeat_rows
+from rlhf_jax.stages.sampler import check_decode_rows, make_sampler
 from rlhf_jax.stages.settings import (
     DataSpec,
     ModelName,
@@ -204,7 +205,7 @@ def _batches(
         responses = Responses(
             run.tokenizer,
             job.prompts.records,
-            repeat_rows(batch, size),
+            repeat_prompts(batch, size),
             generation,
             decode_behind,
         )

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rlhf_jax.data.stops import eos_ids, token_bytes
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.heads import CausalLM
+from rlhf_jax.ops.rows import repeat_prompts
 from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 from rlhf_jax.stages.run import Run
@@ -89,7 +90,7 @@ def make_sampler(
         # A sample does not depend on how many processes share the work.
         rows += jax.process_index() * len(rows)
         copies = _copies(len(batch.index) * jax.process_count(), samples, run.mesh)
-        batch = repeat_rows(batch, copies)
+        batch = repeat_prompts(batch, copies)
         drawn = how
         if temperature is not None:
             drawn = how.replace(temperature=jnp.float32(temperature))
@@ -108,8 +109,3 @@ def _copies(prompts: int, samples: int, mesh: Mesh) -> int:
         for copies in range(1, samples + 1)
         if copies == samples or not (samples % copies or prompts * copies % devices)
     )
-
-
-def repeat_rows(prompts: PromptBatch, count: int) -> PromptBatch:
-    """Every prompt ``count`` times, in adjacent rows."""
-    return jax.tree.map(lambda x: np.repeat(x, count, axis=0), prompts)

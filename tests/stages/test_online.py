@@ -307,6 +307,7 @@ def test_a_rollout_can_be_learned_from_twice(tmp_path):
         ('grpo', {'rewards': {}}, ['config.policy_gradient.rewards is empty']),
         ('grpo', {'init': 'rm'}, ['config.policy_gradient.init', 'rm']),
         ('online_dpo', {'name': 'kto'}, ["name='kto'", 'single responses', "'dpo'"]),
+        ('online_dpo', {'name': 'tdpo'}, ["name='tdpo'", 'single tokens', "'dpo'"]),
         ('online_dpo', {'group_size': 1}, ['group_size=1', '2 or more']),
         ('online_dpo', {'num_minibatches': 16}, ['batch_size/group_size', '16']),
         ('expert_iteration', {'keep': 3}, ['keep=3 of group_size=2', '1 to 2']),
