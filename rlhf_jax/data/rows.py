@@ -12,7 +12,7 @@ conversation is tokenised whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -27,9 +27,10 @@ from rlhf_jax.data.formats import (
 )
 from rlhf_jax.data.joining import Encoder, find_joint, last_id, open_prompts
 from rlhf_jax.data.judgements import Ranking, Rating, Steps
-from rlhf_jax.data.kept import encode_kept
 from rlhf_jax.data.stops import ends_of
 from rlhf_jax.data.tokenizer import encode, encode_spans, frame
+
+PIECE = 2**22  # characters, whose ids are lists of Python numbers for a while
 
 
 class Row(NamedTuple):
@@ -45,43 +46,56 @@ class Row(NamedTuple):
 def text_rows(
     records: list[Demonstration | Comparison | Verdict | Prompt | Ranking | Rating],
     tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder = encode,
 ) -> list[Row | BadRecord]:
-    """Rows of records of one kind, whose prompt and answers are texts.
+    """Rows of records of one kind, whose prompt and answers are texts; ``encoder``
+    tokenises them.
 
     A row that cannot be used is the error that says so.
     """
     _, eos = frame(tokenizer)
     ends = {eos, *ends_of(tokenizer).ids}
-    texts = [list(_texts(record)) for record in records]
+    texts = [[text for _, text in _texts(record)] for record in records]
     prompts = open_prompts(
         tokenizer,
-        [row[0][1] for row in texts],
+        [row[0] for row in texts],
         [record.templated for record in records],
-        encode_kept,
+        encoder,
     )
     encoded = iter(
         find_joint(tokenizer).encode(
             [last_id(ids) for ids, row in zip(prompts, texts) for _ in row[1:]],
-            [text for row in texts for _, text in row[1:]],
-            encode_kept,
+            [text for row in texts for text in row[1:]],
+            encoder,
         )
     )
     rows: list[Row | BadRecord] = []
     for record, row, prompt in zip(records, texts, prompts):
-        names, ids = [name for name, _ in row], [next(encoded) for _ in row[1:]]
-        answers = [a if a[-1:] and a[-1] in ends else [*a, eos] for a in ids]
-        same = next((b for b in answers if answers.count(b) > 1), None)
-        if not all([prompt, *ids]):
-            empty = names[[prompt, *ids].index([])]
-            row = BadRecord(f'{record.where}: {empty!r} gives no tokens')
-        elif same is not None:
-            alike = [name for name, a in zip(names[1:], answers) if a == same]
-            row = BadRecord(f'{record.where}: {" and ".join(alike)} give equal tokens')
-        else:
-            first = answers[0] if answers else [eos]
-            row = Row(prompt, answers, [True] * len(first), first[-1])
-        rows.append(row)
+        ids = [next(encoded) for _ in row[1:]]
+        answers = [a if a and a[-1] in ends else [*a, eos] for a in ids]
+        if not prompt or not all(ids) or _has_equal(answers):
+            rows.append(_unusable(record, prompt, ids, answers))
+            continue
+        first = answers[0] if answers else [eos]
+        rows.append(Row(prompt, answers, [True] * len(first), first[-1]))
     return rows
+
+
+def _has_equal(answers: list[list[int]]) -> bool:
+    return any(a in answers[:i] for i, a in enumerate(answers))
+
+
+def _unusable(
+    record: Any, prompt: list[int], ids: list[list[int]], answers: list[list[int]]
+) -> BadRecord:
+    """What is wrong with a row, a text of which has no tokens or those of another."""
+    names = [name for name, _ in _texts(record)]
+    if not all([prompt, *ids]):
+        empty = names[[prompt, *ids].index([])]
+        return BadRecord(f'{record.where}: {empty!r} gives no tokens')
+    same = next(b for b in answers if answers.count(b) > 1)
+    alike = [name for name, a in zip(names[1:], answers) if a == same]
+    return BadRecord(f'{record.where}: {" and ".join(alike)} give equal tokens')
 
 
 def _texts(record: Any) -> Iterator[tuple[str, str]]:
@@ -95,6 +109,19 @@ def _texts(record: Any) -> Iterator[tuple[str, str]]:
         else:
             texts = [(f'{name}[{i}]', text) for i, text in enumerate(part)]
             yield from (named for named in texts if named[1] is not None)
+
+
+def pieces(records: Iterable[Any]) -> Iterator[list[Any]]:
+    """Records in lists of about ``PIECE`` characters, to be tokenised together."""
+    piece, size = [], 0
+    for record in records:
+        piece.append(record)
+        size += sum(len(text) for _, text in _texts(record))
+        if size >= PIECE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 def step_rows(
@@ -113,15 +140,21 @@ def step_rows(
     prompts = open_prompts(tokenizer, [r.prompt for r in records], templated)
     # Behind which id a step stands is known once the separator is: its own last one.
     (alone,) = joint.encode([None], [separator])
-    rows: list[Row | BadRecord] = []
+    before, texts = [], []
     for record, prompt in zip(records, prompts):
-        before = [last_id(prompt), *[last_id(alone)] * (len(record.completions) - 1)]
-        steps = joint.encode(before, record.completions, encoder)
+        for i, step in enumerate(record.completions):
+            before.append(last_id(alone if i else prompt))
+            texts.append(step)
+    encoded = iter(joint.encode(before, texts, encoder))
+    found = [[next(encoded) for _ in record.completions] for record in records]
+    before = [last_id(step) for steps in found for step in steps[:-1]]
+    separators = iter(joint.encode(before, [separator] * len(before)))
+    rows: list[Row | BadRecord] = []
+    for record, prompt, steps in zip(records, prompts, found):
+        between = [*(next(separators) for _ in steps[:-1]), [eos]]
         if not steps or not all((prompt, *steps)):
             rows.append(BadRecord(f'{record.where}: a text gives no tokens'))
             continue
-        ids = [last_id(step) for step in steps[:-1]]
-        between = [*joint.encode(ids, [separator] * len(ids)), [eos]]
         answer, ends = [], []
         for step, end in zip(steps, between):
             answer += step + end
@@ -132,10 +165,13 @@ def step_rows(
 
 
 def conversation_rows(
-    records: list[Conversation], tokenizer: PreTrainedTokenizerBase
+    records: list[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder = encode,
 ) -> list[Row | BadRecord]:
     """Rows of conversations, tokenised whole: the prompt ends where the assistant first
-    writes, and what follows its last token is left out.
+    writes, and what follows its last token is left out. No ``encoder`` says which
+    tokens are whose, so that none is used.
     """
     rows: list[Row | BadRecord] = []
     for record in records:
