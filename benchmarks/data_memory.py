@@ -12,6 +12,7 @@ the two checkouts take turns.
 """
 
 import argparse
+import gc
 import json
 import os
 import pathlib
@@ -96,15 +97,17 @@ def load(kind: str, path: str, tokenizer_dir: str) -> None:
     from rlhf_jax.data import pipeline
     from rlhf_jax.data.tokenizer import load_tokenizer
 
+    gc.set_threshold(50_000, 20, 20)  # as rlhf_jax.main does
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer('a first text')  # what it allocates once belongs to the import
     loader = getattr(pipeline, f'load_{kind}')
-    before, start = status('VmRSS'), time.monotonic()
+    before, start, cpu = status('VmRSS'), time.monotonic(), time.process_time()
     data = loader(f'jsonl:{path}', tokenizer, max_length=MAX_LENGTH)
     buckets = (256, 512, MAX_LENGTH)
     batch = next(iter(pipeline.batches(data, BATCH, seed=0, buckets=buckets)))
     result = {
         'seconds': time.monotonic() - start,
+        'cpu_seconds': time.process_time() - cpu,
         'peak': status('VmHWM') - before,
         'left': status('VmRSS') - before,
         'kept': data.counts.kept,
@@ -162,15 +165,18 @@ def measure_size(
     for name, results in found.items():
         row[name] = {
             key: statistics.median(one[key] for one in results)
-            for key in ('seconds', 'peak', 'left')
+            for key in ('seconds', 'cpu_seconds', 'peak', 'left')
         }
         row[name]['peak_per_line'] = row[name]['peak'] / size
     if baseline is not None:
-        ratios = [
-            theirs['seconds'] / ours['seconds']
-            for theirs, ours in zip(found['baseline'], found['cold'])
-        ]
-        row['times_as_fast'] = statistics.median(ratios)
+        row['times_as_fast'] = {
+            f'{name} {key}': statistics.median(
+                theirs[key] / ours[key]
+                for theirs, ours in zip(found['baseline'], found[name])
+            )
+            for name in ('cold', 'warm')
+            for key in ('seconds', 'cpu_seconds')
+        }
     return row
 
 

@@ -4,20 +4,29 @@ A list of token lists takes about 36 bytes per token, and as many objects as the
 tokens. :class:`Ragged` holds rows of any lengths in one array, with a second array that
 says where each row begins; :class:`Table` holds NamedTuples, such as the examples of
 ``examples.py``, as one column per field; :class:`Packed` holds small JSON values. All
-are read like lists, and a row is made when it is asked for. Read ``examples.py`` next.
+are read like lists, and a row is made when it is asked for. A large array is a file of
+the cache folder that is mapped into memory, so that the system may write it back and
+use the memory otherwise. Read ``examples.py`` next.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import mmap
+import sys
+import tempfile
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax.config import cache_dir
+
 BLOCK = 4096  # rows that are collected before they are written into the flat array
+IN_MEMORY = 2**26  # bytes of a flat array, from which on it is a file
 NARROW = np.dtype(np.uint16)  # what int32 is stored as while every number fits
 
 
@@ -102,6 +111,8 @@ class Growing:
         self._rows: list[Any] = []
         self._starts = array('q', [0])
         self._flat = bytearray()
+        self._file: Any = None  # what was in ``_flat`` before
+        self._limit = IN_MEMORY
         self._inner: Growing | None = None  # of rows that are tuples of rows
         self._shape: tuple[int, ...] = ()  # of an item of a row
         self._dtype: np.dtype | None = None  # of a row
@@ -119,8 +130,8 @@ class Growing:
         starts = np.frombuffer(self._starts, np.int64)
         if self._inner is not None:
             return Ragged(self._inner.finish(), starts, None)
-        values = np.frombuffer(self._flat, self._stored or NARROW)
-        return Ragged(values.reshape(-1, *self._shape), starts, self._dtype)
+        values = self._values().reshape(-1, *self._shape)
+        return Ragged(values, starts, self._dtype)
 
     def _write(self) -> None:
         rows, self._rows = self._rows, []
@@ -142,9 +153,42 @@ class Growing:
             self._dtype, self._shape = block.dtype, block.shape[1:]
             self._stored = NARROW if block.dtype == np.int32 else block.dtype
         if self._stored == NARROW != self._dtype and not _fits(block):
-            whole = np.frombuffer(self._flat, NARROW).astype(np.int32)
-            self._flat, self._stored = bytearray(whole), np.dtype(np.int32)
+            whole = self._values().astype(np.int32)
+            self._file, self._stored = None, np.dtype(np.int32)
+            self._flat = bytearray(whole)
         self._flat += memoryview(block.astype(self._stored, copy=False).reshape(-1))
+        if len(self._flat) >= self._limit:
+            self._to_file()
+
+    def _values(self) -> np.ndarray:
+        """All that is written so far, flat."""
+        stored = self._stored or NARROW
+        if self._file is None:
+            return np.frombuffer(self._flat, stored)
+        self._to_file()
+        pages = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+        return np.frombuffer(pages, stored)
+
+    def _to_file(self) -> None:
+        """Moves what is in memory behind the end of the file, which has no name."""
+        if self._file is None:
+            folder = cache_dir() / 'tokens'
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=folder)
+            except OSError as error:
+                warnings.warn(f'{folder}: data stay in memory ({error})', stacklevel=2)
+                self._limit = sys.maxsize
+                return
+        try:
+            self._file.write(self._flat)
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(
+                f'{cache_dir()} has no room for the data ({error}); free some, or name '
+                'another folder by XDG_CACHE_HOME'
+            ) from error
+        self._flat = bytearray()
 
 
 def _fits(block: np.ndarray) -> bool:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.config import cache_dir
 from rlhf_jax.data.tokenizer import encode
 
-LEAST = 2**20  # characters together, from which on reading is worth a file
+LEAST = 2**18  # characters together, from which on reading is worth a file
 
 
 def encode_kept(

@@ -19,7 +19,7 @@ from rlhf_jax.data.control import ControlTokens, check_control_tokens, spelling
 from rlhf_jax.data.examples import Counts, Dataset, Example, Origin
 from rlhf_jax.data.formats import BadRecord
 from rlhf_jax.data.kept import encode_kept, tokenizer_mark
-from rlhf_jax.data.rows import Row, pieces
+from rlhf_jax.data.rows import Row, in_pieces
 from rlhf_jax.data.sources import SourceRecord
 from rlhf_jax.data.tokenizer import frame, truncate
 
@@ -112,21 +112,22 @@ def load_records(
     left = _Left(limits)
     encoder = functools.partial(encode_kept, mark=tokenizer_mark(tokenizer))
     examples, origins, prompts = GrowingTable(), Growing(), []
-    for piece in pieces(_converted(sources, tokenizer, limits, convert, left)):
-        for record, row in zip(piece, rows(piece, tokenizer, encoder)):
-            if isinstance(row, BadRecord):
-                left.note(row)
-                continue
-            if left.measure(row) > limit:
-                row = _cut(row, limits, bos, left)
-            if row is None:
-                continue
-            examples.append(build(record, row))
-            if what == 'prompts':
-                prompts.append(record)
-            else:
-                meta = getattr(record, 'meta', {})
-                origins.append(packed((record.where, meta)))
+    records = _converted(sources, tokenizer, limits, convert, left)
+    tokenised = in_pieces(records, lambda piece: rows(piece, tokenizer, encoder))
+    for record, row in tokenised:
+        if isinstance(row, BadRecord):
+            left.note(row)
+            continue
+        if left.measure(row) > limit:
+            row = _cut(row, limits, bos, left)
+        if row is None:
+            continue
+        examples.append(build(record, row))
+        if what == 'prompts':
+            prompts.append(record)
+        else:
+            meta = getattr(record, 'meta', {})
+            origins.append(packed((record.where, meta)))
     counts = left.counts(spec, what, limit, len(examples))
     if not len(examples):
         span = 'no' if left.lengths is None else '{} to {}'.format(*left.lengths)
@@ -134,8 +135,8 @@ def load_records(
             f'nothing is left: {counts.describe()} (lengths: {span} tokens). Raise the '
             "longest bucket, set overlong='truncate', or mend the records"
         )
-    records = prompts or Packed(origins.finish(), Origin)
-    return Dataset(examples.finish(), records, counts)
+    kept = prompts or Packed(origins.finish(), Origin)
+    return Dataset(examples.finish(), kept, counts)
 
 
 def _converted(

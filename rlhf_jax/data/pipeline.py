@@ -40,7 +40,7 @@ from rlhf_jax.data.examples import (
 from rlhf_jax.data.formats import BadRecord
 from rlhf_jax.data.kept import encode_kept, tokenizer_mark
 from rlhf_jax.data.loading import Limits, OnBad, Overlong, load_records, one_of
-from rlhf_jax.data.rows import Row, conversation_rows, pieces, text_rows
+from rlhf_jax.data.rows import Row, conversation_rows, in_pieces, text_rows
 from rlhf_jax.data.sources import Stream, stream
 from rlhf_jax.data.stops import eos_ids as eos_ids
 from rlhf_jax.data.tokenizer import bos_ids, opened
@@ -79,20 +79,22 @@ def load_texts(
     examples, origins = GrowingTable(), Growing()
     size = cut = spelt = 0
     documents = (formats.to_text(record, tokenizer) for record in stream(spec))
-    for records in pieces(documents):
-        rows = encode_kept(tokenizer, [record.text for record in records], mark)
-        for record, ids in zip(records, rows):
-            if not ids:
-                raise BadRecord(f'{record.where}: the text gives no tokens')
-            size += 1
-            spelt += pattern is not None and pattern.search(record.text) is not None
-            tokens = np.asarray(opened(ids, bos) + [eos], np.int32)
-            cut += len(tokens) > max_length
-            origin = packed((record.where,))
-            for start in range(0, len(tokens) - 1, max_length - 1):
-                part = tokens[start : start + max_length]
-                examples.append(TokenExample(part, np.arange(len(part)) > 0))
-                origins.append(origin)
+
+    def tokenise(records: list[formats.Text]) -> list[list[int]]:
+        return encode_kept(tokenizer, [record.text for record in records], mark)
+
+    for record, ids in in_pieces(documents, tokenise):
+        if not ids:
+            raise BadRecord(f'{record.where}: the text gives no tokens')
+        size += 1
+        spelt += pattern is not None and pattern.search(record.text) is not None
+        tokens = np.asarray(opened(ids, bos) + [eos], np.int32)
+        cut += len(tokens) > max_length
+        origin = packed((record.where,))
+        for start in range(0, len(tokens) - 1, max_length - 1):
+            part = tokens[start : start + max_length]
+            examples.append(TokenExample(part, np.arange(len(part)) > 0))
+            origins.append(origin)
     counts = Counts(
         spec,
         'texts',

@@ -12,7 +12,8 @@ conversation is tokenised whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ from rlhf_jax.data.judgements import Ranking, Rating, Steps
 from rlhf_jax.data.stops import ends_of
 from rlhf_jax.data.tokenizer import encode, encode_spans, frame
 
-PIECE = 2**22  # characters, whose ids are lists of Python numbers for a while
+PIECE = 2**21  # characters, whose ids are lists of Python numbers for a while
 
 
 class Row(NamedTuple):
@@ -111,8 +112,28 @@ def _texts(record: Any) -> Iterator[tuple[str, str]]:
             yield from (named for named in texts if named[1] is not None)
 
 
-def pieces(records: Iterable[Any]) -> Iterator[list[Any]]:
-    """Records in lists of about ``PIECE`` characters, to be tokenised together."""
+def in_pieces(
+    records: Iterable[Any], tokenise: Callable[[list[Any]], list[Any]]
+) -> Iterator[tuple[Any, Any]]:
+    """Every record with what ``tokenise`` makes of it.
+
+    It gets some records at a time, about ``PIECE`` characters, in a thread: tokenizers
+    leave Python to others, so that meanwhile the next records are read and those before
+    are used.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        before: list[Any] = []  # the piece that is being tokenised
+        future = None
+        for piece in _pieces(records):
+            upcoming = pool.submit(tokenise, piece)
+            if future is not None:
+                yield from zip(before, future.result())
+            before, future = piece, upcoming
+        if future is not None:
+            yield from zip(before, future.result())
+
+
+def _pieces(records: Iterable[Any]) -> Iterator[list[Any]]:
     piece, size = [], 0
     for record in records:
         piece.append(record)

@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import time
+import tracemalloc
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import pipeline
+from rlhf_jax.data import columns, pipeline, rows
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.types import PairBatch, PromptBatch, TokenBatch
 
@@ -270,6 +271,53 @@ def test_a_text_without_tokens_is_bad(jsonl):
         lambda: pipeline.load_texts(jsonl({'text': 'q'}), tokenizer, max_length=8),
         'data.jsonl:1: the text gives no tokens',
     )
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_data_in_many_pieces_are_the_same(jsonl, monkeypatch, kind):
+    whole = sets(jsonl)[kind]
+    monkeypatch.setattr(rows, 'PIECE', 10)  # characters, of one or two records
+    pieces = sets(jsonl)[kind]
+    assert pieces.counts == whole.counts
+    assert list(pieces.records) == list(whole.records)
+    same(list(pieces.examples), list(whole.examples))
+
+
+def test_an_error_is_that_of_the_first_piece(jsonl, monkeypatch):
+    monkeypatch.setattr(rows, 'PIECE', 1)
+    texts = ['a', 'b', '?', 'c', '?', 'd']
+    spec = jsonl(*({'prompt': 'a', 'completion': text} for text in texts))
+    tokenizer = words()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace('?', '')
+    load = pipeline.load_demonstrations
+    fails(lambda: load(spec, tokenizer, max_length=9), ':3:', 'gives no tokens')
+    data = load(spec, tokenizer, max_length=9, on_bad='skip')
+    assert [r.where.rpartition(':')[2] for r in data.records] == ['1', '2', '4', '6']
+    assert data.counts.skipped_bad == 2 and ':3:' in data.counts.first_bad
+
+
+def test_memory_is_a_few_times_that_of_the_file(tmp_path, monkeypatch):
+    """Neither all texts nor Python numbers for all tokens are alive at once."""
+    monkeypatch.setattr(rows, 'PIECE', 2**14)
+    monkeypatch.setattr(columns, 'BLOCK', 64)
+    path, rng = tmp_path / 'data.jsonl', np.random.default_rng(0)
+    with path.open('w') as file:
+        for _ in range(3000):
+            texts = [' '.join(rng.choice(list(LETTERS), 100)) for _ in range(3)]
+            record = dict(zip(('prompt', 'chosen', 'rejected'), texts))
+            file.write(json.dumps(record) + '\n')
+    load, tokenizer = pipeline.load_comparisons, words()
+    load(f'jsonl:{path}', tokenizer, max_length=400)  # what is imported meanwhile
+    tracemalloc.start()
+    try:
+        data = load(f'jsonl:{path}', tokenizer, max_length=400)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # A token for every two characters, of which each takes two bytes.
+    assert len(data.examples) == 3000
+    assert left < 1.4 * path.stat().st_size
+    assert peak < 2.5 * path.stat().st_size
 
 
 def test_take(jsonl):
