@@ -1,18 +1,21 @@
 """Tokenised examples, and rows of them as batches: what a ``Dataset`` holds.
 
 A kind of example goes with a kind of batch (``types.py``); what a stage computes once
-per example (reference log-probabilities) stands beside the examples, in columns.
-``pipeline.py`` makes the examples and asks for the batches; read it next.
+per example (reference log-probabilities) stands beside the examples, in columns. The
+examples themselves are a :class:`rlhf_jax.data.columns.Table`. ``pipeline.py`` makes
+them and asks for the batches; read it next.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.data.columns import Ragged, Table
 from rlhf_jax.ops.rows import pad_left, pad_right
 from rlhf_jax.types import (
     PairBatch,
@@ -38,6 +41,15 @@ Batch = (
 
 _ONE, _NONE = np.zeros(1, np.int32), np.zeros(0, np.int32)
 VIRTUAL = _NONE  # the answer of a ranking whose score is 0: it has no tokens
+
+
+class Origin(NamedTuple):
+    """Where an example comes from: what is kept of a record whose texts are not read
+    again.
+    """
+
+    where: str  # e.g. 'file:line'
+    meta: dict[str, Any] = {}  # other scalar fields of the record
 
 
 class TokenExample(NamedTuple):
@@ -164,8 +176,10 @@ class Counts:
 class Dataset:
     """Tokenised examples, the records they come from, and what was left out."""
 
-    examples: list[Example]  # all of one kind
-    records: list[Any]  # of formats.py, in the same order, their texts uncut
+    examples: Table  # of Examples of one kind
+    # In the same order: of prompts the records of formats.py, their texts uncut; of
+    # other kinds an Origin each
+    records: Sequence[Any]
     counts: Counts
     # What stands in the batches beside the examples, by field: [N, …] each.
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -186,7 +200,7 @@ class Dataset:
 
 def mismatched(
     prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], max_length: int
-) -> list[np.ndarray]:
+) -> Ragged:
     """For every prompt the response of another example, the same at every call.
 
     The examples are put into a random order, and each takes the response of the next
@@ -200,52 +214,57 @@ def mismatched(
     Raises:
         ValueError: all prompts are the same.
     """
-    texts = [prompt.tobytes() for prompt in prompts]
+    texts = [hashlib.sha256(prompt.tobytes()).digest() for prompt in prompts]
     if len(set(texts)) < 2:
         raise ValueError(
             'all examples have the same prompt, so that there is no response to '
             'another one; use data with several prompts'
         )
     order = np.random.default_rng(0).permutation(len(texts)).tolist()
-    result: list[np.ndarray] = [responses[0]] * len(texts)
+    result = np.zeros(len(texts), int)
     # Backwards: the next one with another prompt is that of the next, or the next.
     after = next(i for i in order if texts[i] != texts[order[0]])
     following = order[0]
     for i in reversed(order):
         after = following if texts[following] != texts[i] else after
-        result[i] = responses[after][: max_length - len(prompts[i])]
+        result[i] = after
         following = i
-    return result
+    return Ragged.of(
+        responses[j][: max_length - len(prompts[i])] for i, j in enumerate(result)
+    )
 
 
-def example_length(example: Example) -> int:
-    """Tokens of the longest row that an example becomes."""
-    if isinstance(example, PairExample | PreferencePair):
-        return len(example.prompt) + max(len(example.chosen), len(example.rejected))
-    if isinstance(example, RankingExample):
-        return len(example.prompt) + max(map(len, example.answers))
-    if isinstance(example, PreferenceSingle):
-        longer = max(len(example.response), len(example.mismatched))
-        return len(example.prompt) + longer
-    return len(example.tokens)
+def example_lengths(examples: Table) -> np.ndarray:
+    """[N] tokens of the longest row that each example becomes."""
+    columns = examples.columns
+    if 'tokens' in columns:
+        return columns['tokens'].lengths
+    return columns['prompt'].lengths + _longest_answers(columns)
 
 
-def response_length(example: Example) -> int | None:
-    """Tokens from the first that a language-model loss counts to the end of its text;
-    None where the loss is another, or the row a packed one.
+def _longest_answers(columns: Mapping[str, Any]) -> np.ndarray:
+    """[N] tokens of the longest of the responses of each example."""
+    if 'answers' in columns:
+        answers = columns['answers']
+        return answers.reduce(np.maximum, answers.values.lengths)
+    names = ('chosen', 'rejected', 'response', 'mismatched')
+    found = [columns[name].lengths for name in names if name in columns]
+    return np.max(found, axis=0)
+
+
+def response_lengths(examples: Table) -> np.ndarray | None:
+    """[N] tokens from the first that a language-model loss counts to the end of each
+    text; None where the loss is another, or the rows are packed.
     """
-    if isinstance(example, TokenExample) and example.segments is None:
-        places = np.flatnonzero(example.loss)
-        return len(example.loss) - int(places[0]) if len(places) else 0
-    if isinstance(example, PreferencePair):
-        return max(len(example.chosen), len(example.rejected))
-    if isinstance(example, PreferenceSingle):
-        return max(len(example.response), len(example.mismatched))
+    if examples.kind is TokenExample and examples.columns['segments'] is None:
+        return examples.columns['loss'].behind_first()
+    if examples.kind in (PreferencePair, PreferenceSingle):
+        return _longest_answers(examples.columns)
     return None
 
 
 def collate(
-    examples: Sequence[Example],
+    examples: Table,
     columns: Mapping[str, np.ndarray],
     indices: Sequence[int],
     length: int,
@@ -254,14 +273,14 @@ def collate(
     """Rows by index, padded to ``length``; index −1 is a row that only fills up.
 
     Args:
-        examples: all of one kind.
+        examples: of one kind.
         columns: [N, …] further fields of the batch, by name; a filling row has zeros.
         indices: of the rows.
         length: tokens.
         responses: the batch's ``response_length``; None where it has none.
     """
     index = np.asarray(indices, np.int32)
-    filler, make = next(k for k in _KINDS if isinstance(examples[0], type(k[0])))
+    filler, make = next(k for k in _KINDS if examples.kind is type(k[0]))
     rows = [examples[i] if i >= 0 else filler for i in indices]
     real = index >= 0
     more = {

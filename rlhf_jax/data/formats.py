@@ -62,6 +62,8 @@ class Demonstration:
 class Conversation:
     """Turns of several parties, of which those of the assistant are to be imitated."""
 
+    PARTS: ClassVar = ('text',)
+
     text: str
     spans: list[tuple[int, int]]  # what the assistant writes: first, behind the last
     where: str
@@ -113,6 +115,8 @@ class Prompt:
 class Text:
     """A document."""
 
+    PARTS: ClassVar = ('text',)
+
     text: str
     where: str
 
@@ -157,7 +161,7 @@ def to_conversation(
     for i in written:
         _check_written(record, f'messages[{i}]', turns[i])
     with _placed(record):
-        told = chat.told(present(record), tokenizer)
+        told = chat.told(record.present, tokenizer)
         text, spans = chat.assistant_spans(turns, tokenizer, told)
     return Conversation(text_of(record, 'messages', text), spans, record.where)
 
@@ -172,7 +176,7 @@ def to_comparison(
             equal, or they answer different prompts.
         ValueError: messages, and the tokenizer has no chat template.
     """
-    fields = present(record)
+    fields = record.present
     prompt, chosen, templated = prompt_and_answer(record, tokenizer, 'chosen')
     other, rejected, _ = prompt_and_answer(record, tokenizer, 'rejected')
     if prompt != other:
@@ -206,7 +210,7 @@ def to_verdict(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Verd
         )
     name = answer_field(record)
     prompt, completion, templated = prompt_and_answer(record, tokenizer, name)
-    meta = other_fields(present(record), 'label')
+    meta = other_fields(record.present, 'label')
     return Verdict(prompt, completion, bool(label), meta, record.where, templated)
 
 
@@ -219,7 +223,7 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
         BadRecord: the prompt is missing, of the wrong type or empty.
         ValueError: messages, and the tokenizer has no chat template.
     """
-    fields = present(record)
+    fields = record.present
     name = next((name for name in ('completion', 'chosen') if name in fields), None)
     if 'messages' in fields and 'prompt' not in fields:
         name = 'messages'
@@ -266,11 +270,6 @@ def to_text(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Text:
     return Text(text_of(record, 'text', field_of(record, 'text')), record.where)
 
 
-def present(record: SourceRecord) -> dict[str, Any]:
-    """The fields that are not null."""
-    return {name: value for name, value in record.fields.items() if value is not None}
-
-
 def other_fields(fields: dict[str, Any], *used: str) -> dict[str, Any]:
     """The scalar fields that mean nothing here and are kept all the same."""
     return {
@@ -282,7 +281,7 @@ def other_fields(fields: dict[str, Any], *used: str) -> dict[str, Any]:
 
 def field_of(record: SourceRecord, name: str) -> Any:
     """A field that has to be there; BadRecord where it is not."""
-    fields = present(record)
+    fields = record.present
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=1)
         hint = f'; is {close[0]!r} meant? Rename it' if close else ''
@@ -331,7 +330,7 @@ def _messages(record: SourceRecord, name: str) -> chat.Messages:
 
 def answer_field(record: SourceRecord) -> str:
     """The field with the answer of a demonstration; 'completion' if there is none."""
-    fields = present(record)
+    fields = record.present
     names = ('completion', 'messages', 'chosen')
     return next((name for name in names if name in fields), 'completion')
 
@@ -404,7 +403,7 @@ def prompt_and_answer(
             raise BadRecord(f'{record.where}: nothing stands before the answer')
         _check_written(record, 'the last turn', turns[-1])
         with _placed(record):
-            told = chat.told(present(record), tokenizer)
+            told = chat.told(record.present, tokenizer)
             prompt, answer = chat.split(turns, tokenizer, told, begun=found.begun)
     text_of(record, 'prompt', prompt)
     return (

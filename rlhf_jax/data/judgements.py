@@ -62,6 +62,8 @@ class Rating:
 class Steps:
     """A response in steps, each of them right or not."""
 
+    PARTS: ClassVar = ('prompt', 'completions')
+
     prompt: str
     completions: list[str]
     labels: list[bool]
@@ -86,7 +88,7 @@ def to_ranking(
             is null without a rank, or ranks that do not count 1, 2, 3, …
         ValueError: messages, and the tokenizer has no chat template.
     """
-    fields = formats.present(record)
+    fields = record.present
     if 'completions' not in fields and 'chosen' in fields:
         return _compared(record, tokenizer, heads)
     completions = _list_of(record, 'completions', least=2)
@@ -235,7 +237,7 @@ def to_rating(
         raise BadRecord(f'{record.where}: {name} has none of {", ".join(heads)}')
     pair = formats.prompt_and_answer(record, tokenizer, formats.answer_field(record))
     prompt, completion, templated = pair
-    meta = formats.other_fields(formats.present(record), name)
+    meta = formats.other_fields(record.present, name)
     return Rating(prompt, completion, ratings, meta, record.where, templated)
 
 
@@ -272,7 +274,7 @@ def to_steps(
                 'step_separator'
             )
     prompt = formats.to_prompt(record, tokenizer)
-    meta = formats.other_fields(formats.present(record), 'labels')
+    meta = formats.other_fields(record.present, 'labels')
     labels = [bool(label) for label in labels]
     return Steps(prompt.prompt, steps, labels, meta, record.where, prompt.templated)
 

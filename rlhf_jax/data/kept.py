@@ -1,9 +1,10 @@
-"""Token ids of many texts, kept between starts in the user's cache.
+"""The token cache: ids of many texts, kept between starts in the user's cache folder.
 
-What is kept is found by the texts and the tokenizer themselves, so that it is never
-that of other data: a changed record, or a changed tokenizer, is tokenised anew. Nothing
-is removed; the folder ``tokens`` of :func:`rlhf_jax.config.cache_dir` may be, at any
-time. Read ``rows.py`` next.
+``loading.py`` reads a file in pieces of a few megabytes; the ids of each piece are a
+file here, which is found by a digest of the texts and the tokenizer, so that it is
+never that of other data: a changed record is tokenised anew with its piece, and what
+follows where the pieces move. Nothing is removed; the folder ``tokens`` of
+:func:`rlhf_jax.config.cache_dir` may be, at any time. Read ``rows.py`` next.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import tempfile
 import warnings
 import zipfile
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +25,27 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.config import cache_dir
 from rlhf_jax.data.tokenizer import encode
 
-LEAST = 2**20  # characters in all, from which on reading is worth a file
+LEAST = 2**18  # characters together, from which on reading is worth a file
 
 
 def encode_kept(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str]
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], mark: str | None = None
 ) -> list[list[int]]:
     """What :func:`rlhf_jax.data.tokenizer.encode` gives, read where it was given
     before; of few texts nothing is kept.
+
+    Args:
+        tokenizer: a fast one.
+        texts: any.
+        mark: :func:`tokenizer_mark` of the tokenizer, where it is known.
 
     Raises:
         ValueError: what was kept cannot be read.
     """
     if sum(map(len, texts)) < LEAST:
         return encode(tokenizer, texts)
-    path = cache_dir() / 'tokens' / f'{_digest(tokenizer, texts)}.npz'
+    digest = _digest(mark or tokenizer_mark(tokenizer), texts)
+    path = cache_dir() / 'tokens' / f'{digest}.npz'
     if path.exists():
         return _load(path)
     ids = encode(tokenizer, texts)
@@ -49,7 +56,10 @@ def encode_kept(
     return ids
 
 
-def _digest(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> str:
+def tokenizer_mark(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that the ids of a text depend on. Of a large vocabulary it takes
+    a tenth of a second.
+    """
     kind = type(tokenizer)
     about = repr(
         (
@@ -59,17 +69,22 @@ def _digest(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> str:
             transformers.__version__,
         )
     )
-    digest = hashlib.sha256()
-    for text in (about, tokenizer.backend_tokenizer.to_str(), *texts):
-        data = text.encode('utf-8', 'surrogatepass')
-        digest.update(len(data).to_bytes(8, 'little'))  # where a text ends counts
-        digest.update(data)
+    described = about + tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(described.encode('utf-8', 'surrogatepass')).hexdigest()
+
+
+def _digest(mark: str, texts: list[str]) -> str:
+    ends = np.cumsum([len(text) for text in texts])  # where a text ends counts
+    digest = hashlib.sha256(mark.encode())
+    digest.update(len(texts).to_bytes(8, 'little'))
+    digest.update(ends.astype('<i8'))
+    digest.update(''.join(texts).encode('utf-8', 'surrogatepass'))
     return digest.hexdigest()
 
 
 def _save(path: Path, ids: list[list[int]]) -> None:
     lengths = np.asarray([len(row) for row in ids])
-    flat = np.fromiter((i for row in ids for i in row), np.int64, int(lengths.sum()))
+    flat = np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum()))
     kind = np.min_scalar_type(flat.max(initial=0))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all, whoever else writes it or is killed.

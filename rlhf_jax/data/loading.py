@@ -6,17 +6,20 @@ Bad records, overlong examples, and what is counted of them. ``pipeline.py`` and
 
 from __future__ import annotations
 
+import functools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.config import nearest
+from rlhf_jax.data.columns import Growing, GrowingTable, Packed, packed
 from rlhf_jax.data.control import ControlTokens, check_control_tokens, spelling
-from rlhf_jax.data.examples import Counts, Dataset, Example
+from rlhf_jax.data.examples import Counts, Dataset, Example, Origin
 from rlhf_jax.data.formats import BadRecord
-from rlhf_jax.data.rows import Row
+from rlhf_jax.data.kept import encode_kept, tokenizer_mark
+from rlhf_jax.data.rows import Row, in_pieces
 from rlhf_jax.data.sources import SourceRecord
 from rlhf_jax.data.tokenizer import frame, truncate
 
@@ -39,9 +42,52 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f'{name}={value!r} is unknown{nearest(value, known)}')
 
 
+class _Left:
+    """What became of the records of a spec, counted while they are read."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.read = self.spelt = self.truncated = self.responses_cut = 0
+        self.bad, self.first_bad = 0, None
+        self.lengths: tuple[int, int] | None = None  # shortest and longest, in tokens
+        self._on_bad = limits.on_bad
+
+    def note(self, error: BadRecord) -> None:
+        """Counts a bad record, or raises what says so."""
+        if self._on_bad == 'error':
+            raise ValueError(
+                f"{error}; mend the record, or set on_bad='skip' to leave such records "
+                'out and have them counted'
+            ) from error
+        self.bad += 1
+        self.first_bad = self.first_bad or str(error)
+
+    def measure(self, row: Row) -> int:
+        """Tokens of a row."""
+        size = len(row.prompt) + max(map(len, row.answers), default=0)
+        least, most = self.lengths or (size, size)
+        self.lengths = min(least, size), max(most, size)
+        return size
+
+    def counts(self, spec: str, what: str, limit: int, kept: int) -> Counts:
+        """In the words of the report."""
+        return Counts(
+            spec,
+            what,
+            limit,
+            read=self.read,
+            kept=kept,
+            dropped_overlong=self.read - kept - self.bad,
+            truncated=self.truncated,
+            responses_cut=self.responses_cut,
+            skipped_bad=self.bad,
+            first_bad=self.first_bad,
+            control_tokens=self.spelt,
+        )
+
+
 def load_records(
     spec: str,
-    sources: list[SourceRecord],
+    sources: Iterable[SourceRecord],
     tokenizer: PreTrainedTokenizerBase,
     what: str,
     limits: Limits,
@@ -49,7 +95,11 @@ def load_records(
     rows: Callable[..., list[Row | BadRecord]],  # of rows.py
     build: Callable[[Any, Row], Example],
 ) -> Dataset:
-    """The examples of a kind; what the kinds differ in are the last three arguments."""
+    """The examples of a kind; what the kinds differ in are the last three arguments.
+
+    The records are read, tokenised and written into flat arrays piece by piece. Of
+    those that are no prompts the texts are not kept.
+    """
     one_of('overlong', limits.overlong, typing.get_args(Overlong))
     one_of('on_bad', limits.on_bad, typing.get_args(OnBad))
     if limits.control_tokens is not None:
@@ -59,60 +109,64 @@ def load_records(
     least = (len(bos) + 1) * (1 if what == 'prompts' else 2)
     if (limit := limits.length) < least:
         raise ValueError(f'a limit of {limit} tokens is too short; use ≥ {least}')
-    bad: list[str] = []
-
-    def note(error: BadRecord) -> None:
-        if limits.on_bad == 'error':
-            raise ValueError(
-                f"{error}; mend the record, or set on_bad='skip' to leave such records "
-                'out and have them counted'
-            ) from error
-        bad.append(str(error))
-
-    good, num_spelt = [], 0
-    control = spelling(tokenizer), limits.control_tokens
-    for source in sources:
-        try:
-            source, has_spelt = check_control_tokens(source, tokenizer, *control)
-            good.append(convert(source, tokenizer))
-            num_spelt += has_spelt
-        except BadRecord as error:
-            note(error)
-    examples, records, lengths = [], [], []
-    truncated = responses_cut = 0
-    for record, row in zip(good, rows(good, tokenizer)):
+    left = _Left(limits)
+    encoder = functools.partial(encode_kept, mark=tokenizer_mark(tokenizer))
+    examples, origins, prompts = GrowingTable(), Growing(), []
+    records = _converted(sources, tokenizer, limits, convert, left)
+    tokenised = in_pieces(records, lambda piece: rows(piece, tokenizer, encoder))
+    for record, row in tokenised:
         if isinstance(row, BadRecord):
-            note(row)
+            left.note(row)
             continue
-        lengths.append(len(row.prompt) + max(map(len, row.answers), default=0))
-        if lengths[-1] > limit:
-            if limits.overlong == 'drop':
-                continue
-            prompt, cut = truncate(row.prompt, row.answers, limit, bos, row.end)
-            if len(set(map(tuple, cut))) < len(cut):
-                continue
-            truncated += 1
-            responses_cut += cut != row.answers
-            row = row._replace(prompt=prompt, answers=cut)
+        if left.measure(row) > limit:
+            row = _cut(row, limits, bos, left)
+        if row is None:
+            continue
         examples.append(build(record, row))
-        records.append(record)
-    counts = Counts(
-        spec,
-        what,
-        limit,
-        read=len(sources),
-        kept=len(records),
-        dropped_overlong=len(sources) - len(records) - len(bad),
-        truncated=truncated,
-        responses_cut=responses_cut,
-        skipped_bad=len(bad),
-        first_bad=bad[0] if bad else None,
-        control_tokens=num_spelt,
-    )
-    if not examples:
-        span = f'{min(lengths)} to {max(lengths)}' if lengths else 'no'
+        if what == 'prompts':
+            prompts.append(record)
+        else:
+            meta = getattr(record, 'meta', {})
+            origins.append(packed((record.where, meta)))
+    counts = left.counts(spec, what, limit, len(examples))
+    if not len(examples):
+        span = 'no' if left.lengths is None else '{} to {}'.format(*left.lengths)
         raise ValueError(
             f'nothing is left: {counts.describe()} (lengths: {span} tokens). Raise the '
             "longest bucket, set overlong='truncate', or mend the records"
         )
-    return Dataset(examples, records, counts)
+    kept = prompts or Packed(origins.finish(), Origin)
+    return Dataset(examples.finish(), kept, counts)
+
+
+def _converted(
+    sources: Iterable[SourceRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    convert: Callable[..., Any],
+    left: _Left,
+) -> Iterator[Any]:
+    """The records that can be used, with a meaning, one by one."""
+    pattern, how = spelling(tokenizer), limits.control_tokens
+    for source in sources:
+        left.read += 1
+        try:
+            source, has_spelt = check_control_tokens(source, tokenizer, pattern, how)
+            record = convert(source, tokenizer)
+        except BadRecord as error:
+            left.note(error)
+            continue
+        left.spelt += has_spelt
+        yield record
+
+
+def _cut(row: Row, limits: Limits, bos: list[int], left: _Left) -> Row | None:
+    """A row that is too long, cut to length; None where it is to be left out."""
+    if limits.overlong == 'drop':
+        return None
+    prompt, cut = truncate(row.prompt, row.answers, limits.length, bos, row.end)
+    if len(set(map(tuple, cut))) < len(cut):
+        return None
+    left.truncated += 1
+    left.responses_cut += cut != row.answers
+    return row._replace(prompt=prompt, answers=cut)

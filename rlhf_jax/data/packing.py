@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlhf_jax.data.columns import GrowingTable
 from rlhf_jax.data.examples import Dataset, TokenExample
 
 
@@ -52,9 +53,9 @@ def pack(data: Dataset, length: int) -> Dataset:
         data: of TokenExamples.
         length: tokens.
     """
-    sizes = [len(example.tokens) for example in data.examples]
+    sizes = data.examples.columns['tokens'].lengths.tolist()
     rows = best_fit(sizes, length)
-    examples = []
+    examples = GrowingTable()
     for row in rows:
         parts = [data.examples[i] for i in row]
         counts = [len(part.tokens) for part in parts]
@@ -65,6 +66,6 @@ def pack(data: Dataset, length: int) -> Dataset:
                 segments=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
             )
         )
-    records = [data.records[row[0]] for row in rows]
+    records = data.records.take(row[0] for row in rows)
     counts = dataclasses.replace(data.counts, rows=len(rows), row_length=length)
-    return Dataset(examples, records, counts)
+    return Dataset(examples.finish(), records, counts)

@@ -19,27 +19,29 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import formats
+from rlhf_jax.data.columns import Growing, GrowingTable, Packed, Table, packed
 from rlhf_jax.data.control import ControlTokens, spelling
 from rlhf_jax.data.examples import (
     Batch,
     Counts,
     Dataset,
     Example,
+    Origin,
     PairExample,
     PreferencePair,
     PreferenceSingle,
     PromptExample,
     TokenExample,
     collate,
-    example_length,
+    example_lengths,
     mismatched,
-    response_length,
+    response_lengths,
 )
 from rlhf_jax.data.formats import BadRecord
-from rlhf_jax.data.kept import encode_kept
+from rlhf_jax.data.kept import encode_kept, tokenizer_mark
 from rlhf_jax.data.loading import Limits, OnBad, Overlong, load_records, one_of
-from rlhf_jax.data.rows import Row, conversation_rows, text_rows
-from rlhf_jax.data.sources import SourceRecord, read
+from rlhf_jax.data.rows import Row, conversation_rows, in_pieces, text_rows
+from rlhf_jax.data.sources import Stream, stream
 from rlhf_jax.data.stops import eos_ids as eos_ids
 from rlhf_jax.data.tokenizer import bos_ids, opened
 from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
@@ -72,23 +74,27 @@ def load_texts(
     """
     if max_length < 2:
         raise ValueError(f'max_length={max_length} leaves nothing to predict; use ≥ 2')
-    records = [formats.to_text(record, tokenizer) for record in read(spec)]
-    pattern = spelling(tokenizer)
-    spelt = [
-        pattern is not None and pattern.search(r.text) is not None for r in records
-    ]
+    pattern, mark = spelling(tokenizer), tokenizer_mark(tokenizer)
     bos, eos = bos_ids(tokenizer), eos_ids(tokenizer)[0]
-    examples, owners, cut = [], [], 0
-    for record, ids in zip(records, encode_kept(tokenizer, [r.text for r in records])):
+    examples, origins = GrowingTable(), Growing()
+    size = cut = spelt = 0
+    documents = (formats.to_text(record, tokenizer) for record in stream(spec))
+
+    def tokenise(records: list[formats.Text]) -> list[list[int]]:
+        return encode_kept(tokenizer, [record.text for record in records], mark)
+
+    for record, ids in in_pieces(documents, tokenise):
         if not ids:
             raise BadRecord(f'{record.where}: the text gives no tokens')
+        size += 1
+        spelt += pattern is not None and pattern.search(record.text) is not None
         tokens = np.asarray(opened(ids, bos) + [eos], np.int32)
         cut += len(tokens) > max_length
+        origin = packed((record.where,))
         for start in range(0, len(tokens) - 1, max_length - 1):
-            piece = tokens[start : start + max_length]
-            examples.append(TokenExample(piece, np.arange(len(piece)) > 0))
-            owners.append(record)
-    size = len(records)
+            part = tokens[start : start + max_length]
+            examples.append(TokenExample(part, np.arange(len(part)) > 0))
+            origins.append(origin)
     counts = Counts(
         spec,
         'texts',
@@ -96,9 +102,9 @@ def load_texts(
         read=size,
         kept=size,
         truncated=cut,
-        control_tokens=len(spelt or ()),
+        control_tokens=spelt,
     )
-    return Dataset(examples, owners, counts)
+    return Dataset(examples.finish(), Packed(origins.finish(), Origin), counts)
 
 
 def load_demonstrations(
@@ -138,16 +144,20 @@ def load_demonstrations(
     one_of('loss_on', loss_on, typing.get_args(LossOn))
 
     def build(record: Any, row: Row) -> Example:
-        tokens = np.asarray(row.prompt + row.answers[0], np.int32)
-        loss = [loss_on == 'all'] * len(row.prompt) + row.written[: len(row.answers[0])]
-        return TokenExample(tokens, np.asarray(loss) & (np.arange(len(tokens)) > 0))
+        (answer,) = row.answers
+        loss = np.full(len(row.prompt) + len(answer), loss_on == 'all')
+        loss[len(row.prompt) :] = row.written[: len(answer)]
+        loss[0] = False
+        return TokenExample(row.prompt + answer, loss)
 
     convert, rows = formats.to_demonstration, text_rows
     if loss_on == 'assistant':
         convert, rows = formats.to_conversation, conversation_rows
     limits = Limits(max_length, overlong, on_bad, control_tokens)
     what = 'demonstrations'
-    return load_records(spec, read(spec), tokenizer, what, limits, convert, rows, build)
+    return load_records(
+        spec, stream(spec), tokenizer, what, limits, convert, rows, build
+    )
 
 
 def load_comparisons(
@@ -175,18 +185,17 @@ def load_comparisons(
     """
 
     limits = Limits(max_length, overlong, on_bad, control_tokens)
-    return _load_comparisons(spec, read(spec), tokenizer, limits)
+    return _load_comparisons(spec, stream(spec), tokenizer, limits)
 
 
 def _load_comparisons(
     spec: str,
-    sources: list[SourceRecord],
+    sources: Stream,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
 ) -> Dataset:
     def build(record: Any, row: Row) -> Example:
-        ids = (np.asarray(ids, np.int32) for ids in (row.prompt, *row.answers))
-        return PairExample(*ids, record.margin)
+        return PairExample(row.prompt, *row.answers, record.margin)
 
     what, convert = 'comparisons', formats.to_comparison
     return load_records(
@@ -223,8 +232,8 @@ def load_preferences(
         ValueError: data of the other kind, a bad record (with its place), nothing is
             left, or, of single responses, all have the same verdict or prompt.
     """
-    sources, limits = read(spec), Limits(max_length, overlong, on_bad, control_tokens)
-    found = {name for s in sources for name, x in s.fields.items() if x is not None}
+    sources, limits = stream(spec), Limits(max_length, overlong, on_bad, control_tokens)
+    found = sources.field_names()
     is_compared = bool({'chosen', 'rejected'} & found)
     if not is_compared and (kind == 'pairs' or 'label' not in found):
         need, use = 'a label with every response', 'other data'
@@ -239,50 +248,49 @@ def load_preferences(
     if not is_compared:
         return _with_mismatched(_load_verdicts(spec, sources, tokenizer, limits))
     data = _load_comparisons(spec, sources, tokenizer, limits)
+    columns = data.examples.columns
     if kind == 'pairs':
-        pairs = [PreferencePair(*example[:3]) for example in data.examples]
+        sides = {name: columns[name] for name in PreferencePair._fields}
+        pairs = Table(PreferencePair, sides, len(data.examples))
         return dataclasses.replace(data, examples=pairs)
-    singles = [
+    singles = Table.of(
         PreferenceSingle(example.prompt, answer, answer is example.chosen)
         for example in data.examples
         for answer in (example.chosen, example.rejected)
-    ]
-    owners = [record for record in data.records for _ in range(2)]
+    )
+    owners = data.records.take(i for i in range(len(data.records)) for _ in range(2))
     return _with_mismatched(Dataset(singles, owners, data.counts))
 
 
 def _load_verdicts(
     spec: str,
-    sources: list[SourceRecord],
+    sources: Stream,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
 ) -> Dataset:
     def build(record: Any, row: Row) -> Example:
-        ids = (np.asarray(ids, np.int32) for ids in (row.prompt, *row.answers))
-        return PreferenceSingle(*ids, record.is_desirable)
+        return PreferenceSingle(row.prompt, *row.answers, record.is_desirable)
 
     what, convert = 'verdicts', formats.to_verdict
     data = load_records(
         spec, sources, tokenizer, what, limits, convert, text_rows, build
     )
-    verdicts = {example.is_desirable for example in data.examples}
-    if len(verdicts) < 2:
+    verdicts = data.examples.columns['is_desirable']
+    if len(set(verdicts.tolist())) < 2:
         raise ValueError(
-            f'{spec}: all {len(data.examples)} labels are {verdicts.pop()}, which '
+            f'{spec}: all {len(verdicts)} labels are {verdicts[0]}, which '
             'leaves nothing to tell apart; add responses with the other label'
         )
     return data
 
 
 def _with_mismatched(data: Dataset) -> Dataset:
-    prompts = [example.prompt for example in data.examples]
-    responses = [example.response for example in data.examples]
+    columns, longest = data.examples.columns, data.counts.max_length
     try:
-        others = mismatched(prompts, responses, data.counts.max_length)
+        others = mismatched(columns['prompt'], columns['response'], longest)
     except ValueError as error:
         raise ValueError(f'{data.counts.spec}: {error}') from error
-    rows = zip(data.examples, others)
-    examples = [example._replace(mismatched=other) for example, other in rows]
+    examples = data.examples.replace(mismatched=others)
     return dataclasses.replace(data, examples=examples)
 
 
@@ -310,10 +318,10 @@ def load_prompts(
     """
 
     def build(record: Any, row: Row) -> Example:
-        return PromptExample(np.asarray(row.prompt, np.int32))
+        return PromptExample(row.prompt)
 
     limits = Limits(max_prompt_length, overlong, on_bad, control_tokens)
-    sources, convert = read(spec), formats.to_prompt
+    sources, convert = stream(spec), formats.to_prompt
     return load_records(
         spec, sources, tokenizer, 'prompts', limits, convert, text_rows, build
     )
@@ -445,7 +453,7 @@ def eval_batches(
     padded = _padded(dataset, lengths, buckets)
 
     def batch(start: int) -> Batch:
-        rows = list(range(len(lengths)))[start : start + batch_size]
+        rows = list(range(start, min(start + batch_size, len(lengths))))
         return padded(rows + [-1] * (batch_size - len(rows)), rows)
 
     return map(batch, range(0, len(lengths), batch_size))
@@ -455,7 +463,7 @@ def _checked_lengths(dataset: Dataset, buckets: tuple[int, ...]) -> np.ndarray:
     """[N] tokens of every example, all of which fit the longest bucket."""
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(f'buckets={tuple(buckets)} must be positive and ascending')
-    lengths = np.asarray([example_length(example) for example in dataset.examples])
+    lengths = example_lengths(dataset.examples)
     longest = int(lengths.argmax())
     if lengths[longest] > buckets[-1]:
         raise ValueError(
@@ -474,12 +482,12 @@ def _padded(
     Their ``response_length`` is that of all examples that fit the bucket, so that a
     bucket is one shape.
     """
-    known = [response_length(example) for example in dataset.examples]
+    known = response_lengths(dataset.examples)
     longest: dict[int, int] = {}
-    if None not in known:
+    if known is not None:
         for bucket in buckets:
-            fits = [n for n, length in zip(known, lengths) if length <= bucket]
-            rounded = -(-max(fits, default=0) // RESPONSE_STEP) * RESPONSE_STEP
+            most = int(known[lengths <= bucket].max(initial=0))
+            rounded = -(-most // RESPONSE_STEP) * RESPONSE_STEP
             if 0 < rounded < bucket:
                 longest[bucket] = rounded
 

@@ -15,18 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import judgements
 from rlhf_jax.data.examples import (
-    VIRTUAL,
     Dataset,
     Example,
     RankingExample,
     RatingExample,
     StepExample,
 )
+from rlhf_jax.data.joining import Encoder
 from rlhf_jax.data.judgements import NOT_RANKED
 from rlhf_jax.data.loading import Limits, load_records
 from rlhf_jax.data.pipeline import load_comparisons
 from rlhf_jax.data.rows import Row, step_rows, text_rows
-from rlhf_jax.data.sources import SourceRecord, read
+from rlhf_jax.data.sources import Stream, stream
 
 # Fields that tell what a record is.
 SIGNS = {
@@ -64,8 +64,8 @@ def load_judgements(
         ValueError: data of another kind, a bad record (with its place), nothing is
             left, or a head that nothing was judged for.
     """
-    sources = read(spec)
-    found = {name for s in sources for name, x in s.fields.items() if x is not None}
+    sources = stream(spec)
+    found = sources.field_names()
     if not found & set(SIGNS[wanted.kind]):
         other = next((k for k, signs in SIGNS.items() if found & set(signs)), None)
         use = f'loss={LOSSES[other]!r}' if other else 'other data'
@@ -93,43 +93,32 @@ def load_judgements(
 
 def _rankings(
     spec: str,
-    sources: list[SourceRecord],
+    sources: Stream,
     tokenizer: PreTrainedTokenizerBase,
     wanted: Wanted,
     limits: Limits,
 ) -> Dataset:
     def build(record: Any, row: Row) -> Example:
-        prompt, *rest = (np.asarray(x, np.int32) for x in (row.prompt, *row.answers))
-        texts = iter(rest)
-        answers = tuple(
-            VIRTUAL if text is None else next(texts) for text in record.completions
-        )
+        texts = iter(row.answers)
+        answers = tuple([] if x is None else next(texts) for x in record.completions)
         ranks = np.asarray(record.ranks, np.int32)
-        return RankingExample(prompt, answers, ranks, record.margin)
+        return RankingExample(row.prompt, answers, ranks, record.margin)
 
     convert = functools.partial(judgements.to_ranking, heads=wanted.heads)
     data = load_records(
         spec, sources, tokenizer, 'rankings', limits, convert, text_rows, build
     )
-    ranks = [example.ranks for example in data.examples]
-    _check_heads(spec, wanted, [(r != NOT_RANKED).any(0) for r in ranks])
+    ranks = data.examples.columns['ranks']
+    _check_heads(spec, wanted, ranks.values != NOT_RANKED)
     if not any(_has_order(example) for example in data.examples):
         raise ValueError(
             f'{spec}: all {len(ranks)} rankings are ties: there is no order'
         )
     # One shape for all batches.
-    most = max(len(r) for r in ranks)
-    examples = [
-        example._replace(
-            ranks=np.pad(
-                example.ranks,
-                ((0, most - len(example.ranks)), (0, 0)),
-                constant_values=NOT_RANKED,
-            )
-        )
-        for example in data.examples
-    ]
-    return dataclasses.replace(data, examples=examples)
+    shape = (len(ranks), ranks.lengths.max(), *ranks.values.shape[1:])
+    padded = np.full(shape, NOT_RANKED, np.int32)
+    padded[np.arange(shape[1]) < ranks.lengths[:, None]] = ranks.values
+    return dataclasses.replace(data, examples=data.examples.replace(ranks=padded))
 
 
 def _has_order(example: RankingExample) -> bool:
@@ -140,7 +129,7 @@ def _has_order(example: RankingExample) -> bool:
 
 def _ratings(
     spec: str,
-    sources: list[SourceRecord],
+    sources: Stream,
     tokenizer: PreTrainedTokenizerBase,
     wanted: Wanted,
     limits: Limits,
@@ -149,7 +138,7 @@ def _ratings(
     shift, scale = (low, high - low) if wanted.rating_unit == 'range' else (0.0, 1.0)
 
     def build(record: Any, row: Row) -> Example:
-        tokens = np.asarray(row.prompt + row.answers[0], np.int32)
+        tokens = row.prompt + row.answers[0]
         given = [np.nan if value is None else value for value in record.ratings]
         ratings = (np.asarray(given, np.float32) - shift) / scale
         return RatingExample(tokens, np.nan_to_num(ratings), np.isfinite(ratings))
@@ -160,13 +149,14 @@ def _ratings(
     data = load_records(
         spec, sources, tokenizer, 'ratings', limits, convert, text_rows, build
     )
-    _check_heads(spec, wanted, [example.rated for example in data.examples])
+    rated = data.examples.columns['rated'].values
+    _check_heads(spec, wanted, rated.reshape(len(data.examples), -1))
     return data
 
 
 def _steps(
     spec: str,
-    sources: list[SourceRecord],
+    sources: Stream,
     tokenizer: PreTrainedTokenizerBase,
     wanted: Wanted,
     limits: Limits,
@@ -177,26 +167,30 @@ def _steps(
         )
 
     def build(record: Any, row: Row) -> Example:
-        tokens = np.asarray(row.prompt + row.answers[0], np.int32)
+        tokens = row.prompt + row.answers[0]
         ends = len(row.prompt) + np.asarray(row.steps, np.int32)
         return StepExample(tokens, ends, np.asarray(record.labels, bool))
 
     separator = wanted.step_separator
     convert = functools.partial(judgements.to_steps, separator=separator)
-    rows = functools.partial(step_rows, separator=separator)
+
+    def rows(records: list[Any], tokenizer: Any, encoder: Encoder) -> list[Any]:
+        return step_rows(records, tokenizer, separator, encoder)
+
     data = load_records(
         spec, sources, tokenizer, 'responses in steps', limits, convert, rows, build
     )
-    verdicts = {bool(label) for e in data.examples for label in e.right}
-    if len(verdicts) < 2:
+    verdicts = data.examples.columns['right'].values
+    if verdicts.all() or not verdicts.any():
         raise ValueError(
-            f'{spec}: all steps are labelled {verdicts.pop()}, which leaves nothing to '
+            f'{spec}: all steps are labelled {verdicts[0]}, which leaves nothing to '
             'tell apart; add responses with steps of the other kind'
         )
     return data
 
 
-def _check_heads(spec: str, wanted: Wanted, judged: list[np.ndarray]) -> None:
+def _check_heads(spec: str, wanted: Wanted, judged: np.ndarray) -> None:
+    """Checks that every head has a judgement; ``judged`` is [·, H] bool."""
     for head, count in zip(wanted.heads, np.sum(judged, axis=0)):
         if not count:
             raise ValueError(

@@ -12,7 +12,8 @@ conversation is tokenised whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -27,9 +28,10 @@ from rlhf_jax.data.formats import (
 )
 from rlhf_jax.data.joining import Encoder, find_joint, last_id, open_prompts
 from rlhf_jax.data.judgements import Ranking, Rating, Steps
-from rlhf_jax.data.kept import encode_kept
 from rlhf_jax.data.stops import ends_of
 from rlhf_jax.data.tokenizer import encode, encode_spans, frame
+
+PIECE = 2**21  # characters, whose ids are lists of Python numbers for a while
 
 
 class Row(NamedTuple):
@@ -45,43 +47,56 @@ class Row(NamedTuple):
 def text_rows(
     records: list[Demonstration | Comparison | Verdict | Prompt | Ranking | Rating],
     tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder = encode,
 ) -> list[Row | BadRecord]:
-    """Rows of records of one kind, whose prompt and answers are texts.
+    """Rows of records of one kind, whose prompt and answers are texts; ``encoder``
+    tokenises them.
 
     A row that cannot be used is the error that says so.
     """
     _, eos = frame(tokenizer)
     ends = {eos, *ends_of(tokenizer).ids}
-    texts = [list(_texts(record)) for record in records]
+    texts = [[text for _, text in _texts(record)] for record in records]
     prompts = open_prompts(
         tokenizer,
-        [row[0][1] for row in texts],
+        [row[0] for row in texts],
         [record.templated for record in records],
-        encode_kept,
+        encoder,
     )
     encoded = iter(
         find_joint(tokenizer).encode(
             [last_id(ids) for ids, row in zip(prompts, texts) for _ in row[1:]],
-            [text for row in texts for _, text in row[1:]],
-            encode_kept,
+            [text for row in texts for text in row[1:]],
+            encoder,
         )
     )
     rows: list[Row | BadRecord] = []
     for record, row, prompt in zip(records, texts, prompts):
-        names, ids = [name for name, _ in row], [next(encoded) for _ in row[1:]]
-        answers = [a if a[-1:] and a[-1] in ends else [*a, eos] for a in ids]
-        same = next((b for b in answers if answers.count(b) > 1), None)
-        if not all([prompt, *ids]):
-            empty = names[[prompt, *ids].index([])]
-            row = BadRecord(f'{record.where}: {empty!r} gives no tokens')
-        elif same is not None:
-            alike = [name for name, a in zip(names[1:], answers) if a == same]
-            row = BadRecord(f'{record.where}: {" and ".join(alike)} give equal tokens')
-        else:
-            first = answers[0] if answers else [eos]
-            row = Row(prompt, answers, [True] * len(first), first[-1])
-        rows.append(row)
+        ids = [next(encoded) for _ in row[1:]]
+        answers = [a if a and a[-1] in ends else [*a, eos] for a in ids]
+        if not prompt or not all(ids) or _has_equal(answers):
+            rows.append(_unusable(record, prompt, ids, answers))
+            continue
+        first = answers[0] if answers else [eos]
+        rows.append(Row(prompt, answers, [True] * len(first), first[-1]))
     return rows
+
+
+def _has_equal(answers: list[list[int]]) -> bool:
+    return any(a in answers[:i] for i, a in enumerate(answers))
+
+
+def _unusable(
+    record: Any, prompt: list[int], ids: list[list[int]], answers: list[list[int]]
+) -> BadRecord:
+    """What is wrong with a row, a text of which has no tokens or those of another."""
+    names = [name for name, _ in _texts(record)]
+    if not all([prompt, *ids]):
+        empty = names[[prompt, *ids].index([])]
+        return BadRecord(f'{record.where}: {empty!r} gives no tokens')
+    same = next(b for b in answers if answers.count(b) > 1)
+    alike = [name for name, a in zip(names[1:], answers) if a == same]
+    return BadRecord(f'{record.where}: {" and ".join(alike)} give equal tokens')
 
 
 def _texts(record: Any) -> Iterator[tuple[str, str]]:
@@ -95,6 +110,39 @@ def _texts(record: Any) -> Iterator[tuple[str, str]]:
         else:
             texts = [(f'{name}[{i}]', text) for i, text in enumerate(part)]
             yield from (named for named in texts if named[1] is not None)
+
+
+def in_pieces(
+    records: Iterable[Any], tokenise: Callable[[list[Any]], list[Any]]
+) -> Iterator[tuple[Any, Any]]:
+    """Every record with what ``tokenise`` makes of it.
+
+    It gets some records at a time, about ``PIECE`` characters, in a thread: tokenizers
+    leave Python to others, so that meanwhile the next records are read and those before
+    are used.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        before: list[Any] = []  # the piece that is being tokenised
+        future = None
+        for piece in _pieces(records):
+            upcoming = pool.submit(tokenise, piece)
+            if future is not None:
+                yield from zip(before, future.result())
+            before, future = piece, upcoming
+        if future is not None:
+            yield from zip(before, future.result())
+
+
+def _pieces(records: Iterable[Any]) -> Iterator[list[Any]]:
+    piece, size = [], 0
+    for record in records:
+        piece.append(record)
+        size += sum(len(text) for _, text in _texts(record))
+        if size >= PIECE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 def step_rows(
@@ -113,15 +161,21 @@ def step_rows(
     prompts = open_prompts(tokenizer, [r.prompt for r in records], templated)
     # Behind which id a step stands is known once the separator is: its own last one.
     (alone,) = joint.encode([None], [separator])
-    rows: list[Row | BadRecord] = []
+    before, texts = [], []
     for record, prompt in zip(records, prompts):
-        before = [last_id(prompt), *[last_id(alone)] * (len(record.completions) - 1)]
-        steps = joint.encode(before, record.completions, encoder)
+        for i, step in enumerate(record.completions):
+            before.append(last_id(alone if i else prompt))
+            texts.append(step)
+    encoded = iter(joint.encode(before, texts, encoder))
+    found = [[next(encoded) for _ in record.completions] for record in records]
+    before = [last_id(step) for steps in found for step in steps[:-1]]
+    separators = iter(joint.encode(before, [separator] * len(before)))
+    rows: list[Row | BadRecord] = []
+    for record, prompt, steps in zip(records, prompts, found):
+        between = [*(next(separators) for _ in steps[:-1]), [eos]]
         if not steps or not all((prompt, *steps)):
             rows.append(BadRecord(f'{record.where}: a text gives no tokens'))
             continue
-        ids = [last_id(step) for step in steps[:-1]]
-        between = [*joint.encode(ids, [separator] * len(ids)), [eos]]
         answer, ends = [], []
         for step, end in zip(steps, between):
             answer += step + end
@@ -132,10 +186,13 @@ def step_rows(
 
 
 def conversation_rows(
-    records: list[Conversation], tokenizer: PreTrainedTokenizerBase
+    records: list[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder = encode,
 ) -> list[Row | BadRecord]:
     """Rows of conversations, tokenised whole: the prompt ends where the assistant first
-    writes, and what follows its last token is left out.
+    writes, and what follows its last token is left out. No ``encoder`` says which
+    tokens are whose, so that none is used.
     """
     rows: list[Row | BadRecord] = []
     for record in records:

@@ -17,16 +17,18 @@ the fields mean is told by ``formats.py``; read it next.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -37,7 +39,7 @@ from rlhf_jax.config import load_dotted, nearest
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
 SEPARATOR = '<|endoftext|>'  # between the documents of a text file
-TOGETHER = 1024  # records of TFDS are read so many at a time, which is faster
+TOGETHER = 1024  # records of TFDS and Parquet are read so many at a time
 
 # A spec ends in one: group 1 the rest, groups 2 and 3 the ends.
 SLICE = re.compile(r'(.*)\[(-?\d+%?)?:(-?\d+%?)?\]', re.DOTALL)
@@ -52,47 +54,80 @@ class SourceRecord:
     # 'tfds name/config/split 17' (from 0)
     where: str
 
+    @functools.cached_property
+    def present(self) -> dict[str, Any]:
+        """The fields that are not null."""
+        return {name: x for name, x in self.fields.items() if x is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The records of a data spec, which are read anew at every pass."""
+
+    begin: Callable[[], Iterator[SourceRecord]]
+
+    def __iter__(self) -> Iterator[SourceRecord]:
+        return self.begin()
+
+    def field_names(self) -> set[str]:
+        """The names of the fields that are not null in some record."""
+        return set().union(*(record.present for record in self))
+
 
 def read(spec: str) -> list[SourceRecord]:
-    """Reads all records of a data spec; the module docstring lists the specs.
+    """All records of a data spec at once; raises what :func:`stream` and reading do."""
+    return list(stream(spec))
+
+
+def stream(spec: str) -> Stream:
+    """The records of a data spec; the module docstring lists the specs.
+
+    A file is read while its records are gone through; a function of ``python:`` is
+    called once, here.
 
     Raises:
-        ValueError: an unknown kind of spec, a missing, empty or broken file (with the
-            line), a function that cannot be called or gives no records, a slice that is
-            malformed, empty, or goes beyond the data.
+        ValueError: here or in reading: an unknown kind of spec, a missing, empty or
+            broken file (with the line), a function that cannot be called or gives no
+            records, a slice that is malformed, empty, or goes beyond the data.
     """
-    readers: dict[str, Callable[[str], list[SourceRecord]]] = {
+    readers: dict[str, Callable[[str], Iterator[SourceRecord]]] = {
         'jsonl': _read_jsonl,
         'parquet': _read_parquet,
         'hh': _read_hh,
         'text': _read_text,
-        'python': _read_python,
     }
+    kinds = (*readers, 'python', 'tfds')
     kind, colon, rest = spec.partition(':')
-    if not colon or not rest or kind not in (*readers, 'tfds'):
-        hint = nearest(kind, (*readers, 'tfds'))
+    if not colon or not rest or kind not in kinds:
+        hint = nearest(kind, kinds)
         raise ValueError(
             f'data spec {spec!r} should read kind:path, such as jsonl:train.jsonl{hint}'
         )
     if kind == 'tfds':
-        return _read_tfds(rest, spec)
-    if not rest.endswith(']'):
-        return readers[kind](rest)
-    match = SLICE.fullmatch(rest)
-    if match is None:
-        raise ValueError(
-            f'data spec {spec!r} ends in a malformed slice; write [:90%], [90%:] '
-            'or [:500]'
-        )
-    path, start, stop = match.groups()
-    records = readers[kind](path)
-    first = _place(start, 0, len(records), spec)
-    last = _place(stop, len(records), len(records), spec)
+        return Stream(functools.partial(_read_tfds, rest, spec))
+    path, start, stop = rest, None, None
+    if rest.endswith(']'):
+        match = SLICE.fullmatch(rest)
+        if match is None:
+            raise ValueError(
+                f'data spec {spec!r} ends in a malformed slice; write [:90%], [90%:] '
+                'or [:500]'
+            )
+        path, start, stop = match.groups()
+    if kind == 'python':
+        records = Stream(functools.partial(_read_rows, path, _call(path)))
+    else:
+        records = Stream(functools.partial(readers[kind], path))
+    if path == rest:
+        return records
+    size = sum(1 for _ in records)
+    first = _place(start, 0, size, spec)
+    last = _place(stop, size, size, spec)
     if first >= last:
         raise ValueError(
-            f'data spec {spec!r} selects none of the {len(records)} records of {path}'
+            f'data spec {spec!r} selects none of the {size} records of {path}'
         )
-    return records[first:last]
+    return Stream(lambda: itertools.islice(records, first, last))
 
 
 def _place(end: str | None, default: int, size: int, spec: str) -> int:
@@ -109,23 +144,30 @@ def _place(end: str | None, default: int, size: int, spec: str) -> int:
     return place + size if end.startswith('-') else place
 
 
-def _read_bytes(path: str) -> bytes:
+def _lines(path: str) -> Iterator[bytes]:
+    """The lines of a file, which end in a line feed."""
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(f'{path} is a directory (seen from {Path.cwd()}); name a file')
     if not file.is_file():
         file = _download(path)
-    data = file.read_bytes()
-    if file.suffix == '.gz':
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f'{path} is no whole gzip file ({error}); fetch it again'
-            ) from error
-    if not data.strip():
+    is_empty, is_packed = True, file.suffix == '.gz'
+    with (gzip.open if is_packed else open)(file, 'rb') as lines:
+        while True:
+            try:
+                line = next(lines, None)
+            except (OSError, EOFError, zlib.error) as error:
+                if not is_packed:
+                    raise
+                raise ValueError(
+                    f'{path} is no whole gzip file ({error}); fetch it again'
+                ) from error
+            if line is None:
+                break
+            is_empty = is_empty and not line.strip()
+            yield line
+    if is_empty:
         raise ValueError(f'{path} is empty; it should hold at least one record')
-    return data
 
 
 def _download(path: str) -> Path:
@@ -151,26 +193,24 @@ def _download(path: str) -> Path:
         ) from error
 
 
-def _decode(data: bytes, path: str, first_line: int) -> str:
+def _decode(line: bytes, path: str, number: int) -> str:
     try:
-        return data.decode('utf-8-sig' if first_line == 1 else 'utf-8')
+        return line.decode('utf-8-sig' if number == 1 else 'utf-8')
     except UnicodeDecodeError as error:
-        line = first_line + data[: error.start].count(b'\n')
         raise ValueError(
-            f'{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; '
+            f'{path}:{number}: byte 0x{error.object[error.start]:02x} is not UTF-8; '
             'convert the file, for instance with iconv -f latin1 -t utf-8'
         ) from error
 
 
-def _read_jsonl(path: str) -> list[SourceRecord]:
+def _read_jsonl(path: str) -> Iterator[SourceRecord]:
     """Lines of white space alone are no records: files end in one."""
-    records = []
-    for number, line in enumerate(_read_bytes(path).split(b'\n'), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f'{path}:{number}'
         try:
-            fields = json.loads(_decode(line, path, number))
+            fields = json.loads(_decode(line.removesuffix(b'\n'), path, number))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f'{where}: not JSON ({error.msg} at column {error.colno}); '
@@ -181,27 +221,27 @@ def _read_jsonl(path: str) -> list[SourceRecord]:
                 f'{where}: a {type(fields).__name__}, not an object; every line must '
                 'be one JSON object such as {"prompt": "…", "completion": "…"}'
             )
-        records.append(SourceRecord(fields, where))
-    return records
+        yield SourceRecord(fields, where)
 
 
-def _read_parquet(path: str) -> list[SourceRecord]:
+def _read_parquet(path: str) -> Iterator[SourceRecord]:
     import pyarrow
     from pyarrow import parquet
 
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f'{path} is no file (seen from {Path.cwd()}); name a file')
+    number = 0
     try:
-        rows = parquet.read_table(file, partitioning=None).to_pylist()
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=TOGETHER):
+            for row in batch.to_pylist():
+                number += 1
+                fields = {name: _without_nulls(x) for name, x in row.items()}
+                yield SourceRecord(fields, f'{path}:{number}')
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f'{path} is no readable Parquet file ({error})') from error
-    if not rows:
+    if not number:
         raise ValueError(f'{path} is empty; it should hold at least one record')
-    return [
-        SourceRecord({k: _without_nulls(x) for k, x in row.items()}, f'{path}:{i}')
-        for i, row in enumerate(rows, start=1)
-    ]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -214,8 +254,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
-def _read_hh(path: str) -> list[SourceRecord]:
-    records = []
+def _read_hh(path: str) -> Iterator[SourceRecord]:
     for record in _read_jsonl(path):
         pair = record.fields.get('chosen'), record.fields.get('rejected')
         fields = record.fields
@@ -223,8 +262,7 @@ def _read_hh(path: str) -> list[SourceRecord]:
         if all(isinstance(side, str) for side in pair):
             prompt, chosen, rejected = split_transcripts(*pair)
             fields = fields | dict(prompt=prompt, chosen=chosen, rejected=rejected)
-        records.append(SourceRecord(fields, record.where))
-    return records
+        yield SourceRecord(fields, record.where)
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -245,29 +283,42 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _read_text(path: str) -> list[SourceRecord]:
+def _read_text(path: str) -> Iterator[SourceRecord]:
     folder = Path(path).expanduser()
     files = [path]
     if folder.is_dir():
         files = [str(file) for file in sorted(folder.glob('*.txt'))]
         if not files:
             raise ValueError(f'{path} is a directory without .txt files')
-    records = []
+    is_empty = True
     for file in files:
-        line = 1
-        for part in _decode(_read_bytes(file), file, 1).split(SEPARATOR):
+        for number, part in _documents(file):
             blank = part[: len(part) - len(part.lstrip())]
             if text := part.strip():
-                where = f'{file}:{line + blank.count(chr(10))}'
-                records.append(SourceRecord({'text': text}, where))
-            line += part.count('\n')
-    if not records:
+                is_empty = False
+                yield SourceRecord(
+                    {'text': text}, f'{file}:{number + blank.count(chr(10))}'
+                )
+    if is_empty:
         raise ValueError(f'{path} is empty; it holds separators alone')
-    return records
 
 
-def _read_python(call: str) -> list[SourceRecord]:
-    """What the function itself raises is left as it is: it is the user's own code."""
+def _documents(file: str) -> Iterator[tuple[int, str]]:
+    """What stands between the separators, with the line in which it begins."""
+    parts, begun = [], 1
+    for number, line in enumerate(_lines(file), start=1):
+        part, *others = _decode(line, file, number).split(SEPARATOR)
+        parts.append(part)
+        for other in others:
+            yield begun, ''.join(parts)
+            parts, begun = [other], number
+    yield begun, ''.join(parts)
+
+
+def _call(call: str) -> Iterable[Any]:
+    """The rows that a function gives, which can be gone through several times. What it
+    raises itself is left as it is: it is the user's own code.
+    """
     name, _, query = call.partition('?')
     function = load_dotted(name, 'function')
     try:
@@ -291,7 +342,12 @@ def _read_python(call: str) -> list[SourceRecord]:
             f'python:{call} gave a {type(rows).__name__}; it should return an iterable '
             'of dicts'
         )
-    records = []
+    return list(rows) if isinstance(rows, Iterator) else rows
+
+
+def _read_rows(call: str, rows: Iterable[Any]) -> Iterator[SourceRecord]:
+    """The rows of a function as records."""
+    name, number = call.partition('?')[0], 0
     for number, row in enumerate(rows, start=1):
         where = f'{name} record {number}'
         if not isinstance(row, dict):
@@ -299,13 +355,12 @@ def _read_python(call: str) -> list[SourceRecord]:
                 f'{where}: a {type(row).__name__}, not a dict of fields such as '
                 "{'prompt': '…', 'completion': '…'}"
             )
-        records.append(SourceRecord(_unwrapped(row), where))
-    if not records:
+        yield SourceRecord(_unwrapped(row), where)
+    if not number:
         raise ValueError(f'python:{call} gave no records; it should give at least one')
-    return records
 
 
-def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
+def _read_tfds(rest: str, spec: str) -> Iterator[SourceRecord]:
     """Array records give random access and need no TensorFlow."""
     import tensorflow_datasets as tfds
 
@@ -337,13 +392,11 @@ def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
             f'the splits of {name} are {", ".join(builder.info.splits)}, each with or '
             'without a slice such as [:90%]'
         ) from error
-    records = []
     for start in range(0, len(source), TOGETHER):
         indices = range(start, min(start + TOGETHER, len(source)))
         for index, row in zip(indices, source.__getitems__(list(indices)), strict=True):
             where = f'tfds {name}/{split} {index}'
-            records.append(SourceRecord(_plain(row, where), where))
-    return records
+            yield SourceRecord(_plain(row, where), where)
 
 
 def _unwrapped(value: Any) -> Any:

@@ -26,6 +26,7 @@ from rlhf_jax.data.stops import GENERATION_CONFIG, decide_ends, eos_ids
 from rlhf_jax.files import find_damage, has_checksums, write_checksums
 
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
+TOGETHER = 256  # texts that are tokenised in one call, by several threads
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -255,17 +256,23 @@ def encode(
     """Ids of whole texts, with nothing added and nothing cut; ``plain`` writes what is
     spelt like a special token as any other text.
     """
-    if not texts:
-        return []
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-        split_special_tokens=plain or tokenizer.split_special_tokens,
-    )['input_ids']
+    backend, split = (
+        tokenizer.backend_tokenizer,
+        plain or tokenizer.split_special_tokens,
+    )
+    # What a tokenizer.json may ask for, or an earlier call has set.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != split:
+        backend.encode_special_tokens = split
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), TOGETHER):
+        part = texts[start : start + TOGETHER]
+        found = backend.encode_batch_fast(part, add_special_tokens=False)
+        rows += [encoding.ids for encoding in found]
+    return rows
 
 
 def encode_spans(

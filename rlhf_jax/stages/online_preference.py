@@ -79,9 +79,9 @@ def load(
         )
     if wants_tokens(loss) and loss.REFERENCE:
         raise ValueError(
-            f'{where}.name={settings.name!r} looks at single tokens under the reference '
-            'policy, which only the stage preference runs in every step; use a loss on '
-            "sums, such as 'dpo'"
+            f'{where}.name={settings.name!r} looks at single tokens under the '
+            'reference policy, which only the stage preference runs in every step; '
+            "use a loss on sums, such as 'dpo'"
         )
     begin = functools.partial(_begin, loss=loss, loss_hp=loss_hp)
     size = hp.group_size

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_jax.algos.sft import SFTHParams, sft_loss, sft_step
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.columns import Table
 from rlhf_jax.data.examples import Counts, Dataset, TokenExample
 from rlhf_jax.types import TokenBatch, TrainState
 
@@ -222,7 +223,8 @@ def test_a_length_within_a_bucket_compiles_nothing(policy, policy_params):
         TokenExample(rng.integers(0, V, p + r).astype(np.int32), np.arange(p + r) >= p)
         for p, r in sizes
     ]
-    data = Dataset(examples, [None] * 24, Counts('rows', 'demonstrations', 16, 24, 24))
+    counts = Counts('rows', 'demonstrations', 16, 24, 24)
+    data = Dataset(Table.of(examples), [None] * 24, counts)
     tx = optax.sgd(0.1)
     step = jax.jit(functools.partial(sft_step, model=policy, tx=tx, hp=SFTHParams()))
     state, shapes = _state(policy_params, tx), set()

@@ -62,7 +62,7 @@ def test_single_responses_and_comparisons_taken_apart(tmp_path, words):
     responses = [r[name] for r in PAIRED for name in ('chosen', 'rejected')]
     for i, response in enumerate(responses):
         assert text(words, batch.tokens[i], batch.response_mask[i]) == response
-        assert data.records[i].prompt == PAIRED[i // 2]['prompt']
+        assert data.records[i].where.endswith(f'b.jsonl:{i // 2 + 1}')
 
 
 def test_mismatched_rows_join_a_prompt_and_the_response_to_another(tmp_path, words):

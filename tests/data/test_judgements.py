@@ -75,7 +75,7 @@ def test_a_null_completion_has_a_rank_and_no_tokens(load, tokenizer):
     texts = ranking(completions=[None, ' b', ' a'], ranks=[2, 1, 3])
     plain = ranking(prompt='Ben', completions=[' d', ' e'], ranks=[2, 1])
     data = load([texts, plain])
-    assert data.records[0].completions == [None, ' b', ' a']
+    assert [len(a) for a in data.examples[0].answers][0] == 0
     batch = batch_of(data, 3)
     np.testing.assert_array_equal(batch.ranks[0, :, 0], [2, 1, 3])
     assert not batch.mask[0, 0].any() and not batch.tokens[0, 0].any()

@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.examples import Counts, Dataset, TokenExample
+from rlhf_jax.data.columns import Packed, Table
+from rlhf_jax.data.examples import Counts, Dataset, Origin, TokenExample
 from rlhf_jax.data.packing import best_fit, pack
 
 
@@ -21,7 +22,8 @@ def documents(seed=0, count=40, longest=12):
         tokens = rng.integers(0, 64, size).astype(np.int32)
         examples.append(TokenExample(tokens, loss))
     counts = Counts('here', 'texts', longest, read=count, kept=count)
-    return Dataset(examples, list(range(count)), counts)
+    origins = Packed.of([(f'here:{i}',) for i in range(count)], Origin)
+    return Dataset(Table.of(examples), origins, counts)
 
 
 def test_best_fit_by_hand():

@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import time
+import tracemalloc
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import pipeline
+from rlhf_jax.data import columns, pipeline, rows
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.types import PairBatch, PromptBatch, TokenBatch
 
@@ -102,7 +103,7 @@ def test_demonstration_by_hand(jsonl):
         assert example.loss.tolist() == [False] * (len(expected) - 2) + [True] * 2
         data = load(spec, words(bos), max_length=8, loss_on='all')
         assert data.examples[0].loss.tolist() == [False] + [True] * (len(expected) - 1)
-        assert data.records[0].completion == ' c'
+        assert data.records[0].where.endswith('data.jsonl:1')
 
 
 def test_bos_of_the_template_is_not_doubled(jsonl):
@@ -127,7 +128,9 @@ def test_texts_are_cut_so_that_every_token_is_predicted_once(jsonl):
     for length in range(2, 13):
         data = pipeline.load_texts(spec, words(bos=True), max_length=length)
         long = [
-            e.tokens for e, r in zip(data.examples, data.records) if r.text == letters
+            example.tokens
+            for example, record in zip(data.examples, data.records)
+            if record.where.endswith(':1')
         ]
         assert all(2 <= len(piece) <= length for piece in long)
         assert np.concatenate([long[0][:1]] + [p[1:] for p in long]).tolist() == [
@@ -146,7 +149,7 @@ def test_overlong_is_dropped_and_counted(jsonl):
     rows = [{'prompt': 'a', 'completion': 'b' + ' c' * n} for n in range(5)]
     data = pipeline.load_demonstrations(jsonl(*rows), words(), max_length=4)
     assert [len(e.tokens) for e in data.examples] == [3, 4]
-    assert [r.completion for r in data.records] == ['b', 'b c']
+    assert [r.where[-2:] for r in data.records] == [':1', ':2']
     assert (data.counts.read, data.counts.kept) == (5, 2)
     assert data.counts.dropped_overlong == 3
     assert '3 dropped as longer than 4 tokens' in data.counts.describe()
@@ -169,7 +172,6 @@ def test_overlong_is_truncated_and_counted(jsonl):
     ]
     assert [e.loss.tolist().index(True) for e in data.examples] == [3, 3, 2]
     assert [e.loss.sum() for e in data.examples] == [3, 3, 2]
-    assert data.records[1].completion == 'v w x y z'
     counts = data.counts
     assert (counts.kept, counts.truncated, counts.responses_cut) == (3, 2, 1)
     assert '2 truncated to 6 tokens, 1 of them in the answer' in counts.describe()
@@ -210,7 +212,7 @@ def test_bad_records_stop_or_are_counted(jsonl):
 
     fails(lambda: load('error'), "data.jsonl:2: 'chosen' is empty", "on_bad='skip'")
     data = load('skip')
-    assert [r.chosen for r in data.records] == ['b']
+    assert [r.where[-2:] for r in data.records] == [':1']
     assert (data.counts.read, data.counts.kept, data.counts.skipped_bad) == (4, 1, 3)
     assert '3 skipped as bad (first: ' in data.counts.describe()
     assert "data.jsonl:2: 'chosen' is empty)" in data.counts.describe()
@@ -271,10 +273,58 @@ def test_a_text_without_tokens_is_bad(jsonl):
     )
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_data_in_many_pieces_are_the_same(jsonl, monkeypatch, kind):
+    whole = sets(jsonl)[kind]
+    monkeypatch.setattr(rows, 'PIECE', 10)  # characters, of one or two records
+    pieces = sets(jsonl)[kind]
+    assert pieces.counts == whole.counts
+    assert list(pieces.records) == list(whole.records)
+    same(list(pieces.examples), list(whole.examples))
+
+
+def test_an_error_is_that_of_the_first_piece(jsonl, monkeypatch):
+    monkeypatch.setattr(rows, 'PIECE', 1)
+    texts = ['a', 'b', '?', 'c', '?', 'd']
+    spec = jsonl(*({'prompt': 'a', 'completion': text} for text in texts))
+    tokenizer = words()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace('?', '')
+    load = pipeline.load_demonstrations
+    fails(lambda: load(spec, tokenizer, max_length=9), ':3:', 'gives no tokens')
+    data = load(spec, tokenizer, max_length=9, on_bad='skip')
+    assert [r.where.rpartition(':')[2] for r in data.records] == ['1', '2', '4', '6']
+    assert data.counts.skipped_bad == 2 and ':3:' in data.counts.first_bad
+
+
+def test_memory_is_a_few_times_that_of_the_file(tmp_path, monkeypatch):
+    """Neither all texts nor Python numbers for all tokens are alive at once."""
+    monkeypatch.setattr(rows, 'PIECE', 2**14)
+    monkeypatch.setattr(columns, 'BLOCK', 64)
+    path, rng = tmp_path / 'data.jsonl', np.random.default_rng(0)
+    with path.open('w') as file:
+        for _ in range(3000):
+            texts = [' '.join(rng.choice(list(LETTERS), 100)) for _ in range(3)]
+            record = dict(zip(('prompt', 'chosen', 'rejected'), texts))
+            file.write(json.dumps(record) + '\n')
+    load, tokenizer = pipeline.load_comparisons, words()
+    load(f'jsonl:{path}', tokenizer, max_length=400)  # what is imported meanwhile
+    tracemalloc.start()
+    try:
+        data = load(f'jsonl:{path}', tokenizer, max_length=400)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # A token for every two characters, of which each takes two bytes.
+    assert len(data.examples) == 3000
+    assert left < 1.4 * path.stat().st_size
+    assert peak < 2.5 * path.stat().st_size
+
+
 def test_take(jsonl):
     data = sets(jsonl)['comparisons']
     few = data.take(3)
-    assert few.examples == data.examples[:3] and few.records == data.records[:3]
+    assert list(few.records) == list(data.records)[:3]
+    assert list(map(content, few.examples)) == list(map(content, data.examples))[:3]
     assert few.counts.describe().endswith('; the first 3 are used')
     assert data.take(99) is data
     fails(lambda: data.take(0), 'take(0)')

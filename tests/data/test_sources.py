@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from pyarrow import parquet
 
 from rlhf_jax.data import sources
-from rlhf_jax.data.sources import read, split_transcripts
+from rlhf_jax.data.sources import read, split_transcripts, stream
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
 
@@ -263,6 +263,33 @@ def test_python_function(tmp_path, monkeypatch):
     fails('python:my_records:numbers', 'my_records:numbers record 2: a int, not a dict')
     with pytest.raises(KeyError):  # the function's own errors come as they are
         read('python:my_records:broken')
+
+
+def test_a_stream_is_read_at_every_pass(tmp_path, write, monkeypatch):
+    module = tmp_path / 'counted.py'
+    module.write_text(
+        'calls = []\n'
+        'def rows(n="4"):\n'
+        '    calls.append(n)\n'
+        '    return ({"text": str(i), "none": None} for i in range(int(n)))\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write('x.jsonl', lines(*({'text': str(i), 'none': None} for i in range(4))))
+    for spec in (f'jsonl:{path}', 'python:counted:rows'):
+        for end, size in (('', 4), ('[1:]', 3), ('[:50%]', 2)):
+            records = stream(spec + end)
+            assert list(records) == list(records) == read(spec + end)
+            assert len(list(records)) == size
+            assert records.field_names() == {'text'}
+    assert len(sys.modules['counted'].calls) == 6  # once for a stream, once for read
+
+
+def test_a_file_is_read_as_far_as_it_is_asked_for(write):
+    path = write('x.jsonl', b'{"text": "a"}\nbroken')
+    records = iter(stream(f'jsonl:{path}'))
+    assert next(records).fields == {'text': 'a'}
+    with pytest.raises(ValueError, match=':2: not JSON'):
+        next(records)
 
 
 def test_tfds_without_tensorflow(tmp_path, monkeypatch):

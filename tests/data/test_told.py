@@ -104,7 +104,7 @@ def test_tools_reach_rankings_and_steps(tmp_path):
             Wanted(kind=kind, by='', heads=(), **about),
             Limits(900, 'drop', 'error'),
         )
-        assert 'weather' in data.records[0].prompt
+        assert 'weather' in tokenizer.decode(data.examples[0][0])
 
 
 def test_what_a_template_does_not_read_is_refused_by_name(load, fails):
