@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.sources import SourceRecord
+from rlhf_jax.data.template_limits import TemplateStuck
 
 FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
 TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
@@ -412,3 +413,5 @@ def _placed(record: SourceRecord) -> Iterator[None]:
         yield
     except chat.TemplateRefused as error:
         raise BadRecord(f'{record.where}: {error}') from error
+    except TemplateStuck as error:  # skipping such records would take seconds for each
+        raise ValueError(f'{record.where}: {error}') from error

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
+
+from rlhf_jax.data.template_limits import TemplateStuck, limited
 
 GENERATION_CONFIG = 'generation_config.json'
 # What stands in for an answer where a template is asked how it closes a turn.
@@ -144,8 +145,12 @@ def _closing(tokenizer: PreTrainedTokenizerBase) -> Closing:
         {'role': 'assistant', 'content': _ANSWER},
     ]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError):
+        template = tokenizer.get_chat_template()
+        with limited(template):
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateStuck as error:
+        raise ValueError(f'tokenizer {tokenizer.name_or_path!r}: {error}') from error
+    except Exception:  # a template is a program, and can fail in any way
         return nothing  # conversations that it does render are refused one by one
     if _ANSWER not in text:
         return nothing
