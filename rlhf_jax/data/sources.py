@@ -17,7 +17,6 @@ the fields mean is told by ``formats.py``; read it next.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import importlib
 import importlib.util
 import inspect
@@ -25,18 +24,20 @@ import json
 import os
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 
 from rlhf_jax.config import load_dotted, nearest
+from rlhf_jax.data.raw import parquet_rows, read_bytes
+from rlhf_jax.files import named_path
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
 SEPARATOR = '<|endoftext|>'  # between the documents of a text file
+DEEPEST = 100  # levels of lists and objects in a record
 TOGETHER = 1024  # records of TFDS are read so many at a time, which is faster
 
 # A spec ends in one: group 1 the rest, groups 2 and 3 the ends.
@@ -109,48 +110,6 @@ def _place(end: str | None, default: int, size: int, spec: str) -> int:
     return place + size if end.startswith('-') else place
 
 
-def _read_bytes(path: str) -> bytes:
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise ValueError(f'{path} is a directory (seen from {Path.cwd()}); name a file')
-    if not file.is_file():
-        file = _download(path)
-    data = file.read_bytes()
-    if file.suffix == '.gz':
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f'{path} is no whole gzip file ({error}); fetch it again'
-            ) from error
-    if not data.strip():
-        raise ValueError(f'{path} is empty; it should hold at least one record')
-    return data
-
-
-def _download(path: str) -> Path:
-    """The cached file of a data set on the Hugging Face hub, named owner/name/file."""
-    missing = f'{path} does not exist (seen from {Path.cwd()}); name a file'
-    owner, _, rest = path.partition('/')
-    name, _, inside = rest.partition('/')
-    if not (owner and name and inside) or path.startswith(('.', '/', '~')):
-        raise ValueError(missing)
-    import huggingface_hub  # slow, and seldom needed
-
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                f'{owner}/{name}', inside, repo_type='dataset'
-            )
-        )
-    except (OSError, ValueError) as error:  # every error of the hub and of the network
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f'{missing}. As a file of the hub data set {owner}/{name} it cannot be '
-            f'fetched either ({type(error).__name__}: {reason})'
-        ) from error
-
-
 def _decode(data: bytes, path: str, first_line: int) -> str:
     try:
         return data.decode('utf-8-sig' if first_line == 1 else 'utf-8')
@@ -165,17 +124,11 @@ def _decode(data: bytes, path: str, first_line: int) -> str:
 def _read_jsonl(path: str) -> list[SourceRecord]:
     """Lines of white space alone are no records: files end in one."""
     records = []
-    for number, line in enumerate(_read_bytes(path).split(b'\n'), start=1):
+    for number, line in enumerate(read_bytes(path).split(b'\n'), start=1):
         if not line.strip():
             continue
         where = f'{path}:{number}'
-        try:
-            fields = json.loads(_decode(line, path, number))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f'{where}: not JSON ({error.msg} at column {error.colno}); '
-                'every line must be one whole JSON object'
-            ) from error
+        fields = _parse(_decode(line, path, number), where)
         if not isinstance(fields, dict):
             raise ValueError(
                 f'{where}: a {type(fields).__name__}, not an object; every line must '
@@ -185,23 +138,47 @@ def _read_jsonl(path: str) -> list[SourceRecord]:
     return records
 
 
-def _read_parquet(path: str) -> list[SourceRecord]:
-    import pyarrow
-    from pyarrow import parquet
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f'{path} is no file (seen from {Path.cwd()}); name a file')
+def _parse(text: str, where: str) -> Any:
     try:
-        rows = parquet.read_table(file, partitioning=None).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f'{path} is no readable Parquet file ({error})') from error
-    if not rows:
-        raise ValueError(f'{path} is empty; it should hold at least one record')
-    return [
-        SourceRecord({k: _without_nulls(x) for k, x in row.items()}, f'{path}:{i}')
-        for i, row in enumerate(rows, start=1)
-    ]
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'{where}: not JSON ({error.msg} at column {error.colno}); '
+            'every line must be one whole JSON object'
+        ) from error
+    except RecursionError as error:
+        raise _too_deep(where) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f'{where}: not JSON that can be read ({error})') from error
+    if text.count('{') + text.count('[') > DEEPEST:  # only then it may be too deep
+        _check_depth(value, where)
+    return value
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Refuses what functions that call themselves could not go through."""
+    level, depth = [value], 0
+    while level:
+        if (depth := depth + 1) > DEEPEST:
+            raise _too_deep(where)
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [y for part in parts for y in part if isinstance(y, dict | list)]
+
+
+def _too_deep(where: str) -> ValueError:
+    return ValueError(
+        f'{where}: nested more than {DEEPEST} deep; no record needs to be'
+    )
+
+
+def _read_parquet(path: str) -> list[SourceRecord]:
+    records = []
+    for number, row in enumerate(parquet_rows(path), start=1):
+        where = f'{path}:{number}'
+        _check_depth(row, where)
+        fields = {name: _without_nulls(value) for name, value in row.items()}
+        records.append(SourceRecord(fields, where))
+    return records
 
 
 def _without_nulls(value: Any) -> Any:
@@ -246,7 +223,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _read_text(path: str) -> list[SourceRecord]:
-    folder = Path(path).expanduser()
+    folder = named_path(path)
     files = [path]
     if folder.is_dir():
         files = [str(file) for file in sorted(folder.glob('*.txt'))]
@@ -255,7 +232,7 @@ def _read_text(path: str) -> list[SourceRecord]:
     records = []
     for file in files:
         line = 1
-        for part in _decode(_read_bytes(file), file, 1).split(SEPARATOR):
+        for part in _decode(read_bytes(file), file, 1).split(SEPARATOR):
             blank = part[: len(part) - len(part.lstrip())]
             if text := part.strip():
                 where = f'{file}:{line + blank.count(chr(10))}'
@@ -267,7 +244,7 @@ def _read_text(path: str) -> list[SourceRecord]:
 
 
 def _read_python(call: str) -> list[SourceRecord]:
-    """What the function itself raises is left as it is: it is the user's own code."""
+    """What the function itself raises is told with the line that raised it."""
     name, _, query = call.partition('?')
     function = load_dotted(name, 'function')
     try:
@@ -285,24 +262,44 @@ def _read_python(call: str) -> list[SourceRecord]:
         raise ValueError(
             f'python:{call}: {error}; {name} takes {inspect.signature(function)}'
         ) from error
-    rows = function(**arguments)
-    if not isinstance(rows, Iterable):
-        raise ValueError(
-            f'python:{call} gave a {type(rows).__name__}; it should return an iterable '
-            'of dicts'
-        )
     records = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_called(function, arguments, call), start=1):
         where = f'{name} record {number}'
         if not isinstance(row, dict):
             raise ValueError(
                 f'{where}: a {type(row).__name__}, not a dict of fields such as '
                 "{'prompt': '…', 'completion': '…'}"
             )
-        records.append(SourceRecord(_unwrapped(row), where))
+        try:
+            row = _unwrapped(row)
+        except RecursionError as error:
+            raise _too_deep(where) from error
+        _check_depth(row, where)
+        records.append(SourceRecord(row, where))
     if not records:
         raise ValueError(f'python:{call} gave no records; it should give at least one')
     return records
+
+
+def _called(
+    function: Callable[..., Any], arguments: dict[str, str], call: str
+) -> Iterator[Any]:
+    """The records one by one; an error of the function as one that names its line."""
+    try:
+        rows = function(**arguments)
+        if isinstance(rows, Iterable):
+            yield from rows
+            return
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f'python:{call} failed with {type(error).__name__}: {error} '
+            f'({frame.filename}:{frame.lineno})'
+        ) from error
+    raise ValueError(
+        f'python:{call} gave a {type(rows).__name__}; it should return an iterable of '
+        'dicts'
+    )
 
 
 def _read_tfds(rest: str, spec: str) -> list[SourceRecord]:
