@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlhf_jax import files
-from rlhf_jax.command_line import read_flags
+from rlhf_jax.command_line import check_sections, read_flags
 from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -257,6 +257,7 @@ def _check_top_level(config: Any) -> None:
     for name in config:
         if name not in known:
             raise ValueError(f'config.{name} is unknown{nearest(name, known)}')
+    check_sections(config, STAGES)
     seed = config.seed
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f'config.seed={seed!r}: use a whole number from 0 to 2³² − 1')

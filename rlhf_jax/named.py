@@ -49,6 +49,10 @@ def load_module(
         module = importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f'{where}={name!r} cannot be imported ({error})') from error
+    except Exception as error:  # whatever the user's own module raises
+        raise ValueError(
+            f'{where}={name!r} cannot be imported ({type(error).__name__}: {error})'
+        ) from error
     if missing(module):
         raise ValueError(
             f'{where}={name!r} has no {", ".join(missing(module))}; a {what} is a '

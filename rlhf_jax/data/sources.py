@@ -24,14 +24,13 @@ import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 
-from rlhf_jax.config import load_dotted, nearest
+from rlhf_jax.config import failure, load_dotted, nearest
 from rlhf_jax.data.raw import parquet_rows, read_bytes
 from rlhf_jax.files import named_path
 
@@ -291,11 +290,7 @@ def _called(
             yield from rows
             return
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(
-            f'python:{call} failed with {type(error).__name__}: {error} '
-            f'({frame.filename}:{frame.lineno})'
-        ) from error
+        raise ValueError(f'python:{call} failed with {failure(error)}') from error
     raise ValueError(
         f'python:{call} gave a {type(rows).__name__}; it should return an iterable of '
         'dicts'
