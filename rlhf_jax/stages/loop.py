@@ -23,6 +23,7 @@ from rlhf_jax.metrics import Writers, open_writers, progress
 from rlhf_jax.stages.console import tell
 from rlhf_jax.stages.profiling import tracing, write_phases
 from rlhf_jax.stages.settings import LoopSettings
+from rlhf_jax.stages.watching import why_not_finite
 from rlhf_jax.types import Mean, Metrics
 
 # (state, step) -> (state, metrics still on the device, numbers known on the host)
@@ -185,7 +186,7 @@ class _Journal:
         if bad:
             # A step shows what the one before has made of the parameters.
             good = checkpoint.drop_state(self.manager, step - 1)
-            raise self.diverged(', '.join(bad), step, good)
+            raise self.diverged(', '.join(bad), step, good, why_not_finite(values))
         for warning in self.watch(values) if self.watch else ():
             tell(f'warning: {self.stage_dir.name}, step {step}: {warning}')
         if not logged:
@@ -206,17 +207,17 @@ class _Journal:
         """
         self.flush()
         if not _all_finite(state.params):
-            raise self.diverged('parameters', step, self.manager.latest_step())
+            last = self.manager.latest_step()
+            raise self.diverged('parameters', step, last, why_not_finite({}))
         checkpoint.save_state(self.manager, step, state, seconds)
 
-    def diverged(self, what: str, step: int, good: int | None) -> ValueError:
+    def diverged(self, what: str, step: int, good: int | None, why: str) -> ValueError:
         kept = 'no checkpoint is kept'
         if good is not None:
             folder = self.stage_dir / 'checkpoints'
             kept = f'the last good checkpoint is that of step {good} in {folder}'
         return ValueError(
-            f'{self.stage_dir.name}: {what} not finite at step {step}; {kept}. Lower '
-            'the learning rate or look at the data around that step'
+            f'{self.stage_dir.name}: {what} not finite at step {step}; {kept}. {why}'
         )
 
 

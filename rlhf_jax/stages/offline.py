@@ -24,6 +24,7 @@ from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.examples import TokenExample
+from rlhf_jax.data.formats import GOLD
 from rlhf_jax.data.packing import pack
 from rlhf_jax.evals import language_model
 from rlhf_jax.optim import make_optimizer, make_schedule
@@ -192,8 +193,7 @@ def train_language_model(run: Run, job: Offline) -> None:
 
 def known_gold(records: list[Any]) -> np.ndarray | None:
     """True rewards [N, 2] of chosen and rejected, where all records have them."""
-    keys = ('gold_chosen', 'gold_rejected')
-    gold = [[record.meta.get(key) for key in keys] for record in records]
+    gold = [[record.meta.get(key) for key in GOLD] for record in records]
     known = all(value is not None for pair in gold for value in pair)
     return np.asarray(gold, float) if known else None
 
