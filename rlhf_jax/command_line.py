@@ -100,7 +100,7 @@ def check_sections(config: ConfigDict, stages: Sequence[str]) -> None:
         if odd := [part for part in config[name] if not isinstance(part, str)]:
             raise ValueError(f'config.{name}: {odd[0]!r} is no name')
     for name in stages:
-        if not isinstance(config.get(name, ConfigDict()), ConfigDict):
+        if name in config and not isinstance(config[name], ConfigDict):
             raise ValueError(
                 f'config.{name}={config[name]!r}: the settings of a stage are a section'
             )

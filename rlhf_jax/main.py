@@ -166,6 +166,7 @@ def _run_stages(
         offline,
         online,
         online_preference,
+        out_of_memory,
         policy_gradient,
         ppo,
         ppo_lagrangian,
@@ -208,7 +209,11 @@ def _run_stages(
         if folder is not None:
             checkpoint.check_result(folder)
     # Everything is read and checked before the first stage compiles anything.
-    jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
+    jobs = []
+    for stage in unfinished:
+        load, train = loaders[stage]
+        with out_of_memory.told(config, stage, 'reading'):
+            jobs.append((train, load(run, stage)))
     # Only now does the directory belong to this config: after a corrected mistake in
     # the data or the batch size it can be used again.
     if not (workdir / 'config.json').exists():
@@ -217,7 +222,8 @@ def _run_stages(
     for train, job in jobs:
         print(f'[{job.stage}] {workdir / job.stage}', flush=True)
         try:
-            train(run, job)
+            with out_of_memory.told(config, job.stage, 'training'):
+                train(run, job)
         except (OSError, ValueError) as error:
             if (reason := checkpoint.disk_error(error)) is None:
                 raise

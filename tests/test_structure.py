@@ -27,7 +27,7 @@ BESIDE = {
     'config': {'ranges'},
     'files': set(),
     'verify': set(),
-    'data': {'config', 'files', 'types', 'verify'},
+    'data': {'config', 'files', 'ranges', 'types', 'verify'},
     'drawing': set(),
     'plots': {'drawing', 'verdicts'},
     'verdicts': set(),
@@ -36,7 +36,7 @@ BESIDE = {
     'optim': {'types', 'ranges'},
     'sharding': {'optim', 'ops', 'types'},
     'checkpoint': {'files', 'models', 'types'},
-    'hf': {'models', 'types'},
+    'hf': {'files', 'models', 'types'},
 }
 
 

@@ -61,27 +61,45 @@ class _Rendering:
         return None
 
 
-_renderings: dict[int, _Rendering] = {}  # by thread
-_lock = threading.Lock()
-_begun = threading.Event()
-_watcher: list[threading.Thread] = []
+class _Watch:
+    """The thread that looks at what others render."""
+
+    def __init__(self) -> None:
+        self.renderings: dict[int, _Rendering] = {}  # by thread
+        self.lock = threading.Lock()
+        self.begun = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def begin(self) -> _Rendering:
+        with self.lock:
+            # Not begun yet, or in a process that was forked.
+            if self.thread is None or not self.thread.is_alive():
+                self.thread = threading.Thread(target=self._look, daemon=True)
+                self.thread.start()
+            rendering = self.renderings[threading.get_ident()] = _Rendering()
+        self.begun.set()
+        return rendering
+
+    def end(self) -> None:
+        with self.lock:
+            self.renderings.pop(threading.get_ident(), None)
+
+    def _look(self) -> None:
+        while True:
+            self.begun.wait()
+            time.sleep(TICK)
+            with self.lock:
+                if not self.renderings:
+                    self.begun.clear()
+                for thread, rendering in self.renderings.items():
+                    if rendering.reason is None and (reason := rendering.look()):
+                        rendering.reason = reason
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(_Stop)
+                        )
 
 
-def _watch() -> None:
-    while True:
-        _begun.wait()
-        time.sleep(TICK)
-        with _lock:
-            if not _renderings:
-                _begun.clear()
-            for thread, rendering in _renderings.items():
-                if rendering.reason is None and (reason := rendering.look()):
-                    rendering.reason = reason
-                    _raise_in(thread, ctypes.py_object(_Stop))
-
-
-def _raise_in(thread: int, kind: ctypes.py_object | None) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
+WATCH = _Watch()
 
 
 @contextlib.contextmanager
@@ -96,22 +114,14 @@ def limited(template: str) -> Iterator[None]:
             not be.
     """
     check_arithmetic(template)
-    thread, rendering = threading.get_ident(), _Rendering()
+    rendering = WATCH.begin()
     try:
-        with _lock:
-            if not (_watcher and _watcher[0].is_alive()):  # not begun, or in a fork
-                _watcher[:] = [threading.Thread(target=_watch, daemon=True)]
-                _watcher[0].start()
-            _renderings[thread] = rendering
-        _begun.set()
         try:
             yield
         finally:
-            with _lock:
-                _renderings.pop(thread, None)
+            WATCH.end()
     except _Stop as error:
-        with _lock:
-            _renderings.pop(thread, None)
+        WATCH.end()
         raise TemplateStuck(
             f'the chat template was stopped: {rendering.reason}; mend its loops, or '
             'use another template'

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from rlhf_jax import checkpoint
 from rlhf_jax.metrics import Writers, open_writers, progress
 from rlhf_jax.stages.console import tell
+from rlhf_jax.stages.out_of_memory import naming_step
 from rlhf_jax.stages.profiling import tracing, write_phases
 from rlhf_jax.stages.settings import LoopSettings
 from rlhf_jax.stages.watching import why_not_finite
@@ -84,6 +85,7 @@ def run_loop(
             from which a step with finite metrics was made.
         SystemExit: SIGTERM or SIGINT (Ctrl-C) came; the state was saved.
     """
+    one_step = naming_step(one_step)
     with (
         checkpoint.open_checkpoints(stage_dir, settings.keep_checkpoints) as manager,
         _signals() as received,

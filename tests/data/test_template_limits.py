@@ -117,7 +117,7 @@ def test_an_honest_product_and_a_slow_thread_beside_it():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(done) == 3 and not template_limits._renderings
+    assert len(done) == 3 and not template_limits.WATCH.renderings
 
 
 def test_only_the_thread_that_is_stuck_is_ended(monkeypatch):
