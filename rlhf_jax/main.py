@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlhf_jax import files
-from rlhf_jax.command_line import check_sections, read_flags
+from rlhf_jax.command_line import check_place, check_sections, read_flags
 from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -288,6 +288,7 @@ def _check_sources(config: Any, workdir: Path) -> None:
     for stage in config.stages:
         for name, source in _sources(config[stage]):
             if source not in STAGES:
+                check_place(source, f'config.{stage}.{name}')
                 continue
             if STAGES.index(source) >= STAGES.index(stage):
                 raise ValueError(

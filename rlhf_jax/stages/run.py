@@ -124,9 +124,13 @@ def source_dir(run: Run, init: str) -> Path | None:
     """The stage folder behind an ``init``: of this run, or of another; None
     otherwise.
     """
-    if init in run.config.stages or (run.workdir / init / 'model.json').exists():
+    if init in run.config.stages:
         return run.workdir / init
-    return Path(init) if (Path(init) / 'model.json').exists() else None
+    files.named_path(init)
+    if (run.workdir / init / 'model.json').exists():
+        return run.workdir / init
+    folder = files.named_path(init)
+    return folder if (folder / 'model.json').exists() else None
 
 
 def model_config(run: Run, init: str, part: str = 'policy') -> TransformerConfig:
