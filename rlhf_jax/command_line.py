@@ -22,6 +22,7 @@ from rlhf_jax.files import named_path
 
 # Settings that are dicts: new names may stand below them. What else is new there is
 # refused when the dataclasses are built (``config.build``).
+LONGEST = 200  # characters of the name of a flag
 OPEN = ('rewards', 'args', 'heads')
 SETTING = re.compile(r'--?(?:no)?config\.([^=]+)(?:=(.*))?', re.S)
 
@@ -152,6 +153,8 @@ def read_flags(arguments: Sequence[str], default: str) -> tuple[ConfigDict, list
         rest += [] if named else [part]
     config, left = read_recipe(recipe), []
     for part in rest:
+        if len(name := part.partition('=')[0]) > LONGEST:
+            raise ValueError(f'{name[:LONGEST]}… is no flag')
         setting = SETTING.fullmatch(part)
         if setting is None or not _apply(config, setting[1], setting[2], part):
             left.append(part)

@@ -31,6 +31,8 @@ def load_module(
     def missing(module: ModuleType) -> list[str]:
         return [part for part in needed if not hasattr(module, part)]
 
+    if not isinstance(name, str):
+        raise ValueError(f'{where}={name!r} is no name of a {what}')
     if '.' not in name:
         files = pkgutil.iter_modules(importlib.import_module(package).__path__)
         modules = {

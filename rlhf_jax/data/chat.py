@@ -64,7 +64,7 @@ def told(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Told:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise TemplateRefused(f'tools is text, but no JSON ({error})') from error
     tools = tools or None
     if tools is not None and not (

@@ -111,10 +111,10 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     try:
         listed = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f'{path} is no JSON object ({error}); repair it') from error
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if any(type(i) is not int for i in ids):
+    if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
         raise ValueError(
             f'{path}: eos_token_id is {listed!r}; it must be an id or a list of ids'
         )

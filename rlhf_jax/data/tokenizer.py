@@ -109,6 +109,13 @@ def _load_fast(spec: str) -> PreTrainedTokenizerBase:
             f'tokenizer={spec!r} gives a {type(tokenizer).__name__}; a '
             'PreTrainedTokenizerFast is needed'
         )
+    try:
+        tokenizer.decode(tokenizer('a', return_offsets_mapping=True)['input_ids'])
+    except Exception as error:  # an entry of its files that is no setting
+        raise ValueError(
+            f'tokenizer={spec!r} cannot be used: an entry of its files is damaged '
+            f'({type(error).__name__}: {error}); fetch it again'
+        ) from error
     clock.restore_date(tokenizer, folder)
     return tokenizer
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,7 @@ def check_evaluation(
         settings.eval_batch_size, run.mesh, where, name='eval_batch_size'
     )
     check_decode_rows(run, where, settings.decode_rows)
+    stops_of(run.tokenizer, where, settings.stop_sequences)
     for name, model in (('init', init), ('base', settings.base)):
         if model is not None:
             check_policy(run, f'{where}.{name}', model)
@@ -149,14 +150,30 @@ def check_positions(
         )
 
 
+def stops_of(tokenizer: Any, where: str, stops: Sequence[str]) -> np.ndarray | None:
+    """Stop strings over the tokens of a tokenizer, see ``ops/stop_table.py``; None
+    where there are none.
+
+    Raises:
+        ValueError: one is empty or no text, they are too long, or the tokenizer does
+            not write its texts token by token.
+    """
+    if not stops:
+        return None
+    try:
+        return stop_table(token_bytes(tokenizer), [text.encode() for text in stops])
+    except ValueError as error:
+        shown = f'{stops!r}' if len(str(stops)) < 200 else f'{str(stops)[:200]}…'
+        raise ValueError(f'{where}.stop_sequences={shown}: {error}') from error
+
+
 def stop_rules(run: Run, job: Evaluation) -> Sampling:
     """The sampling parameters of a stage: its stop strings over the tokens, all EOS
     ids.
     """
-    settings, table = job.settings, None
-    if settings.stop_sequences:
-        texts = [text.encode() for text in settings.stop_sequences]
-        table = stop_table(token_bytes(run.tokenizer), texts)
+    settings = job.settings
+    where = f'config.{job.stage}'
+    table = stops_of(run.tokenizer, where, settings.stop_sequences)
     return sampling(
         eos_ids=pipeline.eos_ids(run.tokenizer),
         temperature=job.temperature,
