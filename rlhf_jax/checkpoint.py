@@ -86,13 +86,19 @@ def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
     """
     folder = stage_dir.absolute() / 'checkpoints'
     _first_process(lambda: _set_damaged_aside(folder))
-    return ocp.CheckpointManager(
-        epath.Path(folder),
-        item_handlers=ocp.StandardCheckpointHandler(),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, temporary_path_class=_Checked
-        ),
-    )
+    try:
+        return ocp.CheckpointManager(
+            epath.Path(folder),
+            item_handlers=ocp.StandardCheckpointHandler(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, temporary_path_class=_Checked
+            ),
+        )
+    except (RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(  # of an older one: the newest was compared
+            f'a checkpoint in {folder} is damaged ({type(error).__name__}: {error}); '
+            'remove all but the newest, and the same command goes on from that'
+        ) from error
 
 
 def _set_damaged_aside(folder: Path) -> None:

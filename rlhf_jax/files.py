@@ -66,6 +66,24 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 # ----------------------------------------------------------------------------- reading
 
 
+def named_path(text: str | Path) -> Path:
+    """A path that the user wrote, with ``~`` expanded; nothing needs to be there.
+
+    Raises:
+        ValueError: no path can be like that, or it may not be looked at.
+    """
+    try:
+        if '\0' in str(text):
+            raise ValueError('it holds a zero byte')
+        path = Path(text).expanduser()
+        path.exists()  # which raises where there can be none
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = str(text) if len(str(text)) < 200 else f'{str(text)[:200]}…'
+        raise ValueError(f'{shown!r} cannot be looked up ({reason})') from error
+    return path
+
+
 def remake(stage_dir: Path) -> str:
     """The commands that make the result of a finished stage anew, for an error."""
     folder = shlex.quote(str(stage_dir))

@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlhf_jax import files
-from rlhf_jax.command_line import read_flags
+from rlhf_jax.command_line import check_sections, read_flags
 from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +151,7 @@ def _run_stages(
     from rlhf_jax.data.tokenizer import check_saved, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
+    from rlhf_jax.stages import out_of_memory
     from rlhf_jax.stages.order import check_order, waits_for
     from rlhf_jax.stages.run import Run, finish, load_run_tokenizer
 
@@ -178,7 +179,9 @@ def _run_stages(
         print(f'[{stage}] {workdir / stage}', flush=True)
         try:
             job = jobs.pop(stage) if stage in jobs else _load(run, stage)
-            finish(run, stage, run.kind(stage).train(run, job))
+            with out_of_memory.told(config, stage, 'training'):
+                result = run.kind(stage).train(run, job)
+            finish(run, stage, result)
         except (OSError, ValueError) as error:
             if (reason := checkpoint.disk_error(error)) is None:
                 raise
@@ -190,7 +193,10 @@ def _run_stages(
 
 
 def _load(run: Any, stage: str) -> Any:
-    return run.kind(stage).load(run, stage, *run.settings(stage))
+    from rlhf_jax.stages import out_of_memory
+
+    with out_of_memory.told(run.config, stage, 'reading'):
+        return run.kind(stage).load(run, stage, *run.settings(stage))
 
 
 def _keep_compiled() -> None:
@@ -225,6 +231,7 @@ def _check_top_level(config: Any) -> None:
                 f'config.{name} is neither a stage nor a setting of the run'
                 f'{nearest(name, TOP_LEVEL)}'
             )
+    check_sections(config)
     seed = config.seed
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f'config.seed={seed!r}: use a whole number from 0 to 2³² − 1')

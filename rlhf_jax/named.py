@@ -31,6 +31,8 @@ def load_module(
     def missing(module: ModuleType) -> list[str]:
         return [part for part in needed if not hasattr(module, part)]
 
+    if not isinstance(name, str):
+        raise ValueError(f'{where}={name!r} is no name of a {what}')
     if '.' not in name:
         path = importlib.import_module(package).__path__
         files = [file.name for file in pkgutil.iter_modules(path)]
@@ -50,6 +52,10 @@ def load_module(
         module = importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f'{where}={name!r} cannot be imported ({error})') from error
+    except Exception as error:  # whatever the user's own module raises
+        raise ValueError(
+            f'{where}={name!r} cannot be imported ({type(error).__name__}: {error})'
+        ) from error
     if missing(module):
         raise ValueError(
             f'{where}={name!r} has no {", ".join(missing(module))}; a {what} is a '

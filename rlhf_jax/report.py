@@ -57,7 +57,12 @@ def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
     if not path.exists():
         return []
     # A last line without its end is being written at this moment: it is not a row yet.
-    lines = path.read_bytes().split(b'\n')[:-1]
+    try:
+        lines = path.read_bytes().split(b'\n')[:-1]
+    except OSError as error:
+        raise ValueError(
+            f'{path} cannot be read ({error.strerror}); put it back'
+        ) from error
     rows = []
     for i, line in enumerate(lines):
         place = f'{path}:{i + 1}'

@@ -27,14 +27,14 @@ BESIDE = {
     'config': {'ranges'},
     'files': set(),
     'verify': set(),
-    'data': {'config', 'files', 'ops', 'types', 'verify'},
+    'data': {'config', 'files', 'ops', 'ranges', 'types', 'verify'},
     'pages': {'responses'},
     'report': {'files', 'pages', 'stages'},
     'metrics': {'config', 'files', 'types'},
     'optim': {'types', 'ranges'},
     'sharding': {'optim', 'ops', 'types'},
     'checkpoint': {'files', 'models', 'types'},
-    'hf': {'models', 'types'},
+    'hf': {'files', 'models', 'types'},
 }
 
 

@@ -31,7 +31,7 @@ from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.offline import known_gold, known_kinds
 from rlhf_jax.stages.reward_model import examination
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.sampler import check_decode_rows, make_sampler
+from rlhf_jax.stages.sampler import check_sampler, make_sampler
 from rlhf_jax.stages.settings import (
     LENGTHS,
     DataSpec,
@@ -177,7 +177,7 @@ def _check_evaluation(
     where = f'config.{stage}'
     source = resolve(run, settings.policy)
     check_positions(run, f'{where}.policy', source, settings)
-    check_decode_rows(run, where, settings.decode_rows)
+    check_sampler(run, where, settings)
     length = settings.prompt_buckets[-1]
     prompts = tell_left_out(
         pipeline.load_prompts(

@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_jax.algos.ensemble import member_seed, stack_batches
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.formats import GOLD
 from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.sharding import check_batch_size, init_sharded
 from rlhf_jax.stages.console import tell_left_out
@@ -97,8 +98,7 @@ def check_offline(
 
 def known_gold(records: list[Any]) -> np.ndarray | None:
     """True rewards [N, 2] of chosen and rejected, where all records have them."""
-    keys = ('gold_chosen', 'gold_rejected')
-    gold = [[record.meta.get(key) for key in keys] for record in records]
+    gold = [[record.meta.get(key) for key in GOLD] for record in records]
     known = all(value is not None for pair in gold for value in pair)
     return np.asarray(gold, float) if known else None
 

@@ -24,7 +24,7 @@ from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, evaluate_policy
 from rlhf_jax.stages.rollouts import Method, Rollouts, train_on_rollouts
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.sampler import check_decode_rows, make_sampler
+from rlhf_jax.stages.sampler import check_sampler, make_sampler
 from rlhf_jax.stages.settings import OnlineSettings, RewardSource
 from rlhf_jax.stages.sources import (
     check_policy,
@@ -110,7 +110,7 @@ def load_online(
             f'{settings.max_new_tokens}; use 1 to {settings.max_new_tokens}'
         )
     make_schedule(settings.optim, settings.num_rollouts)
-    check_decode_rows(run, where, settings.decode_rows)
+    check_sampler(run, where, settings)
     policy = check_policy(run, f'{where}.init', settings.init)
     check_positions(run, f'{where}.init', policy, settings)
     data = [

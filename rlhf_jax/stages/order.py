@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.command_line import check_place
 from rlhf_jax.config import nearest
 from rlhf_jax.data.formats import READABLE_AS
 from rlhf_jax.stages.kinds import kind_of, named, read_settings
@@ -82,6 +83,7 @@ def _records(config: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str]]
 
 def _check_earlier(run: Run, where: str, stage: str, name: str) -> None:
     order = tuple(run.config.stages)
+    check_place(name, where)
     if name in order:
         if order.index(name) >= order.index(stage):
             raise ValueError(

@@ -46,7 +46,7 @@ from rlhf_jax.stages.offline import (
     known_kinds,
 )
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.sampler import check_decode_rows, make_sampler
+from rlhf_jax.stages.sampler import check_sampler, make_sampler
 from rlhf_jax.stages.settings import PreferenceSettings
 from rlhf_jax.stages.sources import check_policy, check_positions, frozen, load_policy
 from rlhf_jax.types import Array, Params
@@ -99,7 +99,7 @@ def load(
     where = f'config.{stage}'
     source = check_policy(run, f'{where}.init', settings.init)
     check_positions(run, f'{where}.init', source, settings)
-    check_decode_rows(run, where, settings.decode_rows)
+    check_sampler(run, where, settings)
     limits = {
         'overlong': settings.overlong,
         'on_bad': settings.on_bad,

@@ -86,9 +86,12 @@ class Run:
 
 def source_dir(workdir: Path, stages: tuple[str, ...], name: str) -> Path | None:
     """See :meth:`Run.source_dir`."""
-    if name in stages or _holds_result(workdir / name):
+    if name in stages:
         return workdir / name
-    return Path(name) if _holds_result(Path(name)) else None
+    folder = files.named_path(name)
+    if _holds_result(workdir / name):
+        return workdir / name
+    return folder if _holds_result(folder) else None
 
 
 def _holds_result(folder: Path) -> bool:

@@ -31,7 +31,7 @@ from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.run import RECORDS, Result, Run
-from rlhf_jax.stages.sampler import check_decode_rows, make_sampler
+from rlhf_jax.stages.sampler import check_sampler, make_sampler
 from rlhf_jax.stages.settings import (
     DataSpec,
     ModelName,
@@ -137,7 +137,7 @@ def load(run: Run, stage: str, settings: SampleSettings) -> SampleJob:
         )
     source = check_policy(run, f'{where}.policy', settings.policy)
     check_positions(run, f'{where}.policy', source, settings)
-    check_decode_rows(run, where, settings.decode_rows)
+    check_sampler(run, where, settings)
     check_batch_size(settings.batch_size, run.mesh, where)
     prompts = tell_left_out(
         pipeline.load_prompts(

@@ -25,7 +25,7 @@ from rlhf_jax.stages.settings import SamplerSettings
 from rlhf_jax.types import Generation, Params, PRNGKey, PromptBatch
 
 
-def check_decode_rows(run: Run, where: str, rows: int | None) -> None:
+def _check_decode_rows(run: Run, where: str, rows: int | None) -> None:
     """Refuses continuous batching where the rows would not stand on one device.
 
     Raises:
@@ -40,14 +40,41 @@ def check_decode_rows(run: Run, where: str, rows: int | None) -> None:
         )
 
 
+def check_sampler(run: Run, where: str, settings: SamplerSettings) -> None:
+    """Refuses stop strings and rows that cannot be.
+
+    Raises:
+        ValueError: a stop string that :func:`stops_of` refuses, or continuous batching
+            where the rows would not stand on one device.
+    """
+    _check_decode_rows(run, where, settings.decode_rows)
+    try:
+        stops_of(run.tokenizer, settings)
+    except ValueError as error:
+        shown = repr(settings.stop_sequences)
+        shown = shown if len(shown) < 200 else f'{shown[:200]}…'
+        raise ValueError(f'{where}.stop_sequences={shown}: {error}') from error
+
+
+def stops_of(tokenizer: Any, settings: SamplerSettings) -> np.ndarray | None:
+    """Stop strings over the tokens of a tokenizer, see ``ops/stop_table.py``; None
+    where there are none.
+
+    Raises:
+        ValueError: one is empty or no text, they are too long, or the tokenizer does
+            not write its texts token by token.
+    """
+    if not settings.stop_sequences:
+        return None
+    texts = [text.encode() for text in settings.stop_sequences]
+    return stop_table(token_bytes(tokenizer), texts)
+
+
 def stop_rules(run: Run, settings: SamplerSettings, temperature: float) -> Sampling:
     """The sampling parameters of a stage: its stop strings over the tokens, all EOS
     ids.
     """
-    table = None
-    if settings.stop_sequences:
-        texts = [text.encode() for text in settings.stop_sequences]
-        table = stop_table(token_bytes(run.tokenizer), texts)
+    table = stops_of(run.tokenizer, settings)
     return sampling(
         eos_ids=eos_ids(run.tokenizer),
         temperature=temperature,

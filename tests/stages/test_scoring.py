@@ -76,6 +76,10 @@ def not_a_number(prompts, responses):
     return [float('nan') if 'cat' in text else 0 for text in responses]
 
 
+def too_large(prompts, responses):
+    return [1e30 if 'cat' in response else 1.0 for response in responses]
+
+
 def refuses(prompts, responses):
     if any('cat' in text for text in responses):
         raise KeyError('cats')
@@ -362,6 +366,7 @@ def test_a_function_sees_the_real_rows_alone(run, responses):
         ('too_few', ['shape [13]', '14 responses', 'one number per response']),
         ('no_array', ['shape []', '14 responses']),
         ('not_a_number', ['gave nan', 'cat', 'prompt', 'finite']),
+        ('too_large', ['gave 1e+30', 'cat', 'float32 can square; scale it']),
         ('refuses', ["failed with KeyError: 'cats'", 'prompt', 'cat']),
         ('refuses_many', ['RuntimeError: one at a time', '14 responses together']),
     ],
