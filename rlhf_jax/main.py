@@ -148,11 +148,12 @@ def _run_stages(
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
     from rlhf_jax.data import clock
+    from rlhf_jax.data.sources import NotWritten
     from rlhf_jax.data.tokenizer import check_saved, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
     from rlhf_jax.stages import out_of_memory
-    from rlhf_jax.stages.order import check_order, waits_for
+    from rlhf_jax.stages.order import check_order
     from rlhf_jax.stages.run import Run, finish, load_run_tokenizer
 
     check_writers(tuple(config.metrics))
@@ -169,7 +170,10 @@ def _run_stages(
         checkpoint.check_result(folder)
     # Everything is read and checked before the first stage compiles anything; but for
     # the records that a stage of this run has still to write.
-    jobs = {s: _load(run, s) for s in unfinished if not waits_for(run, s, unfinished)}
+    jobs = {}
+    for stage in unfinished:
+        with contextlib.suppress(NotWritten):
+            jobs[stage] = _load(run, stage)
     # Only now does the directory belong to this config: after a corrected mistake in
     # the data or the batch size it can be used again.
     if not (workdir / 'config.json').exists():

@@ -10,8 +10,10 @@
                    as in a URL
 
 A file that does not exist may be one of a hub data set: ``hh:OWNER/NAME/FILE``.
-A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. What
-the fields mean is told by ``formats.py``; read it next.
+A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. Several
+specs with `` + `` between them are read one after the other. In a run ``stage:NAME`` is
+the file of records that a stage has written (``stages/run.py``). What the fields mean
+is told by ``formats.py``; read it next.
 """
 
 from __future__ import annotations
@@ -37,12 +39,17 @@ from rlhf_jax.data.raw import parquet_rows, text_lines
 from rlhf_jax.files import named_path
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
+AND = ' + '  # between data specs that are read one after the other
 SEPARATOR = '<|endoftext|>'  # between the documents of a text file
 DEEPEST = 100  # levels of lists and objects in a record
 TOGETHER = 1024  # records of TFDS are read so many at a time, which is faster
 
 # A spec ends in one: group 1 the rest, groups 2 and 3 the ends.
 SLICE = re.compile(r'(.*)\[(-?\d+%?)?:(-?\d+%?)?\]', re.DOTALL)
+
+
+class NotWritten(ValueError):
+    """The records of a stage, which it has still to write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +103,13 @@ def stream(spec: str) -> Stream:
         'hh': _read_hh,
         'text': _read_text,
     }
+    if AND in spec:
+        parts = [stream(part) for part in spec.split(AND)]
+        return Stream(lambda: itertools.chain.from_iterable(parts))
     kinds = (*readers, 'python', 'tfds')
     kind, colon, rest = spec.partition(':')
+    if kind == 'stage':
+        raise NotWritten(f'data spec {spec!r}: the stage has written no records')
     if not colon or not rest or kind not in kinds:
         hint = nearest(kind, kinds)
         raise ValueError(
