@@ -55,6 +55,7 @@ FAMILIES = {
             'robust_dpo',
             'r_dpo',
             'ld_dpo',
+            'tdpo',
             'ipo',
             'hinge',
             'kto',
