@@ -55,7 +55,6 @@ FAMILIES = {
             'robust_dpo',
             'r_dpo',
             'ld_dpo',
-            'tdpo',
             'ipo',
             'hinge',
             'kto',
