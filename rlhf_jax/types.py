@@ -147,7 +147,7 @@ class TokenLogps:
 
     mask: Array  # bool, response tokens; none of a row that fills up a batch
     logps: Array  # float32, log π of each token
-    ref_logps: Array | None = None  # float32, the same of the reference
+    ref_logps: Array | None = None  # float32, the same of the reference policy
     # float32, KL(π_ref ‖ π) between what both say of this token, over the vocabulary
     kl: Array | None = None
 
