@@ -9,9 +9,17 @@ setup(
     long_description=open('README.md', encoding='utf-8').read(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
-    package_data={'rlhf_jax': ['*.html', 'data/*.txt', 'data/tiny_base/*']},
+    package_data={'rlhf_jax': ['py.typed', '*.html', 'data/*.txt', 'data/tiny_base/*']},
+    entry_points={
+        'console_scripts': [
+            'rlhf-jax = rlhf_jax.scripts:train',
+            'rlhf-jax-sample = rlhf_jax.scripts:sample',
+            'rlhf-jax-export = rlhf_jax.scripts:export',
+        ]
+    },
     install_requires=[
         'absl-py',
         'array_record',
@@ -37,9 +45,10 @@ setup(
         'cuda': ['jax[cuda]'],
         'tpu': ['jax[tpu]'],
         'tpu-compile': ['libtpu==0.0.42.*'],  # without TPUs; the one of jax 0.10.2
-        'test': ['filelock', 'pytest', 'pytest-xdist>=3.7', 'ruff'],
+        'test': ['filelock', 'pytest', 'pytest-xdist>=3.7', 'ruff', 'setuptools>=77'],
         'parity': ['torch', 'trl==1.12.0', 'pandas', 'requests'],  # the last with PPO
         'parity-latest': ['torch', 'trl==1.16.0', 'pandas', 'requests'],
+        'docs': ['mkdocs>=1.6', 'mkdocstrings[python]>=0.26', 'ruff'],
         'tensorboard': ['tensorboardX'],
         'wandb': ['wandb'],
     },

@@ -1,6 +1,6 @@
 """rlhf_jax behind the gate: the public functions, put together as a user would.
 
-``docs/library.md`` is the same thing as a script. Every step is compiled by
+``examples/library.py`` is the same thing as a script. Every step is compiled by
 ``sharding.compile_step`` over a mesh of one device, its batch is on the host, and its
 result is waited for. Read ``run.py`` next.
 """
@@ -267,7 +267,9 @@ def without_critic(bench: Bench) -> None:
         texts = bench.timed('generate', write(state.params['policy']))
         scores = np.sum(np.asarray(texts.tokens), axis=1).astype(np.float32) % 7
         bench.gate.mark('score')
-        rollout, _ = bench.timed('prepare', prepare(state, reference, texts, scores))
+        rollout, _ = bench.timed(
+            'prepare', prepare(state, reference, texts, rj.Scores(scores))
+        )
         state, _ = bench.timed('update', update(state, rollout))
         bench.gate.end()
 
@@ -293,7 +295,9 @@ def ppo(bench: Bench) -> None:
         bench.gate.begin()
         texts = bench.timed('generate', write(state.params['policy']))
         scores = bench.timed('score', score(reward, texts.tokens, texts.mask))
-        rollout, _ = bench.timed('prepare', prepare(state, reference, texts, scores))
+        rollout, _ = bench.timed(
+            'prepare', prepare(state, reference, texts, rj.Scores(scores))
+        )
         state, _ = bench.timed('update', update(state, rollout))
         bench.gate.end()
 

@@ -14,22 +14,16 @@ Equation, defaults and what goes wrong: docs/algorithms/expert_iteration.md.
 from ml_collections import ConfigDict
 
 from configs.ladder import below, online
-from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.expert_iteration import ExpertIterationHParams
-from rlhf_jax.config import parse_arg, section
-from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.settings import OnlineSettings
+from rlhf_jax.config import parse_arg
+from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
     arg = parse_arg(arg, smoke=False, seed=0, **{'from': ''})
     config = below('expert_iteration', arg)
-    config.expert_iteration = section(
-        OnlineSettings,
-        ExpertIterationHParams,
-        ScoreHParams,
-        AnchorHParams,
+    config.expert_iteration = stage(
+        'expert_iteration',
         **online(arg),
         group_size=2 if arg.smoke else 8,
         num_epochs=1,

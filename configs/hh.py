@@ -15,18 +15,11 @@ Source of the data: Bai et al. 2022, arXiv 2204.05862.
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.ppo import PPOHParams
-from rlhf_jax.algos.rm import RMHParams
-from rlhf_jax.algos.sft import SFTHParams
 from rlhf_jax.config import parse_arg, section
-from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.sharding import ParallelConfig
+from rlhf_jax.stages.kinds import stage
 from rlhf_jax.stages.settings import (
     ModelSettings,
-    OfflineSettings,
-    PPOSettings,
-    RewardSettings,
 )
 
 
@@ -54,9 +47,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.metrics = ('jsonl',)
     config.model = section(ModelSettings)
     config.parallel = section(ParallelConfig)
-    config.sft = section(
-        OfflineSettings,
-        SFTHParams,
+    config.sft = stage(
+        'sft',
         init=arg.model,
         train=train,
         eval=held_out,
@@ -66,9 +58,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optim=dict(learning_rate=arg.learning_rate, warmup_percent=5, eps=1e-5),
         **reading,
     )
-    config.rm = section(
-        RewardSettings,
-        RMHParams,
+    config.rm = stage(
+        'reward_model',
         init='sft',
         train=train,
         eval=held_out,
@@ -80,11 +71,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optim=dict(learning_rate=arg.learning_rate / 3, warmup_percent=5, eps=1e-5),
         **reading,
     )
-    config.ppo = section(
-        PPOSettings,
-        PPOHParams,
-        ScoreHParams,
-        AnchorHParams,
+    config.ppo = stage(
+        'ppo',
         init='sft',
         rewards={'rm': dict(model='rm')},
         critic='rm',

@@ -15,11 +15,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.algos.rm import RMHParams
-from rlhf_jax.algos.sft import SFTHParams
 from rlhf_jax.config import parse_arg, section
 from rlhf_jax.sharding import ParallelConfig
-from rlhf_jax.stages.settings import ModelSettings, OfflineSettings, RewardSettings
+from rlhf_jax.stages.kinds import stage
+from rlhf_jax.stages.settings import ModelSettings
 
 DATA = 'tfds:tiny_tldr'
 
@@ -38,9 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.parallel = section(ParallelConfig)
     if arg.scratch:
         config.pretrain = pretraining(arg.smoke)
-    config.sft = section(
-        OfflineSettings,
-        SFTHParams,
+    config.sft = stage(
+        'sft',
         init='pretrain' if arg.scratch else 'tiny',
         train=f'{DATA}/demonstrations:train',
         eval=f'{DATA}/demonstrations:test',
@@ -50,9 +48,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optim=dict(learning_rate=1.5e-3, warmup_percent=5),
         loop=dict(eval_every_steps=50),
     )
-    config.rm = section(
-        RewardSettings,
-        RMHParams,
+    config.rm = stage(
+        'reward_model',
         init='sft',
         train=f'{DATA}/comparisons:train',
         eval=f'{DATA}/comparisons:test',
@@ -68,10 +65,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def pretraining(smoke: bool) -> ConfigDict:
     """The stage that makes a base model from nothing."""
-    return section(
-        OfflineSettings,
-        SFTHParams,
+    return stage(
+        'sft',
         init='scratch',
+        form='text',
         train=f'{DATA}/articles:train',
         eval=f'{DATA}/articles:test',
         num_steps=20 if smoke else 1400,

@@ -15,24 +15,16 @@ Equation, defaults and what goes wrong: docs/algorithms/online_preference.md.
 from ml_collections import ConfigDict
 
 from configs.ladder import below, online
-from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.online_preference import OnlinePreferenceHParams
-from rlhf_jax.config import parse_arg, section, unset
-from rlhf_jax.preference import load
-from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.settings import OnlinePreferenceSettings
+from rlhf_jax.config import parse_arg
+from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
     arg = parse_arg(arg, loss='dpo', smoke=False, seed=0, **{'from': ''})
     config = below('online_preference', arg)
-    config.online_preference = section(
-        OnlinePreferenceSettings,
-        OnlinePreferenceHParams,
-        ScoreHParams,
-        AnchorHParams,
-        unset(load(arg.loss, 'loss').HParams),
+    config.online_preference = stage(
+        'online_preference',
         name=arg.loss,
         **online(arg),
         group_size=2 if arg.smoke else 4,

@@ -16,12 +16,8 @@ Arguments: ``words``; ``from`` a finished run to take sft and rm from; ``smoke``
 from ml_collections import ConfigDict
 
 from configs.ladder import below, online
-from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.lagrangian import LagrangianHParams
-from rlhf_jax.algos.ppo import PPOHParams
-from rlhf_jax.config import parse_arg, section
-from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.settings import LagrangianSettings
+from rlhf_jax.config import parse_arg
+from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -29,12 +25,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, words=9.0, smoke=False, seed=0, **{'from': ''})
     config = below('ppo_lagrangian', arg)
     settings = online(arg)
-    config.ppo_lagrangian = section(
-        LagrangianSettings,
-        PPOHParams,
-        LagrangianHParams,
-        ScoreHParams,
-        AnchorHParams,
+    config.ppo_lagrangian = stage(
+        'ppo_lagrangian',
         **settings,
         cost=dict(fn='rlhf_jax.data.tiny_tldr:words_over', args={'limit': arg.words}),
         critic=settings['rewards']['rm']['model'],

@@ -16,10 +16,8 @@ has the loss's own default.
 from ml_collections import ConfigDict
 
 from configs.ladder import DATA, below, judged
-from rlhf_jax.algos.preference import PreferenceHParams
-from rlhf_jax.config import parse_arg, section, unset
-from rlhf_jax.preference import load
-from rlhf_jax.stages.settings import PreferenceSettings
+from rlhf_jax.config import parse_arg
+from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -28,10 +26,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = below('preference', arg)
     config.stages = tuple(stage for stage in config.stages if stage != 'rm')
     del config.rm
-    config.preference = section(
-        PreferenceSettings,
-        PreferenceHParams,
-        unset(load(arg.loss, 'loss').HParams),
+    config.preference = stage(
+        'preference',
         **judged(arg.smoke),
         name=arg.loss,
         init=f'{arg["from"]}/sft' if arg['from'] else 'sft',

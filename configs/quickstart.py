@@ -16,11 +16,8 @@ Arguments: ``smoke`` (about a minute, proves nothing but that everything runs),
 from ml_collections import ConfigDict
 
 from configs.ladder import below, online
-from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.ppo import PPOHParams
-from rlhf_jax.config import parse_arg, section
-from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.settings import PPOSettings
+from rlhf_jax.config import parse_arg
+from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -28,11 +25,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, smoke=False, seed=0, **{'from': ''})
     config = below('ppo', arg)
     settings = online(arg)
-    config.ppo = section(
-        PPOSettings,
-        PPOHParams,
-        ScoreHParams,
-        AnchorHParams,
+    config.ppo = stage(
+        'ppo',
         **settings,
         critic=settings['rewards']['rm']['model'],
         critic_optim=settings['optim'],

@@ -18,10 +18,8 @@ loss's own default.
 from ml_collections import ConfigDict
 
 from configs import ladder
-from rlhf_jax.algos.rm import RMHParams
-from rlhf_jax.config import nearest, parse_arg, section, unset
-from rlhf_jax.reward_losses import load
-from rlhf_jax.stages.settings import RewardSettings
+from rlhf_jax.config import nearest, parse_arg
+from rlhf_jax.stages.kinds import stage
 
 COMPARISONS = f'{ladder.DATA}/comparisons:'
 REFERENCES = f'{ladder.DATA}/demonstrations:test'
@@ -51,10 +49,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg['from'] or arg.kind == 'steps':
         config.stages = ('rm',)
     settings = dict(init=f'{arg["from"]}/sft' if arg['from'] else 'sft') | more
-    config.rm = section(
-        RewardSettings,
-        RMHParams,
-        unset(load(arg.loss or usual, 'loss').HParams),
+    config.rm = stage(
+        'reward_model',
         loss=arg.loss or usual,
         train=f'{data}train',
         eval=f'{data}test',

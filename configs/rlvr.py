@@ -1,6 +1,7 @@
 """RLVR: word problems, GRPO, and a program that knows the right answers.
 
     python -m rlhf_jax.main --config configs/rlvr.py --workdir runs/rlvr
+    python -m rlhf_jax.main --config configs/rlvr.py:name=maxrl --workdir runs/maxrl
     python -m rlhf_jax.main --config configs/rlvr.py:smoke --workdir runs/smoke
 
 A small decoder learns sums (pretrain) and imitates worked answers, 30% of which are
@@ -8,23 +9,18 @@ wrong (sft); GRPO then pays for the right final number and for nothing else. The
 reward model. The judge is the same verifier on held-out problems. Shao et al. 2024,
 arXiv 2402.03300; Lambert et al. 2024, arXiv 2411.15124.
 
-Arguments: ``smoke``, ``seed=N``. Data, verifiers and what goes wrong:
-docs/algorithms/verifiable_rewards.md.
+Arguments: ``name`` of another estimator than GRPO's, a module of
+rlhf_jax/algos/estimators or your own; ``smoke``, ``seed=N``. Data, verifiers and what
+goes wrong: docs/algorithms/verifiable_rewards.md.
 """
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.estimators import grpo
-from rlhf_jax.algos.policy_gradient import PolicyHParams
-from rlhf_jax.algos.sft import SFTHParams
-from rlhf_jax.config import parse_arg, section, unset
-from rlhf_jax.rewards import ScoreHParams
+from rlhf_jax.config import parse_arg, section
 from rlhf_jax.sharding import ParallelConfig
+from rlhf_jax.stages.kinds import stage
 from rlhf_jax.stages.settings import (
     ModelSettings,
-    OfflineSettings,
-    PolicyGradientSettings,
 )
 
 DATA = 'python:rlhf_jax.data.tiny_math'
@@ -32,7 +28,7 @@ DATA = 'python:rlhf_jax.data.tiny_math'
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, smoke=False, seed=0)
+    arg = parse_arg(arg, name='grpo', smoke=False, seed=0)
     config = ConfigDict()
     config.seed = arg.seed
     config.stages = ('pretrain', 'sft', 'policy_gradient')
@@ -51,10 +47,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         weight_decay=0.01,
         b2=0.98,
     )
-    config.pretrain = section(
-        OfflineSettings,
-        SFTHParams,
+    config.pretrain = stage(
+        'sft',
         init='scratch',
+        form='text',
         train=f'{DATA}:texts?split=train',
         eval=f'{DATA}:texts?split=test',
         num_steps=20 if arg.smoke else 800,
@@ -63,9 +59,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optim=muon,
         loop=dict(eval_every_steps=200),
     )
-    config.sft = section(
-        OfflineSettings,
-        SFTHParams,
+    config.sft = stage(
+        'sft',
         init='pretrain',
         train=f'{DATA}:demonstrations?split=train',
         eval=f'{DATA}:demonstrations?split=test',
@@ -77,13 +72,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     correct = dict(fn='rlhf_jax.verify:numeric_answer', args={'where': ('####',)})
     held_out = f'{DATA}:prompts?split=test'
-    config.policy_gradient = section(
-        PolicyGradientSettings,
-        PolicyHParams,
-        ScoreHParams,
-        AnchorHParams,
-        unset(grpo.HParams),
-        name='grpo',
+    config.policy_gradient = stage(
+        'policy_gradient',
+        name=arg.name,
         init='sft',
         rewards={'correct': correct},
         gold=correct,

@@ -18,18 +18,11 @@ from urllib.parse import urlencode
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.ppo import PPOHParams
-from rlhf_jax.algos.rm import RMHParams
-from rlhf_jax.algos.sft import SFTHParams
 from rlhf_jax.config import parse_arg, section
-from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.sharding import ParallelConfig
+from rlhf_jax.stages.kinds import stage
 from rlhf_jax.stages.settings import (
     ModelSettings,
-    OfflineSettings,
-    PPOSettings,
-    RewardSettings,
 )
 
 REVIEWS = 'tfds:imdb_reviews/plain_text:train'
@@ -64,9 +57,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.metrics = ('jsonl',)
     config.model = section(ModelSettings)
     config.parallel = section(ParallelConfig)
-    config.sft = section(
-        OfflineSettings,
-        SFTHParams,
+    config.sft = stage(
+        'sft',
         init=arg.model,
         train=openings('demonstrations', 'train'),
         eval=openings('demonstrations', 'test'),
@@ -76,9 +68,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         buckets=(104,),
         optim=dict(learning_rate=arg.learning_rate, warmup_percent=10, eps=1e-5),
     )
-    config.rm = section(
-        RewardSettings,
-        RMHParams,
+    config.rm = stage(
+        'reward_model',
         init='sft',
         train=pairs('train'),
         eval=pairs('test'),
@@ -90,11 +81,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optim=dict(learning_rate=arg.learning_rate, warmup_percent=5, eps=1e-5),
     )
     rate = dict(schedule='linear', warmup_percent=10, eps=1e-5)
-    config.ppo = section(
-        PPOSettings,
-        PPOHParams,
-        ScoreHParams,
-        AnchorHParams,
+    config.ppo = stage(
+        'ppo',
         init='sft',
         rewards={'rm': dict(model='rm')},
         critic='rm',

@@ -30,12 +30,15 @@ from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals.best_of_n import best_of_n_report, text_ids
-from rlhf_jax.evals.policy import GOLD, Sampled, sample_policy
+from rlhf_jax.evals.policy import Sampled, sample_policy
+from rlhf_jax.responses import GOLD
 from rlhf_jax.sharding import ParallelConfig, make_mesh
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, make_writer
-from rlhf_jax.stages.run import Run, load_policy, load_run_tokenizer
-from rlhf_jax.stages.settings import EvaluationSettings
+from rlhf_jax.stages.evaluation import Evaluation
+from rlhf_jax.stages.online import Online
+from rlhf_jax.stages.run import Run, load_run_tokenizer
+from rlhf_jax.stages.sampler import make_sampler
+from rlhf_jax.stages.sources import load_policy
 from rlhf_jax.types import Array, Generation
 
 _BASE = flags.DEFINE_string('base', 'runs/quickstart', 'Finished run with a reward.')
@@ -51,8 +54,8 @@ _PPO = flags.DEFINE_list('ppo', [], 'Runs whose ppo is drawn into the figure.')
 TABLE = ('n', 'proxy', 'gold', 'win_rate', 'kl_bound', 'kl')
 
 
-def load(base: Path, prompts: str | None) -> tuple[Run, Evaluation, str]:
-    """The finished run, what its ppo is evaluated on, and what its ppo starts from.
+def load(base: Path, prompts: str | None) -> tuple[Run, Online]:
+    """The finished run, and its ppo as it was before training.
 
     Raises:
         ValueError: no run, no settings of ppo in it, or models that are not finished.
@@ -63,29 +66,19 @@ def load(base: Path, prompts: str | None) -> tuple[Run, Evaluation, str]:
     config = ConfigDict(json.loads(path.read_text(encoding='utf-8'))['config'])
     if 'ppo' not in config:
         raise ValueError(f'{path} has no ppo section, which names rewards and prompts')
-    names = set(EvaluationSettings.__dataclass_fields__) & set(config.ppo)
-    section = {name: config.ppo[name] for name in names}
     if prompts is not None:
-        section['eval_prompts'] = prompts
-    (settings,) = build(section, EvaluationSettings, where='config.ppo')
+        config.ppo.eval_prompts = prompts
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
     run = Run(base, config, make_mesh(parallel), load_run_tokenizer(config))
-    data = pipeline.load_prompts(
-        settings.eval_prompts,
-        run.tokenizer,
-        max_prompt_length=settings.prompt_buckets[-1],
-        overlong=config.ppo.overlong,
-        on_bad=config.ppo.on_bad,
-    )
-    where = ('ppo', settings, config.ppo.temperature, config.ppo.init)
-    return run, check_evaluation(run, *where, data), config.ppo.init
+    return run, run.kind('ppo').load(run, 'ppo', *run.settings('ppo'))
 
 
-def draw(run: Run, job: Evaluation, init: str, num_samples: int) -> list[Sampled]:
+def draw(run: Run, stage: Online, num_samples: int) -> list[Sampled]:
     """N responses to every prompt, scored; in every ``Sampled`` one per prompt."""
-    policy, params = load_policy(run, init, run.key('best_of_n'))
-    write = make_writer(run, job, policy)
-    scorers = scoring.make_scorers(run, job.rewards)
+    settings, job = stage.settings, stage.evaluation
+    policy, params = load_policy(run, settings.init, run.key('best_of_n'))
+    sampler = make_sampler(run, settings, job.temperature, policy)
+    scorers = scoring.make_scorers(run, job.scorers)
 
     def statistics(generation: Generation) -> dict[str, Array]:
         # Sampled from the reference itself: its log-probabilities are the sampler's.
@@ -101,7 +94,9 @@ def draw(run: Run, job: Evaluation, init: str, num_samples: int) -> list[Sampled
             job.prompts, job.settings.eval_batch_size, job.settings.prompt_buckets
         )
         return sample_policy(
-            lambda batch: write(params, batch, jax.random.fold_in(key, next(counter))),
+            lambda batch: sampler(
+                params, batch, jax.random.fold_in(key, next(counter))
+            ),
             statistics,
             scorers,
             run.tokenizer,
@@ -116,7 +111,7 @@ def draw(run: Run, job: Evaluation, init: str, num_samples: int) -> list[Sampled
 def report(job: Evaluation, samples: Sequence[Sampled]) -> list[dict[str, Any]]:
     """The table over n."""
     gold = None
-    if GOLD in job.rewards:
+    if GOLD in job.scorers:
         gold = np.stack([sampled.scores[GOLD] for sampled in samples], axis=1)
     return best_of_n_report(
         np.stack([sampled.proxy(job.weights) for sampled in samples], axis=1),
@@ -198,9 +193,10 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     workdir = Path(_WORKDIR.value)
     try:
-        run, job, init = load(Path(_BASE.value), _PROMPTS.value)
+        run, stage = load(Path(_BASE.value), _PROMPTS.value)
+        job = stage.evaluation
         points = {Path(x).name: rollouts(Path(x), job.weights) for x in _PPO.value}
-        rows = report(job, draw(run, job, init, _SAMPLES.value))
+        rows = report(job, draw(run, stage, _SAMPLES.value))
     except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)

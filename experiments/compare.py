@@ -33,7 +33,7 @@ FAMILIES = {
     'reward model, sampling': {
         'ppo': ('quickstart', ''),
         **{
-            name: (name, '')
+            name: ('policy_gradient', f'name={name},')
             for name in (
                 'rloo',
                 'grpo',
@@ -43,10 +43,10 @@ FAMILIES = {
                 'remax',
                 'gspo',
                 'cispo',
-                'online_dpo',
-                'expert_iteration',
             )
         },
+        'online_dpo': ('online_dpo', ''),
+        'expert_iteration': ('expert_iteration', ''),
     },
     'comparisons': {
         name: ('preference', f'loss={name},')

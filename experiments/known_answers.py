@@ -57,6 +57,7 @@ from rlhf_jax.types import (
     OnlineState,
     Params,
     PPOState,
+    Scores,
 )
 
 BETA = 0.5
@@ -383,11 +384,13 @@ def _iteration(
             costs = score(rows, COST)
             models = ActorCritics(MODEL, CRITIC, CRITIC)
             how = {'model': models, 'hp': hp, 'constraint': method.constraint}
-            rollout, _ = prepare_lagrangian(state, REF, rows, scores, costs, **how)
+            rollout, _ = prepare_lagrangian(
+                state, REF, rows, Scores(scores, {'cost': costs}), **how
+            )
             return lagrangian_step(state, rollout, tx=tx, **how)[0]
         if estimator is None:
             how = {'model': ActorCritic(MODEL, CRITIC), 'hp': hp}
-            rollout, _ = prepare(state, REF, rows, scores, **how)
+            rollout, _ = prepare(state, REF, rows, Scores(scores), **how)
             return ppo_step(state, rollout, tx=tx, **how)[0]
         baseline = None
         if estimator is remax:
@@ -397,8 +400,7 @@ def _iteration(
             state,
             REF,
             rows,
-            scores,
-            baseline,
+            Scores(scores, baseline=baseline),
             estimator=estimator,
             estimator_hp=estimator.HParams(),
             **how,

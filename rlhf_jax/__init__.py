@@ -1,10 +1,13 @@
 """RLHF in JAX/Flax as pure functions: SFT → reward model → PPO, and preference losses.
 
 The public names, explicit. Everything here is a pure function or a plain dataclass;
-nothing reads a config or touches a disk. ``docs/library.md`` shows how they go
-together; read ``types.py`` next.
+nothing reads a config or touches a disk. ``docs/library.md`` has them by use, and the
+modules for what does: reading models and data, checkpoints, evaluation. Read
+``types.py`` next.
 """
 
+from rlhf_jax import preference, reward_losses
+from rlhf_jax.algos import estimators
 from rlhf_jax.algos.anchors import AnchorHParams, move_anchors
 from rlhf_jax.algos.ensemble import ensemble_rm_step, stack_batches, stack_members
 from rlhf_jax.algos.expert_iteration import (
@@ -28,10 +31,12 @@ from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_p
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.preference import (
     PreferenceHParams,
+    implicit_rewards,
     preference_step,
     reference_logps,
 )
 from rlhf_jax.algos.rm import RMHParams, rm_step
+from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.config import TransformerConfig
@@ -42,6 +47,8 @@ from rlhf_jax.ops.best_of_n import (
     best_of_n_mean,
     best_of_n_win_rate,
 )
+from rlhf_jax.ops.kl import kl_estimate, token_kl
+from rlhf_jax.ops.rows import in_groups, pad_left, pad_right, repeat_prompts
 from rlhf_jax.ops.stop_table import stop_table
 from rlhf_jax.pool import generate_pooled
 from rlhf_jax.rewards import (
@@ -61,6 +68,7 @@ from rlhf_jax.types import (
     LagrangianState,
     Metrics,
     OnlineState,
+    Outcomes,
     PairBatch,
     PPOState,
     PreferencePairs,
@@ -70,9 +78,12 @@ from rlhf_jax.types import (
     RatingBatch,
     Rollout,
     RunningMoments,
+    Scores,
     StepBatch,
     TokenBatch,
     TrainState,
+    merge_metrics,
+    train_state,
 )
 
 __all__ = [
@@ -86,8 +97,9 @@ __all__ = [
     'LagrangianRollout',
     'LagrangianState',
     'Metrics',
-    'OnlineState',
     'OnlinePreferenceHParams',
+    'OnlineState',
+    'Outcomes',
     'PPOHParams',
     'PPOState',
     'PairBatch',
@@ -100,6 +112,7 @@ __all__ = [
     'RankingBatch',
     'RatingBatch',
     'Rollout',
+    'Scores',
     'RunningMoments',
     'SFTHParams',
     'Sampling',
@@ -113,28 +126,39 @@ __all__ = [
     'best_of_n_kl_bound',
     'best_of_n_mean',
     'best_of_n_win_rate',
-    'expert_iteration_step',
     'combine_members',
     'combine_steps',
     'ensemble_rm_step',
     'ensemble_scores',
+    'estimators',
+    'expert_iteration_step',
     'generate',
     'generate_pooled',
+    'implicit_rewards',
+    'in_groups',
     'initial_log_lambda',
     'initial_moments',
+    'kl_estimate',
     'lagrangian_step',
+    'merge_metrics',
     'move_anchors',
     'online_preference_step',
     'overlong_penalty',
+    'pad_left',
+    'pad_right',
     'policy_step',
     'ppo_step',
+    'preference',
     'preference_step',
     'prepare',
-    'prepare_lagrangian',
     'prepare_best',
+    'prepare_lagrangian',
     'prepare_pairs',
     'prepare_policy',
     'reference_logps',
+    'repeat_prompts',
+    'response_logprobs',
+    'reward_losses',
     'reward_model_scores',
     'rm_step',
     'sampling',
@@ -145,4 +169,6 @@ __all__ = [
     'stack_members',
     'start_from',
     'stop_table',
+    'token_kl',
+    'train_state',
 ]

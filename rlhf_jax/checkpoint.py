@@ -38,7 +38,15 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.types import Params
 
 # What the checksums of a finished stage cover.
-RESULT, RESULT_PARTS = 'the result of a stage', ('params', 'model.json', 'tokenizer')
+RESULT, RESULT_PARTS = (
+    'the result of a stage',
+    (
+        'params',
+        'model.json',
+        'tokenizer',
+        'records.jsonl',
+    ),
+)
 
 
 def disk_error(error: OSError | ValueError) -> str | None:
@@ -78,13 +86,19 @@ def open_checkpoints(stage_dir: Path, keep: int) -> ocp.CheckpointManager:
     """
     folder = stage_dir.absolute() / 'checkpoints'
     _first_process(lambda: _set_damaged_aside(folder))
-    return ocp.CheckpointManager(
-        epath.Path(folder),
-        item_handlers=ocp.StandardCheckpointHandler(),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, temporary_path_class=_Checked
-        ),
-    )
+    try:
+        return ocp.CheckpointManager(
+            epath.Path(folder),
+            item_handlers=ocp.StandardCheckpointHandler(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, temporary_path_class=_Checked
+            ),
+        )
+    except (RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(  # of an older one: the newest was compared
+            f'a checkpoint in {folder} is damaged ({type(error).__name__}: {error}); '
+            'remove all but the newest, and the same command goes on from that'
+        ) from error
 
 
 def _set_damaged_aside(folder: Path) -> None:
@@ -216,25 +230,28 @@ def save_params(
     facts: ScoreFacts | None = None,
 ) -> None:
     """Writes the result of a stage: ``params/`` and ``model.json``, and checksums of
-    both, and of the stage's own tokenizer where it has one.
+    both, of the stage's own tokenizer and of its records, where it has them.
 
     Args:
         stage_dir: the stage's folder.
-        params: ``{part: parameters}``; parts are 'policy', 'reward' or 'critic'.
+        params: ``{part: parameters}``; parts are 'policy', 'reward' or 'critic'; {}
+            where the stage makes no model.
         models: the configuration of every part.
         members: of an ensemble, whose parameters are stacked.
         facts: of a reward model; None for one with a single score.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = epath.Path(stage_dir.absolute() / 'params')
-        checkpointer.save(path, params, force=True)
+    if params:
+        with ocp.StandardCheckpointer() as checkpointer:
+            path = epath.Path(stage_dir.absolute() / 'params')
+            checkpointer.save(path, params, force=True)
     table = {part: dataclasses.asdict(config) for part, config in models.items()}
     if members > 1:
         table = {part: {**config, 'members': members} for part, config in table.items()}
     if facts not in (None, ScoreFacts()):
         more = dataclasses.asdict(facts)
         table = {part: {**config, **more} for part, config in table.items()}
-    write_json(stage_dir / 'model.json', table)
+    if table:
+        write_json(stage_dir / 'model.json', table)
     _first_process(lambda: write_checksums(stage_dir, RESULT, RESULT_PARTS))
 
 

@@ -13,15 +13,16 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from rlhf_jax.config import nearest
+from rlhf_jax.config import failure, nearest
+from rlhf_jax.files import named_path
 
 # Settings that are dicts: new names may stand below them. What else is new there is
 # refused when the dataclasses are built (``config.build``).
+LONGEST = 200  # characters of the name of a flag
 OPEN = ('rewards', 'args', 'heads')
 SETTING = re.compile(r'--?(?:no)?config\.([^=]+)(?:=(.*))?', re.S)
 
@@ -34,15 +35,21 @@ def read_recipe(text: str) -> ConfigDict:
     """The config of ``file.py`` or ``file.py:argument``.
 
     Raises:
-        ValueError: no such file, no ``get_config`` in it, or one without an argument
-            where there is one; whatever the recipe itself refuses.
+        ValueError: no such file, one that fails (with its line), no ``get_config`` in
+            it, one without an argument where there is one, or that returns no
+            ``ConfigDict``; whatever the recipe itself refuses.
     """
     name, has_argument, argument = text.partition(':')
-    if not Path(name).is_file():
+    if not named_path(name).is_file():
         raise ValueError(f'--config: No such file or directory: {name!r}')
+    if not name.endswith('.py'):
+        raise ValueError(f'--config={text}: name a Python file, which ends in .py')
     spec = importlib.util.spec_from_file_location('config_of_the_run', name)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f'--config={text}: {failure(error)}') from error
     if not hasattr(module, 'get_config'):
         raise ValueError(f'--config: {name} has no function get_config')
     arguments = [argument] if has_argument else []
@@ -50,7 +57,77 @@ def read_recipe(text: str) -> ConfigDict:
         inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
         raise ValueError(f'--config={text}: its get_config: {error}') from error
-    return module.get_config(*arguments)
+    try:
+        config = module.get_config(*arguments)
+    except ValueError as error:  # what the recipe refuses
+        raise ValueError(f'--config={text}: {error}') from error
+    except Exception as error:
+        raise ValueError(f'--config={text}: {failure(error)}') from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f'--config={text}: its get_config returned a {type(config).__name__}; it '
+            'should return an ml_collections.ConfigDict'
+        )
+    return config
+
+
+def check_sections(config: ConfigDict) -> None:
+    """Checks that a config has what every run needs, each of its kind.
+
+    Args:
+        config: of a recipe, with what flags have changed.
+
+    Raises:
+        ValueError: an entry that is missing or of another kind, or one that still waits
+            for a value.
+    """
+    _check_filled(config, 'config')
+    kinds = {
+        'seed': (int, 'a whole number'),
+        'stages': (tuple | list, 'a tuple of stages'),
+        'tokenizer': (str, 'a text'),
+        'model': (ConfigDict, 'a section: section(ModelSettings)'),
+        'parallel': (ConfigDict, 'a section: section(ParallelConfig)'),
+        'metrics': (tuple | list, 'a tuple of names'),
+    }
+    for name, (kind, what) in kinds.items():
+        if name not in config:
+            raise ValueError(f'config.{name} is missing; it should be {what}')
+        value = config[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f'config.{name}={value!r}: it should be {what}')
+    for name in ('stages', 'metrics'):
+        if odd := [part for part in config[name] if not isinstance(part, str)]:
+            raise ValueError(f'config.{name}: {odd[0]!r} is no name')
+
+
+def check_place(value: Any, where: str) -> None:
+    """Refuses a text that neither a folder nor a hub name can be.
+
+    Args:
+        value: of a setting that names a model; of other types it passes here.
+        where: how the user knows it, e.g. ``'config.sft.init'``.
+
+    Raises:
+        ValueError: see :func:`rlhf_jax.files.named_path`, or it is empty.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f'{where}={value!r} is empty; name a stage or a model')
+        try:
+            named_path(value)
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from error
+
+
+def _check_filled(config: ConfigDict, where: str) -> None:
+    for name in config.keys():
+        try:
+            value = config[name]
+        except config_dict.RequiredValueError as error:
+            raise ValueError(f'{where}.{name} is needed and not set') from error
+        if isinstance(value, ConfigDict):
+            _check_filled(value, f'{where}.{name}')
 
 
 def read_flags(arguments: Sequence[str], default: str) -> tuple[ConfigDict, list[str]]:
@@ -70,6 +147,8 @@ def read_flags(arguments: Sequence[str], default: str) -> tuple[ConfigDict, list
         rest += [] if named else [part]
     config, left = read_recipe(recipe), []
     for part in rest:
+        if len(name := part.partition('=')[0]) > LONGEST:
+            raise ValueError(f'{name[:LONGEST]}… is no flag')
         setting = SETTING.fullmatch(part)
         if setting is None or not _apply(config, setting[1], setting[2], part):
             left.append(part)

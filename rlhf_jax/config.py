@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import importlib
 import os
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -304,6 +305,16 @@ def build_named(
     return build(values, *classes, named, where=where)
 
 
+def failure(error: Exception) -> str:
+    """What code of the user's own failed with, and in which line, for an error."""
+    if isinstance(error, SyntaxError):
+        place, reason = f'{error.filename}:{error.lineno}', error.msg
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place, reason = f'{frame.filename}:{frame.lineno}', error
+    return f'{type(error).__name__}: {reason} ({place})'
+
+
 def load_dotted(name: str, where: str) -> Callable[..., Any]:
     """Imports ``'package.module:function'``.
 
@@ -317,6 +328,10 @@ def load_dotted(name: str, where: str) -> Callable[..., Any]:
         raise ValueError(
             f'{where}={name!r} cannot be imported ({error}); write '
             'package.module:function'
+        ) from error
+    except Exception as error:  # whatever the user's own module raises
+        raise ValueError(
+            f'{where}={name!r} cannot be imported: {failure(error)}'
         ) from error
     if not callable(result):
         raise ValueError(

@@ -16,7 +16,7 @@ import os
 import shlex
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,16 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(value, indent=1, sort_keys=True, default=str) + '\n'
     _write(path, lambda file: file.write(text.encode()))
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Writes JSON lines so that a reader sees the old file or the new one."""
+
+    def write(file: BinaryIO) -> None:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
+
+    _write(path, write)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -54,6 +64,24 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 # ----------------------------------------------------------------------------- reading
+
+
+def named_path(text: str | Path) -> Path:
+    """A path that the user wrote, with ``~`` expanded; nothing needs to be there.
+
+    Raises:
+        ValueError: no path can be like that, or it may not be looked at.
+    """
+    try:
+        if '\0' in str(text):
+            raise ValueError('it holds a zero byte')
+        path = Path(text).expanduser()
+        path.exists()  # which raises where there can be none
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = str(text) if len(str(text)) < 200 else f'{str(text)[:200]}…'
+        raise ValueError(f'{shown!r} cannot be looked up ({reason})') from error
+    return path
 
 
 def remake(stage_dir: Path) -> str:

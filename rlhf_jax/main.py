@@ -15,10 +15,11 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,24 +28,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlhf_jax import files
-from rlhf_jax.command_line import read_flags
+from rlhf_jax.command_line import check_sections, read_flags
 from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
 _DEFAULT = _ROOT / 'configs' / 'quickstart.py'
 
-STAGES = (
-    'pretrain',
-    'sft',
-    'rm',
-    'cost',
-    'preference',
-    'expert_iteration',
-    'online_preference',
-    'policy_gradient',
-    'ppo',
-    'ppo_lagrangian',
-)
+# What a config has beside its stages.
+TOP_LEVEL = ('seed', 'stages', 'tokenizer', 'model', 'parallel', 'metrics')
 
 
 def main(argv: list[str]) -> None:
@@ -96,7 +87,6 @@ def launch(config: Any, workdir: str | Path, profile: bool = False) -> dict[str,
     """
     workdir = Path(workdir)
     _check_top_level(config)
-    _check_sources(config, workdir)
     resolved = json.loads(config.to_json_best_effort())
     claim(workdir, resolved)
     if (
@@ -126,7 +116,7 @@ def _launch_alone(
     unfinished = _unfinished(config, workdir)
     from rlhf_jax.report import check_files
 
-    check_files(workdir, config.stages)
+    check_files(workdir, resolved)
     if unfinished:
         _run_stages(config, workdir, unfinished, resolved, profile)
     else:
@@ -161,18 +151,9 @@ def _run_stages(
     from rlhf_jax.data.tokenizer import check_saved, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
-    from rlhf_jax.stages import (
-        expert_iteration,
-        offline,
-        online,
-        online_preference,
-        policy_gradient,
-        ppo,
-        ppo_lagrangian,
-        preference,
-        reward_model,
-    )
-    from rlhf_jax.stages.run import Run, load_run_tokenizer, source_dir
+    from rlhf_jax.stages import out_of_memory
+    from rlhf_jax.stages.order import check_order, waits_for
+    from rlhf_jax.stages.run import Run, finish, load_run_tokenizer
 
     check_writers(tuple(config.metrics))
     (parallel,) = build(config.parallel, ParallelConfig, where='config.parallel')
@@ -183,49 +164,39 @@ def _run_stages(
         clock.restore_date(run.tokenizer, workdir / 'tokenizer')
     else:
         clock.begin(run.tokenizer)
-    loaders = {
-        'pretrain': (offline.load_language_model, offline.train_language_model),
-        'sft': (offline.load_language_model, offline.train_language_model),
-        'rm': (reward_model.load_reward_model, reward_model.train_reward_model),
-        'cost': (reward_model.load_reward_model, reward_model.train_reward_model),
-        'preference': (preference.load_preference, preference.train_preference),
-        'expert_iteration': (
-            expert_iteration.load_expert_iteration,
-            online.train_online,
-        ),
-        'online_preference': (
-            online_preference.load_online_preference,
-            online.train_online,
-        ),
-        'policy_gradient': (policy_gradient.load_policy_gradient, online.train_online),
-        'ppo': (ppo.load_ppo, online.train_online),
-        'ppo_lagrangian': (ppo_lagrangian.load_ppo_lagrangian, online.train_online),
-    }
     _keep_compiled()
-    sources = {str(name) for s in unfinished for _, name in _sources(config[s])}
-    for name in sorted(sources.difference(unfinished)):
-        folder = source_dir(run, name)
-        if folder is not None:
-            checkpoint.check_result(folder)
-    # Everything is read and checked before the first stage compiles anything.
-    jobs = [(loaders[stage][1], loaders[stage][0](run, stage)) for stage in unfinished]
+    for folder in check_order(run, unfinished):
+        checkpoint.check_result(folder)
+    # Everything is read and checked before the first stage compiles anything; but for
+    # the records that a stage of this run has still to write.
+    jobs = {s: _load(run, s) for s in unfinished if not waits_for(run, s, unfinished)}
     # Only now does the directory belong to this config: after a corrected mistake in
     # the data or the batch size it can be used again.
     if not (workdir / 'config.json').exists():
         save_tokenizer(run.tokenizer, workdir / 'tokenizer')
     files.write_json(workdir / 'config.json', _description(resolved))
-    for train, job in jobs:
-        print(f'[{job.stage}] {workdir / job.stage}', flush=True)
+    for stage in unfinished:
+        print(f'[{stage}] {workdir / stage}', flush=True)
         try:
-            train(run, job)
+            job = jobs.pop(stage) if stage in jobs else _load(run, stage)
+            with out_of_memory.told(config, stage, 'training'):
+                result = run.kind(stage).train(run, job)
+            finish(run, stage, result)
         except (OSError, ValueError) as error:
             if (reason := checkpoint.disk_error(error)) is None:
                 raise
             raise ValueError(
-                f'{workdir / job.stage} cannot be read or written ({reason}); make '
+                f'{workdir / stage} cannot be read or written ({reason}); make '
                 'room or mend it, and give the same command again: it goes on from the '
                 'last checkpoint'
             ) from error
+
+
+def _load(run: Any, stage: str) -> Any:
+    from rlhf_jax.stages import out_of_memory
+
+    with out_of_memory.told(run.config, stage, 'reading'):
+        return run.kind(stage).load(run, stage, *run.settings(stage))
 
 
 def _keep_compiled() -> None:
@@ -252,61 +223,40 @@ def _keep_compiled() -> None:
 
 def _check_top_level(config: Any) -> None:
     from rlhf_jax.config import nearest
+    from rlhf_jax.stages.kinds import kind_of
 
-    known = ('seed', 'stages', 'tokenizer', 'model', 'parallel', 'metrics', *STAGES)
     for name in config:
-        if name not in known:
-            raise ValueError(f'config.{name} is unknown{nearest(name, known)}')
+        if name not in TOP_LEVEL and not isinstance(config[name], ConfigDict | None):
+            raise ValueError(
+                f'config.{name} is neither a stage nor a setting of the run'
+                f'{nearest(name, TOP_LEVEL)}'
+            )
+    check_sections(config)
     seed = config.seed
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f'config.seed={seed!r}: use a whole number from 0 to 2³² − 1')
-    order = [s for s in STAGES if s in config.stages]
+    known = [
+        name
+        for name in config
+        if name not in TOP_LEVEL and isinstance(config[name], ConfigDict)
+    ]
+    for name in known:
+        kind_of(config, name)
+    if not config.stages:
+        raise ValueError(f'config.stages is empty; name stages, of {sorted(known)}')
     for stage in config.stages:
-        if stage not in STAGES:
-            raise ValueError(
-                f'config.stages: {stage!r} is no stage{nearest(stage, STAGES)}'
-            )
-        if stage not in config:
+        if stage not in known:
             raise ValueError(
                 f'config.stages names {stage!r}, but config.{stage} is not set'
+                f'{nearest(stage, known)}'
             )
-    if list(config.stages) != order or not order:
-        raise ValueError(
-            f'config.stages={tuple(config.stages)}: need some of {STAGES}, in order'
-        )
-
-
-def _check_sources(config: Any, workdir: Path) -> None:
-    """A stage that another starts from must come before it, or be finished."""
-    for stage in config.stages:
-        for name, source in _sources(config[stage]):
-            if source not in STAGES:
-                continue
-            if STAGES.index(source) >= STAGES.index(stage):
-                raise ValueError(
-                    f'config.{stage}.{name}={source!r} does not come before {stage}; '
-                    'the order '
-                    f'is {", ".join(STAGES)}'
-                )
-            if source in config.stages or (workdir / source / 'done.json').exists():
-                continue
+        if not re.fullmatch(r'[A-Za-z_][A-Za-z0-9_-]*', stage):
             raise ValueError(
-                f'config.{stage}.{name}={source!r} is neither among config.stages='
-                f'{tuple(config.stages)} nor finished in {workdir}; add it to the '
-                'stages, or '
-                "name another run's stage folder"
+                f'config.stages: {stage!r} cannot be the name of a folder; use '
+                'letters, digits, _ and -'
             )
-
-
-def _sources(settings: ConfigDict) -> Iterator[tuple[str, Any]]:
-    """Where a stage names the models that it needs, and what it names there."""
-    for name, value in settings.items():
-        if isinstance(value, ConfigDict):
-            if name != 'args':  # of a function, which may mean anything by them
-                inner = _sources(value)
-                yield from ((f'{name}.{place}', model) for place, model in inner)
-        elif name in ('init', 'base', 'critic', 'cost_critic', 'model'):
-            yield name, value
+    if len(set(config.stages)) < len(config.stages):
+        raise ValueError(f'config.stages={tuple(config.stages)} names a stage twice')
 
 
 def _description(resolved: Any) -> dict[str, Any]:

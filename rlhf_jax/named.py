@@ -31,24 +31,31 @@ def load_module(
     def missing(module: ModuleType) -> list[str]:
         return [part for part in needed if not hasattr(module, part)]
 
+    if not isinstance(name, str):
+        raise ValueError(f'{where}={name!r} is no name of a {what}')
     if '.' not in name:
-        files = pkgutil.iter_modules(importlib.import_module(package).__path__)
-        modules = {
-            f.name: importlib.import_module(f'{package}.{f.name}') for f in files
-        }
-        known = {key: module for key, module in modules.items() if not missing(module)}
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f'did you mean {close[0]!r}?' if close else f'use {sorted(known)},'
-            raise ValueError(
-                f'{where}={name!r} is no {what}; {hint} or package.module for '
-                'one of your own'
-            )
-        return known[name]
+        path = importlib.import_module(package).__path__
+        files = [file.name for file in pkgutil.iter_modules(path)]
+        if name in files:
+            module = importlib.import_module(f'{package}.{name}')
+            if not missing(module):
+                return module
+        modules = {file: importlib.import_module(f'{package}.{file}') for file in files}
+        known = [file for file, module in modules.items() if not missing(module)]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f'did you mean {close[0]!r}?' if close else f'use {sorted(known)},'
+        raise ValueError(
+            f'{where}={name!r} is no {what}; {hint} or package.module for one of your '
+            'own'
+        )
     try:
         module = importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f'{where}={name!r} cannot be imported ({error})') from error
+    except Exception as error:  # whatever the user's own module raises
+        raise ValueError(
+            f'{where}={name!r} cannot be imported ({type(error).__name__}: {error})'
+        ) from error
     if missing(module):
         raise ValueError(
             f'{where}={name!r} has no {", ".join(missing(module))}; a {what} is a '

@@ -13,6 +13,9 @@ import math
 import typing
 from typing import Any
 
+# Of rewards, ratings and margins: float32 holds the sum of the squares of many.
+LARGEST_SCORE = 1e18
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:

@@ -1,10 +1,9 @@
 """The page a run leaves: ``report.html`` for people, ``report.json`` for scripts.
 
-``write_report`` reads what the stages wrote into the work directory, has each stage
-judged (``verdicts.py``) and renders the template ``report.html`` beside this file. It
-computes nothing about models: a number that no stage wrote is left out, and the page
-says so. ``main.py`` calls it at the end of a run; read ``plots.py`` next, which draws
-the figures.
+``write_report`` reads what the stages wrote into the work directory, shows each as the
+page of its kind says (``pages/page.py``, which to read next) and renders the template
+``report.html`` beside this file. It computes nothing about models: a number that no
+stage wrote is left out, and the page says so. ``main.py`` calls it at the end of a run.
 """
 
 from __future__ import annotations
@@ -14,65 +13,24 @@ import importlib.resources
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from rlhf_jax import plots
 from rlhf_jax.files import delete_line, read_json, remake, remake_config, without_rows
-from rlhf_jax.verdicts import (
-    COMPARED,
-    ONLINE,
-    REWARD_MODELS,
-    Json,
-    has_gold,
-    interval,
-    judge,
-    kind_of,
-    number,
-    warnings,
-)
+from rlhf_jax.pages.drawing import drawn
+from rlhf_jax.pages.page import Json, Page, Verdict, interval, number
+from rlhf_jax.stages.kinds import kind_of
+from rlhf_jax.stages.order import in_order
 
-TITLES = {
-    'pretrain': 'Pretraining',
-    'sft': 'Fine-tuning (SFT)',
-    'rm': 'Reward model',
-    'cost': 'Cost model',
-    'preference': 'Preference optimisation',
-    'expert_iteration': 'Expert iteration',
-    'online_preference': 'Online preference optimisation',
-    'policy_gradient': 'Policy gradient without a critic',
-    'ppo': 'PPO',
-    'ppo_lagrangian': 'PPO under a cost constraint',
-}
-
-# What a stage's eval.json must hold; everything else in it is optional.
-REQUIRED = {
-    'pretrain': ('loss', 'loss_before', 'tokens', 'uniform_loss'),
-    'sft': ('loss', 'loss_before', 'tokens', 'uniform_loss'),
-    'preference': ('prompts', 'kl', 'accuracy', 'interval', 'pairs', 'length_baseline'),
-    **dict.fromkeys(
-        ONLINE, ('prompts', 'kl', 'proxy_reward_before', 'proxy_reward_after')
-    ),
-}
-# Of a reward model, by the kind of its data.
-REQUIRED_OF_KIND = {
-    'comparisons': ('accuracy', 'interval', 'pairs', 'loss', 'length_baseline'),
-    'rankings': ('accuracy', 'interval', 'rankings', 'loss', 'length_baseline'),
-    'ratings': ('ratings', 'loss', 'rmse', 'baseline_rmse', 'by_head'),
-    'steps': ('accuracy', 'interval', 'steps', 'loss', 'majority_baseline'),
-}
 REQUIRED_IN_BINS = {
     'by_margin': ('lo', 'hi', 'count', 'accuracy'),
     'by_length_difference': ('lo', 'hi', 'count', 'accuracy'),
     'calibration': ('predicted', 'observed', 'count'),
 }
-
-# Shown on the page.
-MAX_SAMPLES, MAX_COMPARED = 4, 12
-LONG_PROMPT = 240  # characters; a longer prompt is folded
+LONG_PROMPT = 240  # characters; a longer prompt is folded on the page
 
 
 # ----------------------------------------------------------------------------- reading
@@ -99,7 +57,12 @@ def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
     if not path.exists():
         return []
     # A last line without its end is being written at this moment: it is not a row yet.
-    lines = path.read_bytes().split(b'\n')[:-1]
+    try:
+        lines = path.read_bytes().split(b'\n')[:-1]
+    except OSError as error:
+        raise ValueError(
+            f'{path} cannot be read ({error.strerror}); put it back'
+        ) from error
     rows = []
     for i, line in enumerate(lines):
         place = f'{path}:{i + 1}'
@@ -125,16 +88,17 @@ def _require(row: Any, keys: tuple[str, ...], where: str, mend: str) -> None:
         )
 
 
-def _read_evaluation(stage: str, folder: Path) -> Json | None:
+def _page_of(config: Json, stage: str) -> Page:
+    """The page of a stage's kind; a plain one for a folder that no config knows."""
+    return kind_of(config, stage).PAGE if stage in config else Page(title='Folder')
+
+
+def _read_evaluation(page: Page, folder: Path) -> Json | None:
     path = folder / 'eval.json'
     evaluation = _read_json(path, remake(folder))
     if evaluation is None:
         return None
-    if stage in REWARD_MODELS:
-        required = REQUIRED_OF_KIND[kind_of(evaluation)]
-    else:
-        required = REQUIRED.get(stage, ())
-    _require(evaluation, required, str(path), remake(folder))
+    _require(evaluation, page.required(evaluation), str(path), remake(folder))
     for key, keys in REQUIRED_IN_BINS.items():
         for i, row in enumerate(evaluation.get(key) or []):
             _require(row, keys, f'{path}: {key}[{i}]', remake(folder))
@@ -142,49 +106,46 @@ def _read_evaluation(stage: str, folder: Path) -> Json | None:
 
 
 def _read_stage(
-    stage: str, folder: Path
+    page: Page, folder: Path
 ) -> tuple[list[Json], Json | None, Json | None, list[Json]]:
     """Rows of metrics, evaluation, what it took, samples; as far as they are there."""
     rows = _read_rows(folder / 'metrics.jsonl', ('step',))
-    evaluation = _read_evaluation(stage, folder)
+    evaluation = _read_evaluation(page, folder)
     done = _read_json(folder / 'done.json', remake(folder))
     if done is not None:
         _require(done, ('steps', 'seconds'), str(folder / 'done.json'), remake(folder))
-    keys = ('before', 'after') if stage in COMPARED else ('response',)
-    samples = []
-    if stage in TITLES:
-        samples = _read_rows(folder / 'samples.jsonl', ('prompt', *keys))
+    samples = _read_rows(folder / 'samples.jsonl', page.sample_keys)
     return rows, evaluation, done, samples
 
 
-def check_files(workdir: Path, stages: Sequence[str]) -> None:
+def check_files(workdir: Path, config: Json) -> None:
     """Reads everything that the report of a run will read, before it goes on.
 
     Args:
         workdir: of the run.
-        stages: of the run; of these the finished ones must have all their files.
+        config: of the run; the finished ones of its stages must have all their files.
 
     Raises:
         ValueError: a file is damaged or missing.
     """
-    for stage in _stages(workdir):
+    for stage in _stages(workdir, config):
         folder = workdir / stage
-        _, evaluation, done, _ = _read_stage(stage, folder)
-        if done is None or stage not in stages:
+        _, evaluation, done, _ = _read_stage(_page_of(config, stage), folder)
+        if done is None or stage not in config['stages']:
             continue
         if evaluation is None:
             raise ValueError(f'{folder / "eval.json"} is missing; {remake(folder)}')
-        if not (folder / 'metrics.jsonl').exists():
+        if done['steps'] and not (folder / 'metrics.jsonl').exists():
             raise ValueError(without_rows(folder / 'metrics.jsonl'))
 
 
 # ---------------------------------------------------------------------------- assembly
 
 
-def _stage_view(stage: str, folder: Path) -> Json:
+def _stage_view(stage: str, page: Page, folder: Path) -> Json:
     """Everything the template needs to know about one stage."""
-    rows, evaluation, done, samples = _read_stage(stage, folder)
-    figures, absent = plots.draw(stage, rows, evaluation)
+    rows, evaluation, done, samples = _read_stage(page, folder)
+    figures, absent = drawn(page.draw, stage, rows, evaluation or {})
     holes = {
         name: sum(row.get(name, 0) is None for row in rows)
         for name in dict.fromkeys(key for row in rows for key in row)
@@ -200,21 +161,22 @@ def _stage_view(stage: str, folder: Path) -> Json:
         absent.append('No metrics.jsonl with rows: there are no learning curves.')
     if not samples:
         absent.append('No samples.jsonl with rows: there are no samples.')
+    judged = Verdict('unknown', 'not evaluated', 'an evaluation when the stage ends')
+    if evaluation is not None:
+        judged = page.verdict(evaluation)
     return {
         'name': stage,
-        'title': TITLES.get(stage, stage),
-        'compared': stage in COMPARED,
-        'facts': FACTS[stage] if stage in FACTS else _numbers(evaluation or {}),
-        'max_samples': MAX_COMPARED if stage in COMPARED else MAX_SAMPLES,
+        'page': page,
+        'facts': _numbers(evaluation or {}) if page.facts is None else page.facts,
         'rows': rows,
         'evaluation': evaluation,
         'done': done,
-        'judged': judge(stage, evaluation),
-        'warnings': warnings(stage, evaluation),
+        'judged': judged,
+        'warnings': page.warnings(evaluation or {}),
+        'remark': page.remark(evaluation or {}),
         'plots': figures,
         'absent': absent,
         'samples': samples,
-        'without_gold': stage in COMPARED and evaluation and not has_gold(evaluation),
     }
 
 
@@ -246,61 +208,8 @@ def _report(views: list[Json], run: Json) -> Json:
     }
 
 
-# What stands in the table of an evaluation: (label, key, unit).
-FACTS = {
-    'pretrain': (
-        ('Loss', 'loss', 'nats/token'),
-        ('Loss before', 'loss_before', 'nats/token'),
-        ('Uniform guessing', 'uniform_loss', 'nats/token'),
-        ('Evaluated on', 'tokens', 'tokens'),
-    ),
-    'rm': (
-        ('Held-out pairs', 'pairs', ''),
-        ('Held-out rankings', 'rankings', ''),
-        ('Held-out ratings', 'ratings', ''),
-        ('Held-out steps', 'steps', ''),
-        ('Loss', 'loss', 'per pair, rating or step'),
-        ('Kendall’s τ', 'kendall_tau', 'mean over rankings'),
-        ('Texts on the right side of 0', 'sign_accuracy', 'fraction'),
-        ('The more frequent side', 'sign_baseline', 'fraction'),
-        ('Root mean squared error', 'rmse', 'rating units'),
-        ('The same of the mean rating', 'baseline_rmse', 'rating units'),
-        ('First errors found', 'first_error_found', 'of responses with one'),
-        ('Faultless responses kept', 'faultless_kept', 'of those'),
-        ('Mean score of the references', 'mean_reference_score', 'reward units'),
-        ('Largest effect of the padding side', 'padding_gap', 'reward units'),
-    ),
-    'ppo': (
-        ('Prompts', 'prompts', ''),
-        ('Wins over before', 'win_rate', 'by gold reward'),
-        ('Ties', 'ties', ''),
-        ('KL to the reference', 'kl', 'nats per sequence'),
-    ),
-}
-FACTS['sft'], FACTS['cost'] = FACTS['pretrain'], FACTS['rm']
-FACTS |= dict.fromkeys(ONLINE, FACTS['ppo'])
-FACTS['preference'] = (
-    *FACTS['ppo'],
-    ('Held-out pairs', 'pairs', ''),
-    ('Accuracy of the implicit reward', 'accuracy', 'fraction of pairs'),
-    ('Mean margin of the implicit reward', 'margin', 'reward units'),
-    ('Logistic loss of the margins', 'loss', 'nats/pair'),
-)
-# Before and after, under key_before and key_after.
-CHANGES = (
-    ('Proxy reward', 'proxy_reward', 'reward units, before shaping'),
-    ('Gold reward', 'gold_reward', 'reward units'),
-    ('Cost', 'cost', 'cost units'),
-    ('Log-likelihood under the reference', 'ref_logprob', 'nats/token'),
-    ('Log-likelihood under the base model', 'base_logprob', 'nats/token'),
-    ('Response length', 'length', 'tokens'),
-    ('Responses that ended', 'ended', 'fraction'),
-    ('Distinct bigrams', 'distinct', 'fraction'),
-)
-
-
 def _numbers(evaluation: Json) -> tuple[tuple[str, str, str], ...]:
-    """What is shown of a stage that the report does not know: all single numbers."""
+    """All single numbers, for a page that names no facts."""
     return tuple(
         (key, key, '')
         for key, value in evaluation.items()
@@ -338,19 +247,21 @@ def _page(title: str, report: Json, views: list[Json], run: Json) -> str:
         written=now.strftime('%d %B %Y, %H:%M UTC'),
         report=report,
         views=views,
-        missing=[TITLES[s] for s in TITLES if s not in report['stages']],
         config=json.dumps(run['config'], indent=2, ensure_ascii=False),
-        changes=CHANGES,
         long_prompt=LONG_PROMPT,
     )
 
 
-def _stages(workdir: Path) -> list[str]:
-    """The stages with a folder, in order; those that have no title come last."""
+def _stages(workdir: Path, config: Json) -> list[str]:
+    """The stages with a folder, in order; folders that no config knows come last."""
     files = ('metrics.jsonl', 'eval.json', 'done.json')
-    others = {path.parent.name for name in files for path in workdir.glob(f'*/{name}')}
-    known = [stage for stage in TITLES if (workdir / stage).is_dir()]
-    return known + sorted(others - TITLES.keys())
+    there = {path.parent.name for name in files for path in workdir.glob(f'*/{name}')}
+    sections = {name for name in config if isinstance(config[name], dict)}
+    there |= {name for name in sections if (workdir / name).is_dir()}
+    listed = list(config['stages']) if 'stages' in config else []
+    known = sorted(there & config.keys() - {*listed})
+    ordered = in_order(config, [s for s in (*known, *listed) if s in there])
+    return ordered + sorted(there - {*ordered})
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Json:
@@ -379,7 +290,11 @@ def write_report(workdir: str | os.PathLike[str]) -> Json:
             f'{path} does not exist; --workdir must name the directory of a run'
         )
     _require(run, ('config',), str(path), remake_config(path))
-    views = [_stage_view(stage, workdir / stage) for stage in _stages(workdir)]
+    config = run['config'] or {}
+    views = [
+        _stage_view(stage, _page_of(config, stage), workdir / stage)
+        for stage in _stages(workdir, config)
+    ]
     report = _report(views, run)
     page = _page(workdir.resolve().name, report, views, run)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)

@@ -1,10 +1,12 @@
-"""Shows what a finished stage writes, and what the reward model says of it.
+"""Shows what the policy of a finished stage responds, and how it scores.
 
-    python -m rlhf_jax.sample --workdir runs/quickstart --stage ppo --prompt "…"
+    python -m rlhf_jax.sample --workdir runs/quickstart --prompt "…"
     python -m rlhf_jax.sample --workdir runs/quickstart --stage sft --num 3
 
-Without ``--prompt`` the first prompts of the run's ``samples.jsonl`` are continued. A
-``\\n`` in the prompt is a line break.
+Without ``--stage`` the policy that was finished last is taken; every reward model of
+the run that gives a response a single score scores. Without ``--prompt`` the first
+prompts of the run's ``samples.jsonl`` are continued. A ``\\n`` in the prompt is a line
+break.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.rewards import ensemble_scores, reward_model_scores
 from rlhf_jax.stages.scoring import text_batch
-from rlhf_jax.types import Params
+from rlhf_jax.types import Generation, Params
 
 
 def load_part(
@@ -82,7 +84,7 @@ def sample(
     top_p: float | None = None,
     seed: int = 0,
     templated: bool | None = None,
-) -> list[tuple[str, bool, float | None]]:
+) -> list[tuple[str, bool, dict[str, float]]]:
     """Continues a prompt.
 
     Args:
@@ -99,8 +101,8 @@ def sample(
             tokenizer's template does.
 
     Returns:
-        (response, whether it ended by itself, reward-model score or None) per sample;
-        of an ensemble the mean of its members.
+        (response, whether it ended by itself, its scores by the name of the reward
+        model) per sample.
 
     Raises:
         ValueError: an unfinished stage, an empty prompt, or one that is too long.
@@ -133,26 +135,39 @@ def sample(
     ]
     texts = decode_behind(tokenizer, [prompt_end] * num, kept)
     ended = np.asarray(result.ended).tolist()
-    scores: list[float | None] = [None] * num
-    if _has_single_score(workdir / 'rm'):
-        reward, reward_params = load_part(workdir, 'rm', 'reward')
-        read, mask = result.tokens, result.mask
-        if (workdir / 'rm' / 'tokenizer').exists():  # not the policy's
-            own, limit = stage_tokenizer(workdir / 'rm'), reward.config.max_positions
-            read, mask, _ = text_batch(own, [prompt] * num, texts, ended, limit)
-        if checkpoint.load_members(workdir / 'rm', 'reward') > 1:
-            values = ensemble_scores(reward_params, read, mask, model=reward).mean(-1)
-        else:
-            values = reward_model_scores(reward_params, read, mask, model=reward)
-        scores = [float(value) for value in values]
+    columns = {
+        name: _scores(workdir, name, result, prompt, texts)
+        for name in finished_stages(workdir, 'reward')
+        if checkpoint.load_score_facts(workdir / name, 'reward')
+        == checkpoint.ScoreFacts()
+    }
+    scores = [{name: column[i] for name, column in columns.items()} for i in range(num)]
     return list(zip(texts, ended, scores))
 
 
-def _has_single_score(folder: Path) -> bool:
-    """Whether a finished reward model gives a response one number by itself."""
-    if not (folder / 'done.json').exists():
-        return False
-    return checkpoint.load_score_facts(folder, 'reward') == checkpoint.ScoreFacts()
+def finished_stages(workdir: Path, part: str) -> list[str]:
+    """The finished stages of a run that made a part, the last one at the end."""
+    done = sorted(workdir.glob('*/done.json'), key=lambda path: path.stat().st_mtime)
+    folders = [path.parent for path in done if (path.parent / 'model.json').exists()]
+    return [f.name for f in folders if part in checkpoint.load_model_configs(f)]
+
+
+def _scores(
+    workdir: Path, name: str, generation: Generation, prompt: str, texts: list[str]
+) -> list[float]:
+    """By a reward model of the run; of an ensemble the mean of its members."""
+    folder = workdir / name
+    reward, params = load_part(workdir, name, 'reward')
+    read, mask = generation.tokens, generation.mask
+    if (folder / 'tokenizer').exists():  # not the policy's
+        own, limit = stage_tokenizer(folder), reward.config.max_positions
+        ended = np.asarray(generation.ended).tolist()
+        read, mask, _ = text_batch(own, [prompt] * len(texts), texts, ended, limit)
+    if checkpoint.load_members(folder, 'reward') > 1:
+        values = ensemble_scores(params, read, mask, model=reward).mean(-1)
+    else:
+        values = reward_model_scores(params, read, mask, model=reward)
+    return [float(value) for value in values]
 
 
 def main(argv: list[str]) -> None:
@@ -161,17 +176,22 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     workdir, console = Path(values.workdir), Console()
     try:
+        if (stage := values.stage) is None:
+            policies = finished_stages(workdir, 'policy')
+            if not policies:
+                raise ValueError(f'{workdir} has no finished stage with a policy')
+            stage = policies[-1]
         if values.prompt is None:
-            prompts = _known(workdir, values.stage)
+            prompts = _known(workdir, stage)
         else:
             # The shell's bytes are UTF-8, whatever the locale took them for.
             prompt = os.fsencode(values.prompt).decode('utf-8')
             prompts = [(prompt.replace('\\n', '\n'), None)]
         for prompt, templated in prompts:
             console.print(Panel(Text(prompt), title='prompt', title_align='left'))
-            for text, ended, score in sample(
+            for text, ended, scores in sample(
                 workdir,
-                values.stage,
+                stage,
                 prompt,
                 num=values.num,
                 max_new_tokens=values.max_new_tokens,
@@ -181,7 +201,8 @@ def main(argv: list[str]) -> None:
                 templated=templated,
             ):
                 mark = '' if ended else '  (did not end)'
-                label = 'no reward model' if score is None else f'score {score:+.3f}'
+                label = ', '.join(f'{name} {x:+.3f}' for name, x in scores.items())
+                label = label or 'no reward model'
                 console.print(f'{label}{mark}: {text}', markup=False)
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
@@ -206,7 +227,7 @@ def run() -> None:
     # A console without UTF-8 shows other characters by their code.
     sys.stdout.reconfigure(errors='backslashreplace')
     flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
-    flags.DEFINE_string('stage', 'ppo', 'Finished stage with a policy.')
+    flags.DEFINE_string('stage', None, 'Stage with a policy; the last by default.')
     flags.DEFINE_string('prompt', None, 'Text to continue.')
     flags.DEFINE_integer('num', 2, 'Samples per prompt.')
     flags.DEFINE_integer('max_new_tokens', 48, 'Longest response, in tokens.')

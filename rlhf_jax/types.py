@@ -16,7 +16,7 @@ masked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +139,20 @@ class PreferenceSingles:
 
 
 @struct.dataclass(kw_only=True)
+class TokenLogps:
+    """What a preference loss sees of single tokens, where it asks for them: arrays as
+    the tokens of the batch, [P, 2, T] or [P, T], 0 where ``mask`` is False. Texts are
+    where they were or moved to the right, each in its order.
+    """
+
+    mask: Array  # bool, response tokens; none of a row that fills up a batch
+    logps: Array  # float32, log π of each token
+    ref_logps: Array | None = None  # float32, the same of the reference
+    # float32, KL(π_ref ‖ π) between what both say of this token, over the vocabulary
+    kl: Array | None = None
+
+
+@struct.dataclass(kw_only=True)
 class PairLogps:
     """What a pairwise preference loss sees of ``PreferencePairs``.
 
@@ -151,6 +165,7 @@ class PairLogps:
     weight: Array  # [P] float32
     ref_logps: Array | None = None  # [P, 2] float32, the same of the reference
     ref_shared_logps: Array | None = None  # [P, 2] float32
+    tokens: TokenLogps | None = None  # [P, 2, T], for a loss with ``TOKENS``
     # [P] each: what the loss's own ``context`` said of the whole batch
     context: dict[str, Array] = struct.field(default_factory=dict)
 
@@ -178,6 +193,7 @@ class SingleLogps:
     mismatched_logps: Array | None = None  # [P] float32, of another row's response
     ref_logps: Array | None = None  # [P] float32, the same of the reference
     ref_mismatched_logps: Array | None = None  # [P] float32
+    tokens: TokenLogps | None = None  # [P, T], for a loss with ``TOKENS``
     # [P] each: what the loss's own ``context`` said of the whole batch
     context: dict[str, Array] = struct.field(default_factory=dict)
 
@@ -217,6 +233,15 @@ class Generation:
     response_length: int | None = struct.field(pytree_node=False, default=None)
 
 
+class Scores(NamedTuple):
+    """What was said of the responses of a rollout, in reward units."""
+
+    total: Array  # [B] float32, what is optimised: weighted, scaled and shaped
+    each: Mapping[str, Array] | None = None  # [B] by name, as the scorers gave it
+    weights: Mapping[str, Array | float] | None = None  # of those in the weighted sum
+    baseline: Array | None = None  # [B] the total of the policy's greedy response
+
+
 @struct.dataclass(kw_only=True)
 class Outcomes:
     """What an advantage estimator sees: ``G`` responses to each of ``P`` prompts."""
@@ -225,6 +250,10 @@ class Outcomes:
     rewards: Array
     mask: Array  # [P, G, T] bool, response tokens
     baseline: Array | None = None  # [P, G] float32, score of the greedy response
+    # [P, G] float32 each: the single rewards by name, as they were scored, before they
+    # are weighted, summed up and shaped, and their weights in the sum
+    scores: Mapping[str, Array] | None = None
+    weights: Mapping[str, Array | float] | None = None
 
     @property
     def returns(self) -> Array:
@@ -288,6 +317,28 @@ class TrainState:
     rng: PRNGKey  # base key of the stage
     params: Params
     opt_state: Any
+
+
+def train_state(
+    params: Params, tx: Any, key: PRNGKey, of: Any = TrainState, **fields: Any
+) -> Any:
+    """The state that training starts from.
+
+    Args:
+        params: of the model; for a state with several, ``{'policy': …, 'critic': …}``.
+        tx: the optimizer, an ``optax.GradientTransformation``.
+        key: base key of the stage.
+        of: the kind of state, e.g. ``PPOState``.
+        **fields: what this kind has beside those of ``TrainState``, e.g.
+            ``kl_coef=jnp.float32(0.05)``.
+    """
+    return of(
+        step=jnp.int32(0),
+        rng=key,
+        params=params,
+        opt_state=tx.init(params),
+        **fields,
+    )
 
 
 @struct.dataclass(kw_only=True)

@@ -40,6 +40,7 @@ from rlhf_jax.types import (
     PairBatch,
     PPOState,
     Rollout,
+    Scores,
     TokenBatch,
     TrainState,
 )
@@ -141,7 +142,7 @@ def step_of(name):
             functools.partial(in_compute_dtype, config=CONFIG), policy
         )
         written = Generation(**common, logprobs=numbers, ended=places(bool))
-        args = state, reference, written, places(jnp.float32)
+        args = state, reference, written, Scores(places(jnp.float32))
         kinds = ('params', 'params', 'batch', 'batch'), ('batch', 'replicated')
         return functools.partial(prepare, **models, hp=hp), args, *kinds
     names = 'old_logprobs', 'ref_logprobs', 'advantages', 'old_values', 'returns'

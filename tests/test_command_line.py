@@ -1,8 +1,9 @@
 """What flags change in a recipe: None, new entries, and what is refused."""
 
 import pytest
+from ml_collections import ConfigDict, config_dict
 
-from rlhf_jax.command_line import OPEN, read_flags
+from rlhf_jax.command_line import OPEN, check_sections, read_flags
 from rlhf_jax.config import build, section
 from rlhf_jax.stages import settings
 from rlhf_jax.stages.settings import PPOSettings, RewardSource
@@ -115,8 +116,78 @@ def test_a_recipe_that_is_none(tmp_path):
         read_flags([f'--config={path}:smoke'], 'other.py')
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('def get_config(arg):\n    return {}\n', 'returned a dict; it should'),
+        ('def get_config(arg):\n    pass\n', 'returned a NoneType; it should'),
+        ('def get_config(arg):\n    return 1 / 0\n', 'ZeroDivisionError'),
+        ('get_config = 3\n', 'is not a callable'),
+        ('x = 1\ny = {}[3]\n', 'KeyError: 3 ('),
+        ('x = 1\ndef get_config(:\n', 'SyntaxError: invalid syntax ('),
+        ('def get_config(arg):\n    raise ValueError("no " + arg)\n', ': no smoke'),
+        ('import no_such_module\n', 'ModuleNotFoundError'),
+    ],
+)
+def test_a_recipe_that_fails(tmp_path, text, message):
+    path = tmp_path / 'recipe.py'
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_flags([f'--config={path}:smoke'], 'other.py')
+    assert f'--config={path}:smoke: ' in str(caught.value)
+    assert message in str(caught.value), str(caught.value)
+
+
+def test_the_path_of_a_recipe(tmp_path):
+    for path, message in {
+        '~nouser/x.py': 'cannot be looked up',
+        'x' * 999: 'File name too long',
+        str(tmp_path): 'No such file',
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_flags([f'--config={path}'], 'other.py')
+    path = tmp_path / 'recipe.txt'
+    path.write_text('x = 1')
+    with pytest.raises(ValueError, match='which ends in .py'):
+        read_flags([f'--config={path}'], 'other.py')
+
+
+WHOLE = {
+    'seed': 0,
+    'stages': ('sft',),
+    'tokenizer': 'x',
+    'model': {},
+    'parallel': {},
+    'metrics': (),
+    'sft': {},
+}
+
+
+@pytest.mark.parametrize('name', list(WHOLE)[:-1])
+def test_a_config_that_lacks_a_section(name):
+    check_sections(ConfigDict(WHOLE), ('sft',))
+    config = ConfigDict(WHOLE)
+    del config[name]
+    with pytest.raises(ValueError, match=f'config.{name} is missing; it should be'):
+        check_sections(config, ('sft',))
+    for odd in (None, 1.5, True):
+        config = ConfigDict({**WHOLE, name: odd})
+        with pytest.raises(ValueError, match=f'config.{name}={odd}: it should be'):
+            check_sections(config, ('sft',))
+
+
+def test_a_stage_that_is_no_section_and_a_value_that_is_awaited():
+    with pytest.raises(ValueError, match='config.sft=3: the settings of a stage'):
+        check_sections(ConfigDict({**WHOLE, 'sft': 3}), ('sft',))
+    with pytest.raises(ValueError, match='config.stages: 3 is no name'):
+        check_sections(ConfigDict({**WHOLE, 'stages': (3,)}), ('sft',))
+    waits = {'optim': {'rate': config_dict.required_placeholder(float)}}
+    with pytest.raises(ValueError, match='config.sft.optim.rate is needed'):
+        check_sections(ConfigDict({**WHOLE, 'sft': waits}), ('sft',))
+
+
 def test_every_setting_that_is_a_dict_takes_new_names():
-    classes = (settings.EvaluationSettings, settings.RewardSource)
+    classes = (settings.OnlineSettings, settings.RewardSource)
     dicts = {
         name
         for cls in classes

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax.main import STAGES, launch
+from rlhf_jax.main import launch
+from rlhf_jax.stages.kinds import kind_of, read_settings
 from tests.small_config import ROOT, config_file
 
 NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -25,7 +26,8 @@ def test_the_named_recipes_are_there():
 def test_a_recipe_builds(name, arg):
     config = config_file(name).get_config(arg)
     assert config.seed == (3 if arg and 'seed' in arg else 0)
-    assert set(config.stages) <= set(STAGES)
+    for stage in config.stages:
+        read_settings(kind_of(config, stage), config[stage], stage)
     json.loads(config.to_json_best_effort())
 
 
@@ -44,17 +46,11 @@ def test_a_recipe_is_short_and_says_how_it_is_launched(name):
     assert f'configs/{name}.py' in text and 'smoke' in text
 
 
+POLICY_GRADIENTS = config_file('policy_gradient').METHODS
 METHODS = (
     'preference',
     'quickstart',
-    'rloo',
-    'grpo',
-    'dr_grpo',
-    'dapo',
-    'reinforce_pp',
-    'remax',
-    'gspo',
-    'cispo',
+    *(f'policy_gradient:name={name}' for name in POLICY_GRADIENTS),
     'online_dpo',
     'expert_iteration',
     'ppo_lagrangian',
@@ -63,8 +59,9 @@ METHODS = (
 
 @pytest.mark.parametrize('name', METHODS)
 def test_methods_are_one_section_apart(name):
-    for arg in (None, 'smoke'):
-        ours = config_file(name).get_config(arg)
+    name, _, method = name.partition(':')
+    for arg in ('', 'smoke'):
+        ours = config_file(name).get_config(f'{method},{arg}')
         ladder = config_file('ladder').get_config(arg)
         *below, stage = ours.stages
         for shared in ('seed', 'tokenizer', 'model', *below):
@@ -73,7 +70,7 @@ def test_methods_are_one_section_apart(name):
         for setting, value in judged.items():  # equal terms
             told = ours[stage][setting]
             assert told == value or told.fn == value['fn'], setting
-    sweep = config_file(name).get_config('from=runs/a')
+    sweep = config_file(name).get_config(f'{method},from=runs/a')
     assert sweep.stages == (stage,)
     assert sweep[stage].init == 'runs/a/sft'
     if stage != 'preference':
@@ -86,6 +83,21 @@ def test_a_loss_lays_out_its_own_settings():
         for loss in ('simpo', 'dpo')
     )
     assert simpo.name == 'simpo' and 'gamma' in simpo and 'gamma' not in dpo
+
+
+def test_a_policy_gradient_has_its_settings_and_any_estimator_a_recipe():
+    get = config_file('policy_gradient').get_config
+    dapo, cispo, gdpo, own = (
+        get(f'name={name}').policy_gradient
+        for name in ('dapo', 'cispo', 'gdpo', 'rlhf_jax.algos.estimators.rloo')
+    )
+    assert dapo.max_draws == 4 and dapo.kl_coef == 0 and dapo.name == 'dapo'
+    assert cispo.name == 'grpo' and cispo.clip_eps_low is None and 'eps' in cispo
+    assert set(gdpo.rewards) == {'rm', 'short'} and gdpo.rewards.short.weight == -0.5
+    assert own.name == 'rlhf_jax.algos.estimators.rloo' and own.kl_coef == 0.2
+    with pytest.raises(ValueError, match="name='grp' .* did you mean 'grpo'"):
+        get('name=grp')
+    assert config_file('rlvr').get_config('name=maxrl').policy_gradient.kl_coef == 0
 
 
 def test_real_transcripts_go_through_all_stages(one_device, tmp_path):
@@ -103,7 +115,7 @@ def test_real_transcripts_go_through_all_stages(one_device, tmp_path):
     config.ppo.eval_prompts = f'hh:{TRANSCRIPTS}[2200:2216]'
     config.ppo.num_rollouts = 2
     report = launch(config, tmp_path)
-    assert [s for s in STAGES if report['stages'].get(s, {}).get('finished')] == [
+    assert [s for s, result in report['stages'].items() if result['finished']] == [
         'sft',
         'rm',
         'ppo',

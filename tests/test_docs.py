@@ -8,17 +8,23 @@ import re
 
 import pytest
 
+import rlhf_jax
+from rlhf_jax.stages.settings import RewardSource
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = ROOT / 'docs' / 'algorithms'
 ALGORITHMS = sorted(path for path in PAGES.glob('*.md') if path.name != 'README.md')
 TEXTS = [
     ROOT / 'README.md',
+    ROOT / 'CONTRIBUTING.md',
+    ROOT / 'CHANGELOG.md',
     ROOT / 'benchmarks' / 'README.md',
     *sorted((ROOT / 'docs').rglob('*.md')),
 ]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 SOURCE = re.compile(r'arXiv\s\d{4}\.\d{4,5}')
 CODE = re.compile(r'^```.*?^```|^ {4}.*?$|`[^`\n]*`', re.M | re.S)
+PYTHON = re.compile(r'^```python\n(.*?)^```', re.M | re.S)
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 
 
@@ -80,6 +86,38 @@ def test_a_page_that_a_config_names_is_there(path):
     docstring = ast.get_docstring(ast.parse(_text(path)))
     for name in re.findall(r'docs/[\w/]+\.md', docstring):
         assert (ROOT / name).exists(), f'{path.name} names {name}'
+
+
+def test_contributing_names_files_that_are_there():
+    text = _text(ROOT / 'CONTRIBUTING.md')
+    names = set(re.findall(r'`((?:rlhf_jax|tests|configs|docs|\.ci)/[\w/.]*)`', text))
+    assert len(names) > 15
+    for name in names:
+        name = name.replace('NAME', '__init__' if 'rlhf_jax' in name else 'quickstart')
+        assert (ROOT / name).exists(), f'CONTRIBUTING.md names {name}'
+
+
+WITH_PYTHON = [path for path in TEXTS if PYTHON.search(path.read_text('utf-8'))]
+
+
+@pytest.mark.parametrize(
+    'path', WITH_PYTHON, ids=[str(path.relative_to(ROOT)) for path in WITH_PYTHON]
+)
+def test_python_in_a_page_runs_when_pasted(path, tmp_path, monkeypatch):
+    """All blocks of a page, one after the other; settings of rewards are built too."""
+    monkeypatch.chdir(tmp_path)
+    names = {'__name__': '__main__'}
+    for block in PYTHON.findall(_text(path)):
+        exec(compile(block, str(path.relative_to(ROOT)), 'exec'), names)
+    for reward in [*names.get('rewards', {}).values(), names.get('gold')]:
+        if reward is not None:
+            settings = RewardSource(**reward)
+            assert (settings.model is None) != (settings.fn is None)
+
+
+def test_every_public_name_is_in_the_page_of_the_library():
+    told = set(re.findall(r'`(\w+)`', _text(ROOT / 'docs' / 'library.md')))
+    assert set(rlhf_jax.__all__) <= told
 
 
 @pytest.mark.parametrize('path', ALGORITHMS, ids=[path.stem for path in ALGORITHMS])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax import drawing
+from rlhf_jax.pages import drawing
 
 
 def test_series_skips_gaps_and_thins_by_means():

@@ -107,9 +107,9 @@ def test_sample(finished):
     prompt = 'the mayor opened a bridge\n\nTL;DR:'
     rows = sample(finished, 'sft', prompt, num=3, max_new_tokens=6, seed=1)
     assert len(rows) == 3
-    for text, ended, score in rows:
+    for text, ended, scores in rows:
         assert isinstance(text, str) and isinstance(ended, bool)
-        assert np.isfinite(score)
+        assert scores.keys() == {'rm'} and np.isfinite(scores['rm'])
     assert rows == sample(finished, 'sft', prompt, num=3, max_new_tokens=6, seed=1)
     assert rows != sample(finished, 'sft', prompt, num=3, max_new_tokens=6, seed=2)
     greedy = sample(finished, 'sft', prompt, num=2, max_new_tokens=6, temperature=0)
@@ -133,8 +133,8 @@ def test_what_cannot_be_sampled(finished, stage, prompt, message):
 def test_without_a_reward_model_there_is_no_score(finished, tmp_path):
     for name in ('sft', 'tokenizer'):
         (tmp_path / name).symlink_to(finished / name)
-    [(_, _, score)] = sample(tmp_path, 'sft', 'the mayor', num=1, max_new_tokens=2)
-    assert score is None
+    [(_, _, scores)] = sample(tmp_path, 'sft', 'the mayor', num=1, max_new_tokens=2)
+    assert scores == {}
 
 
 @pytest.mark.parametrize('module', ['main', 'sample', 'export'])

@@ -1,7 +1,8 @@
-"""The package as a library: its public names, and the script of ``docs/library.md``."""
+"""The package as a library: its public names, and the scripts in ``examples``."""
 
 import math
 import re
+import runpy
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 import rlhf_jax
+from examples import ppo_in_one_file
 from rlhf_jax import CausalLM, TransformerConfig, hf
 from tests.small_config import ROOT
 
@@ -28,7 +30,7 @@ def test_importing_takes_no_heavy_package_along():
     assert shown.stdout.strip() == 'set()'
 
 
-def test_the_script_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+def test_the_script_of_the_calls_runs(tmp_path, monkeypatch, capsys):
     config = TransformerConfig(
         vocab_size=64,
         num_layers=1,
@@ -42,11 +44,9 @@ def test_the_script_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     tokens = np.zeros((1, 2), np.int32)
     params = CausalLM(config).init(jax.random.PRNGKey(0), tokens, tokens == 0)['params']
     hf.save(tmp_path / 'llama', params, config, head='lm', eos_token_id=2)
-    page = (ROOT / 'docs' / 'library.md').read_text(encoding='utf-8')
-    [script] = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
     out = tmp_path / 'out'
     monkeypatch.setattr(sys, 'argv', ['script', str(tmp_path / 'llama'), str(out)])
-    exec(compile(script, 'docs/library.md', 'exec'), {'__name__': '__main__'})
+    runpy.run_path(str(ROOT / 'examples' / 'library.py'), run_name='__main__')
     printed = capsys.readouterr().out
     losses = [float(x) for x in re.findall(r'sft loss (\S+)', printed)]
     assert len(losses) == 5 and losses[-1] < losses[0]
@@ -58,3 +58,19 @@ def test_the_script_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     trained = hf.load_params(out, hf.load_config(out), head='lm')
     moved = jax.tree.map(lambda a, b: np.array_equal(a, b), trained, params)
     assert not all(jax.tree.leaves(moved))
+
+
+def test_ppo_in_one_file_runs_and_is_short(capsys):
+    """A few steps of each part; that it learns is for whoever has five minutes."""
+    source = (ROOT / 'examples' / 'ppo_in_one_file.py').read_text(encoding='utf-8')
+    assert len(source.splitlines()) <= 250 and 'stages' not in re.sub(
+        r'^""".*?"""', '', source, flags=re.S
+    )
+    small = '--sft_steps=2 --rm_steps=2 --rollouts=2 --batch_size=8 --rollout_size=16'
+    result = ppo_in_one_file.main([*small.split(), '--eval_prompts=20'])
+    printed = capsys.readouterr().out
+    for part in ('sft step 2: loss', 'rm step 2: loss', 'ppo rollout 2: score'):
+        assert part in printed
+    assert 'of 20 prompts' in printed
+    assert 0 <= result['win_rate'] <= 1 and math.isfinite(result['kl'])
+    assert result['gold_after'] != result['gold_before']

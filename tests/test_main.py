@@ -34,7 +34,7 @@ def never_compiled(monkeypatch):
         raise AssertionError('compiled before the mistake was found')
 
     monkeypatch.setattr('rlhf_jax.stages.run.compile_step', refuse)
-    monkeypatch.setattr('rlhf_jax.stages.run.init_sharded', refuse)
+    monkeypatch.setattr('rlhf_jax.stages.sources.init_sharded', refuse)
 
 
 def fails(config, workdir, *parts):
@@ -99,18 +99,29 @@ def test_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('key', 'value', 'parts'),
     [
-        ('pppo', {}, ['config.pppo is unknown', "'ppo'"]),
-        ('stages', ('sft', 'rn'), ["'rn' is no stage", 'pretrain, rm']),
-        ('stages', ('rm', 'sft'), ['in order']),
-        ('stages', (), ['need some of']),
+        ('pppo', {}, ['config.pppo.kind', 'no kind of stage', "did you mean 'ppo'"]),
+        ('sede', 3, ['config.sede is neither a stage', "did you mean 'seed'"]),
+        ('stages', ('sft', 'rn'), ["names 'rn', but config.rn is not set", "'rm'"]),
+        ('stages', ('rm', 'sft'), ["config.rm.init='sft' does not come before rm"]),
+        ('stages', (), ['config.stages is empty', "'ppo'"]),
         ('stages', ('sft',), ["sft.init='pretrain'", 'neither among', 'nor finished']),
         ('sft.init', 'sft', ["config.sft.init='sft'", 'does not come before']),
+        ('sft.init', '~nouser/x', ['config.sft.init', 'cannot be looked up']),
+        ('sft.init', 'x' * 999, ['config.sft.init', 'File name too long']),
+        ('sft.init', 'a\0b', ['config.sft.init', 'zero byte']),
+        ('sft.init', '', ["config.sft.init='' is empty"]),
+        ('tokenizer', '~nouser/x', ['tokenizer', 'cannot be looked up']),
+        ('tokenizer', 'os:getcwd', ["tokenizer='os:getcwd' gives a str"]),
+        ('tokenizer', 'os:chdir', ["tokenizer='os:chdir' fails: TypeError"]),
+        ('metrics', 'jsonl', ["config.metrics='jsonl': it should be a tuple"]),
+        ('parallel', None, ['config.parallel=None: it should be a section']),
+        ('sft', 3, ['config.sft=3: the settings of a stage are a section']),
         ('sft.init', 'rm', ["config.sft.init='rm'", 'does not come before']),
         ('sft.init', 'pretrian', ['pretrian']),
         ('ppo.rewards.rm.model', 'sft', ['config.ppo.rewards.rm', 'no trained score']),
         ('ppo.gold', {'model': 'sft'}, ['config.ppo.gold', 'no trained score']),
         ('ppo.base', 'ppo', ["config.ppo.base='ppo'", 'does not come before ppo']),
-        ('ppo.base', 'cost', ["config.ppo.base='cost'", 'neither among']),
+        ('ppo.base', 'cost', ["'cost' is no stage of this run"]),
         ('ppo.base', 'rm', ["config.ppo.base='rm'", 'is no language model']),
         ('ppo.clip_epz', 0.1, ['config.ppo.clip_epz is unknown', "'clip_eps'"]),
         ('sft.num_microbatches', 0, ['config.sft.num_microbatches=0', '1 or more']),
@@ -150,7 +161,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('tokenizer', '/nowhere', ['/nowhere', 'cannot be loaded']),
         ('pretrain.on_bad', 'skp', ['on_bad', 'skp', 'skip']),
         ('sft.packing', 'first', ["config.sft.packing='first'", "'best_fit'"]),
-        ('rm.packing', 'best_fit', ["config.rm.packing='best_fit'", 'only pretrain']),
+        ('rm.packing', 'best_fit', ["config.rm.packing='best_fit'", 'is unknown']),
         ('rm.sort_batches', 1, ['config.rm.sort_batches=1', 'use 2 or more']),
     ],
 )
@@ -169,7 +180,7 @@ def test_mistakes_are_named_before_compilation(
 
 def test_a_policy_of_this_run_is_no_reward_before_it_has_run(tmp_path, never_compiled):
     config = get_config()
-    recipe = config_file('grpo').get_config('smoke')
+    recipe = config_file('policy_gradient').get_config('smoke')
     config.policy_gradient = recipe.policy_gradient
     config.stages = ('pretrain', 'sft', 'rm', 'policy_gradient', 'ppo')
     config.ppo.rewards.rm.model = 'policy_gradient'
@@ -262,7 +273,7 @@ def test_a_disk_that_fills_up_in_a_stage(tmp_path, monkeypatch):
         def full(*_, error=error):
             raise error
 
-        monkeypatch.setattr('rlhf_jax.stages.offline.train_language_model', full)
+        monkeypatch.setattr('rlhf_jax.stages.sft.train', full)
         stage = str(tmp_path / 'pretrain')
         fails(config, tmp_path, stage, 'No space left on device); make room')
     monkeypatch.undo()

@@ -29,7 +29,7 @@ from rlhf_jax.sharding import (
     place,
     spec_of,
 )
-from rlhf_jax.types import PPOState, TrainState
+from rlhf_jax.types import PPOState, Scores, TrainState
 
 UPDATES = 3
 OPTIM = OptimConfig(
@@ -228,7 +228,7 @@ def test_ppo_step_agrees_with_one_device(
         )
         ref = place(policy_params, mesh, 'params')
         for _ in range(UPDATES):
-            rollout, before = ready(state, ref, generation, scores)
+            rollout, before = ready(state, ref, generation, Scores(scores))
             state, metrics = step(state, rollout, token_batch)
         metrics = {**before, **metrics}
         return state, {name: float(metric.value()) for name, metric in metrics.items()}
@@ -279,7 +279,7 @@ def test_policy_step_agrees_with_one_device(layout, policy, policy_params, gener
             inputs=('params', 'batch'),
         )
         ref = place(policy_params, mesh, 'params')
-        rollout, before = ready(state, ref, generation, scores)
+        rollout, before = ready(state, ref, generation, Scores(scores))
         for _ in range(UPDATES):
             state, metrics = step(state, rollout)
         metrics = {**before, **metrics}

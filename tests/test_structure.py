@@ -17,7 +17,7 @@ LADDER = [
     'preference reward_losses',
     'models',
     'generate rewards',
-    'pool',
+    'pool responses',
     'algos',
     'evals',
 ]
@@ -27,16 +27,14 @@ BESIDE = {
     'config': {'ranges'},
     'files': set(),
     'verify': set(),
-    'data': {'config', 'files', 'types', 'verify'},
-    'drawing': set(),
-    'plots': {'drawing', 'verdicts'},
-    'verdicts': set(),
-    'report': {'files', 'plots', 'verdicts'},
+    'data': {'config', 'files', 'ops', 'ranges', 'types', 'verify'},
+    'pages': {'responses'},
+    'report': {'files', 'pages', 'stages'},
     'metrics': {'config', 'files', 'types'},
     'optim': {'types', 'ranges'},
     'sharding': {'optim', 'ops', 'types'},
     'checkpoint': {'files', 'models', 'types'},
-    'hf': {'models', 'types'},
+    'hf': {'files', 'models', 'types'},
 }
 
 
@@ -52,7 +50,7 @@ def _allowed():
     # The only ones that see both the ladder and what stands beside it.
     everything = below | set(BESIDE) | {'stages'}
     table['stages'] = everything
-    commands = {'main', 'sample', 'export', 'workdir', 'command_line'}
+    commands = {'main', 'sample', 'export', 'scripts', 'workdir', 'command_line'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names
@@ -96,6 +94,49 @@ def test_imports_point_down(path):
             assert rest[0] in may, (
                 f'{path}:{line} imports {name}; {_part(path)} may import {sorted(may)}'
             )
+
+
+TRAINING = 'loop offline reward_function rollouts sampler scoring sources watching'
+
+
+@pytest.mark.parametrize('name', TRAINING.split())
+def test_training_knows_nothing_of_evaluation_and_report(name):
+    for found, line in _imports(PACKAGE / 'stages' / f'{name}.py'):
+        for other in ('evals', 'pages', 'report', 'stages.evaluation'):
+            place = f'{name}.py:{line} imports {found}'
+            assert not found.startswith(f'rlhf_jax.{other}'), place
+
+
+def _kinds():
+    """The files of ``stages`` that are a kind."""
+    for path in (PACKAGE / 'stages').glob('*.py'):
+        if any(
+            getattr(target, 'id', None) == 'SETTINGS'
+            for node in _tree(path).body
+            for target in getattr(node, 'targets', ())
+        ):
+            yield path.stem
+
+
+KINDS = sorted(_kinds())
+SHARED = [PACKAGE / f'{name}.py' for name in ('main', 'report', 'sample', 'export')] + [
+    path for path in (PACKAGE / 'stages').glob('*.py') if path.stem not in KINDS
+]
+
+
+def test_there_are_kinds():
+    assert {'sft', 'reward_model', 'preference', 'ppo'} <= {*KINDS}
+
+
+@pytest.mark.parametrize('path', SHARED, ids=[path.stem for path in SHARED])
+def test_what_all_kinds_share_names_none(path):
+    """Neither by a name in a text, nor by an import."""
+    stages = {*KINDS, 'pretrain', 'rm', 'cost'}
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Constant):
+            assert node.value not in stages, f'{path}:{node.lineno}'
+    for found, line in _imports(path):
+        assert found.removeprefix('rlhf_jax.stages.').split('.')[0] not in KINDS, line
 
 
 def test_the_public_names_come_from_the_pure_parts():

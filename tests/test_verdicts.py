@@ -4,9 +4,17 @@ import math
 
 import pytest
 
-from rlhf_jax.verdicts import judge, number, warnings
-from tests.test_report import STAGES, evaluation
+from rlhf_jax.pages import language_model, policy, reward_model
+from rlhf_jax.pages.page import number
+from tests.test_report import evaluation
 
+PAGES = {
+    'pretrain': language_model.PAGE,
+    'sft': language_model.PAGE,
+    'rm': reward_model.PAGE,
+    'preference': policy.PREFERENCE,
+    'ppo': policy.ONLINE,
+}
 SIGNS = {'sign_accuracy': 0.7, 'sign_interval': [0.61, 0.8], 'sign_baseline': 0.6}
 CASES = [
     # stage, changes to a passing evaluation, verdict
@@ -15,7 +23,7 @@ CASES = [
     ('pretrain', {'loss_before': 3.0}, 'fail'),
     ('sft', {}, 'pass'),
     ('sft', {'loss': 3.39}, 'fail'),  # equal is not below
-    ('sft', {'loss': 9.0, 'loss_before': 9.5}, 'pass'),  # uniform does not matter here
+    ('sft', {'loss': 9.0, 'loss_before': 9.5}, 'fail'),  # not below uniform
     ('sft', {'loss': None}, 'fail'),
     ('rm', {}, 'pass'),
     ('rm', {'interval': [0.58, 0.742]}, 'fail'),  # not above 'longer wins'
@@ -50,7 +58,9 @@ CASES = [
 
 @pytest.mark.parametrize(('stage', 'changes', 'expected'), CASES)
 def test_verdict(stage, changes, expected):
-    assert judge(stage, evaluation(stage, gold=True) | changes).verdict == expected
+    assert (
+        PAGES[stage].verdict(evaluation(stage, gold=True) | changes).verdict == expected
+    )
 
 
 def test_the_floor_of_a_reward_model_is_named():
@@ -61,12 +71,18 @@ def test_the_floor_of_a_reward_model_is_named():
         (0.5, 'interval above 0.500 (chance)'),
         (None, 'interval above 0.500 (chance)'),
     ):
-        assert judge('rm', good | {'length_baseline': longer}).expected.startswith(text)
+        assert (
+            PAGES['rm']
+            .verdict(good | {'length_baseline': longer})
+            .expected.startswith(text)
+        )
 
 
 @pytest.mark.parametrize(('after', 'expected'), [(0.1, 'pass'), (-0.21, 'fail')])
 def test_verdict_without_gold_is_the_proxy_and_says_so(after, expected):
-    got = judge('ppo', evaluation('ppo', gold=False) | {'proxy_reward_after': after})
+    got = PAGES['ppo'].verdict(
+        evaluation('ppo', gold=False) | {'proxy_reward_after': after}
+    )
     assert got.verdict == expected
     assert 'proves nothing' in got.expected
 
@@ -74,14 +90,8 @@ def test_verdict_without_gold_is_the_proxy_and_says_so(after, expected):
 @pytest.mark.parametrize(('low', 'expected'), [(0.51, 'pass'), (0.49, 'fail')])
 def test_verdict_without_gold_is_the_implicit_accuracy(low, expected):
     changes = {'interval': [low, 0.7], 'length_baseline': 0.6}
-    got = judge('preference', evaluation('preference', gold=False) | changes)
+    got = PAGES['preference'].verdict(evaluation('preference', gold=False) | changes)
     assert got.verdict == expected and got.figure.startswith('implicit accuracy 0.721')
-
-
-def test_a_stage_without_evaluation_is_unknown():
-    assert {judge(stage, None).verdict for stage in (*STAGES, 'preference')} == {
-        'unknown'
-    }
 
 
 @pytest.mark.parametrize(
@@ -100,14 +110,14 @@ def test_a_stage_without_evaluation_is_unknown():
 )
 def test_warning(stage, changes, words):
     good = evaluation(stage, gold=True)
-    assert warnings(stage, good) == []
-    (found,) = warnings(stage, good | changes)
+    assert PAGES[stage].warnings(good) == []
+    (found,) = PAGES[stage].warnings(good | changes)
     assert words in found
 
 
 def test_no_hacking_warning_when_the_proxy_fell_too():
     changes = {'gold_reward_after': 0.11, 'proxy_reward_after': -0.3}
-    assert warnings('ppo', evaluation('ppo', gold=True) | changes) == []
+    assert PAGES['ppo'].warnings(evaluation('ppo', gold=True) | changes) == []
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ from rlhf_jax.algos.updates import update_epochs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
-    Array,
     Generation,
     Mean,
     Metrics,
+    OnlineState,
     Params,
+    Scores,
     TokenBatch,
     TrainState,
     reduce_metrics,
@@ -65,9 +66,10 @@ class ExpertIterationHParams:
 
 
 def prepare_best(
+    state: OnlineState,
     ref_params: Params,
     generation: Generation,
-    scores: Array,
+    scores: Scores,
     *,
     model: CausalLM,
     hp: ExpertIterationHParams,
@@ -85,9 +87,10 @@ def prepare_best(
         rollout.
 
     Args:
+        state: not read.
         ref_params: of the frozen reference policy, for the KL that is reported.
         generation: responses; the ``hp.group_size`` ones to a prompt are adjacent rows.
-        scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
+        scores: of the responses, see ``types.Scores``.
         model: the policy, static.
         hp: hyperparameters, static.
         axis_name: mapped device axis under ``pmap``.
@@ -104,7 +107,7 @@ def prepare_best(
     grouped, metrics = score_groups(
         ref_params,
         generation,
-        scores,
+        scores.total,
         model=model,
         temperature=hp.temperature,
         group_size=hp.group_size,

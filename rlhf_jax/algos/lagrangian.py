@@ -54,6 +54,7 @@ from rlhf_jax.types import (
     Last,
     Metrics,
     Params,
+    Scores,
     TokenBatch,
     reduce_metrics,
 )
@@ -67,6 +68,9 @@ class ActorCritics(NamedTuple):
     policy: CausalLM
     critic: ScalarModel
     cost_critic: ScalarModel
+
+
+COST = 'cost'  # the name of the cost in ``Scores.each``
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,8 +145,7 @@ def prepare_lagrangian(
     state: LagrangianState,
     ref_params: Params,
     generation: Generation,
-    scores: Array,
-    costs: Array,
+    scores: Scores,
     *,
     model: ActorCritics,
     hp: PPOHParams,
@@ -162,8 +165,7 @@ def prepare_lagrangian(
         state: the critics, β and λ are read.
         ref_params: of the reference policy, frozen or ``state.ref_params``.
         generation: responses with the log-probabilities they were sampled with.
-        scores: [B] float32 reward units, shaped.
-        costs: [B] float32, above 0 where a response does harm.
+        scores: of the responses; ``each['cost']`` is above 0 where one does harm.
         model: policy and critics, static.
         hp: PPO's hyperparameters, static; ``whiten_rewards`` scales costs too.
         constraint: limit and rate of λ, static.
@@ -179,11 +181,11 @@ def prepare_lagrangian(
     ref_logprobs, _ = response_logprobs(
         ref_params, generation, model=model.policy, temperature=hp.temperature
     )
-    kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
+    kl, costs = sampled_kl(generation, ref_logprobs, hp.kl_estimator), scores.each[COST]
     how = {'hp': hp, 'axis_name': axis_name}
     params, beta = state.params, state.kl_coef
     reward = critic_targets(
-        params['critic'], generation, scores, kl, beta, model=model.critic, **how
+        params['critic'], generation, scores.total, kl, beta, model=model.critic, **how
     )
     cost = critic_targets(
         params['cost_critic'],
@@ -207,7 +209,7 @@ def prepare_lagrangian(
         costs=costs,
     )
     metrics |= objective_metrics(
-        generation, ref_logprobs, scores, reward.rewards, reward.mask
+        generation, ref_logprobs, scores.total, reward.rewards, reward.mask
     )
     metrics |= {
         'objective/kl_coef': Last(beta),

@@ -29,12 +29,13 @@ from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
-    Array,
     Generation,
     Mean,
     Metrics,
+    OnlineState,
     Params,
     PreferencePairs,
+    Scores,
     TrainState,
     reduce_metrics,
 )
@@ -63,9 +64,10 @@ class OnlinePreferenceHParams:
 
 
 def prepare_pairs(
+    state: OnlineState,
     ref_params: Params,
     generation: Generation,
-    scores: Array,
+    scores: Scores,
     *,
     model: CausalLM,
     hp: OnlinePreferenceHParams,
@@ -83,9 +85,10 @@ def prepare_pairs(
         of several best (or worst) the one sampled first is taken.
 
     Args:
+        state: not read.
         ref_params: of the frozen reference policy.
         generation: responses; the ``hp.group_size`` ones to a prompt are adjacent rows.
-        scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
+        scores: of the responses, see ``types.Scores``.
         model: the policy, static.
         hp: hyperparameters, static.
         loss: a module of ``rlhf_jax.preference`` on pairs, or one like it; static.
@@ -102,7 +105,7 @@ def prepare_pairs(
     grouped, metrics = score_groups(
         ref_params,
         generation,
-        scores,
+        scores.total,
         model=model,
         temperature=hp.temperature,
         group_size=hp.group_size,

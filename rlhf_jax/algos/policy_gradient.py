@@ -3,8 +3,8 @@
 One iteration: ``generate``, G responses to each prompt → a score per response →
 :func:`prepare_policy` (advantages by a module of ``algos/estimators/``, once per
 rollout) → :func:`policy_step`. What makes RLOO, GRPO, Dr. GRPO, DAPO, REINFORCE++,
-ReMax, GSPO or CISPO is the estimator and the settings; ``docs/algorithms`` has the
-table.
+ReMax, GDPO, MaxRL, GSPO or CISPO is the estimator and the settings;
+``docs/algorithms`` has the table.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from rlhf_jax.ops import policy_loss
 from rlhf_jax.ops.advantages import token_rewards
 from rlhf_jax.ops.kl import KLEstimator
 from rlhf_jax.ops.policy_loss import Aggregation, RatioLevel
+from rlhf_jax.ops.rows import in_groups
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Array,
@@ -46,6 +47,7 @@ from rlhf_jax.types import (
     Outcomes,
     Params,
     Rollout,
+    Scores,
     reduce_metrics,
 )
 
@@ -120,26 +122,25 @@ class PolicyHParams:
         return how
 
 
-def in_groups(x: Array, size: int) -> Array:
-    """[B, …] → [B/size, size, …]: the responses to a prompt stand next to each other.
+def check_estimator(estimator: Estimator, hp: PolicyHParams) -> None:
+    """Refuses hyperparameters that do not go with an estimator.
 
     Raises:
-        ValueError: rows that do not divide into groups.
+        ValueError: a KL penalty in the reward of an estimator that divides by rewards.
     """
-    if x.shape[0] % size:
+    if hp.kl_coef > 0 and not getattr(estimator, 'KL_IN_REWARD', True):
         raise ValueError(
-            f'{x.shape[0]} rollout rows on a device do not divide into groups of '
-            f'group_size={size}; use a multiple of {size}'
+            f'kl_coef={hp.kl_coef} puts a KL penalty into the reward, and this '
+            'estimator takes the mean reward for a rate of success; use kl_coef=0, and '
+            'kl_loss_coef for a KL in the loss'
         )
-    return x.reshape(-1, size, *x.shape[1:])
 
 
 def prepare_policy(
     state: OnlineState,
     ref_params: Params,
     generation: Generation,
-    scores: Array,
-    baseline: Array | None = None,
+    scores: Scores,
     *,
     model: CausalLM,
     hp: PolicyHParams,
@@ -154,8 +155,8 @@ def prepare_policy(
         ref_params: of the reference policy, frozen or ``state.ref_params``.
         generation: responses with the log-probabilities they were sampled with; the
             ``hp.group_size`` responses to a prompt are adjacent rows.
-        scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
-        baseline: [B] float32, for estimators that want it (``remax``).
+        scores: of the responses; some estimators want the ``baseline`` (``remax``), or
+            the single rewards and their ``weights`` (``gdpo``).
         model: the policy, static.
         hp: hyperparameters, static.
         estimator: a module of ``algos.estimators``, or one like it; static.
@@ -169,9 +170,11 @@ def prepare_policy(
 
     Raises:
         ValueError: rows that do not divide into groups, groups of one where others are
-            needed, or no baseline where one is.
+            needed, no baseline or no named scores where they are, or what
+            :func:`check_estimator` refuses.
     """
-    generation, weights, metrics = off_policy_weights(
+    check_estimator(estimator, hp)
+    generation, importance, metrics = off_policy_weights(
         state.params['policy'], generation, model=model, hp=hp
     )
     ref_logprobs, _ = response_logprobs(
@@ -179,13 +182,16 @@ def prepare_policy(
     )
     response = generation.response_mask
     kl = sampled_kl(generation, ref_logprobs, hp.kl_estimator)
-    rewards = token_rewards(scores, kl, response, hp.kl_coef)
-    outcomes = jax.tree.map(
-        lambda x: in_groups(x, hp.group_size),
-        Outcomes(rewards=rewards, mask=response, baseline=baseline),
-    )
+    rewards = token_rewards(scores.total, kl, response, hp.kl_coef)
+    by_response = {'rewards': rewards, 'mask': response, 'baseline': scores.baseline}
+    if scores.weights is not None:
+        by_response['scores'] = {name: scores.each[name] for name in scores.weights}
+    grouped = jax.tree.map(lambda x: in_groups(x, hp.group_size), by_response)
+    outcomes = Outcomes(**grouped, weights=scores.weights)
     advantages = estimator.advantages(outcomes, estimator_hp, axis_name)
-    metrics |= objective_metrics(generation, ref_logprobs, scores, rewards, response)
+    metrics |= objective_metrics(
+        generation, ref_logprobs, scores.total, rewards, response
+    )
     if hp.group_size > 1:
         metrics['rollout/equal_groups'] = per_row(outcomes.equal)
     kept = None
@@ -199,7 +205,7 @@ def prepare_policy(
         response_mask=response,
         old_logprobs=generation.logprobs,
         ref_logprobs=ref_logprobs,
-        advantages=advantages.reshape(response.shape) * weights,
+        advantages=advantages.reshape(response.shape) * importance,
         kept=kept,
         response_length=generation.response_length,
         aggregation=estimator.AGGREGATION,

@@ -52,6 +52,7 @@ from rlhf_jax.types import (
     Params,
     PPOState,
     Rollout,
+    Scores,
     TokenBatch,
     reduce_metrics,
 )
@@ -204,7 +205,7 @@ def prepare(
     state: PPOState,
     ref_params: Params,
     generation: Generation,
-    scores: Array,
+    scores: Scores,
     *,
     model: ActorCritic,
     hp: PPOHParams,
@@ -218,7 +219,7 @@ def prepare(
         ref_params: of the reference policy (the architecture of ``model.policy``): a
             frozen one, or ``state.ref_params`` where it moves (``algos/anchors.py``).
         generation: responses with the log-probabilities they were sampled with.
-        scores: [B] float32 reward units, already shaped (``rewards.shape_scores``).
+        scores: of the responses, see ``types.Scores``.
         model: policy and critic, static.
         hp: hyperparameters, static.
         axis_name: mapped device axis under ``pmap``; statistics are global either way.
@@ -235,7 +236,7 @@ def prepare(
     targets = critic_targets(
         state.params['critic'],
         generation,
-        scores,
+        scores.total,
         sampled_kl(generation, ref_logprobs, hp.kl_estimator),
         state.kl_coef,
         model=model.critic,
@@ -250,7 +251,7 @@ def prepare(
         weighted_advantages(targets.advantages, weights, response, hp, axis_name),
     )
     metrics |= objective_metrics(
-        generation, ref_logprobs, scores, targets.rewards, targets.mask
+        generation, ref_logprobs, scores.total, targets.rewards, targets.mask
     )
     metrics['objective/kl_coef'] = Last(state.kl_coef)
     metrics |= value_metrics(rollout, axis_name)

@@ -1,10 +1,11 @@
 """Preference optimisation on fixed data by any loss of ``preference/``:
 ``preference_step``.
 
-A policy's tokens become sums of log-probabilities here, the loss module sees nothing
-else. Reference log-probabilities are computed once, by ``reference_logps``, and stand
-in the batch. What a loss must know of all rows (``context``) comes from a pass without
-a gradient over every microbatch and device, before the gradient is taken.
+A policy's tokens become sums of log-probabilities here, which is what a loss module
+sees. Those of the reference policy are computed once, by ``reference_logps``, and stand
+in the batch, or that policy itself is given to the step, as a loss that looks at single
+tokens needs it. What a loss must know of all rows (``context``) comes from a pass
+without a gradient over every microbatch and device, before the gradient is taken.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient, microbatches
-from rlhf_jax.algos.sft import counted_logprobs
+from rlhf_jax.algos.rollout import policy_states
+from rlhf_jax.algos.sft import counted_logprobs, counted_tokens
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.preference import PreferenceLoss
+from rlhf_jax.ops.kl import token_kl
+from rlhf_jax.ops.logprobs import token_logprobs
+from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.ranges import at_least
 from rlhf_jax.types import (
     Array,
@@ -32,6 +36,7 @@ from rlhf_jax.types import (
     PreferenceSingles,
     SingleLogps,
     TokenBatch,
+    TokenLogps,
     TrainState,
 )
 
@@ -49,19 +54,31 @@ class PreferenceHParams:
 # -------------------------------------------------------------------- log-probabilities
 
 
-def _sums(
-    params: Params, batch: Batch, model: CausalLM
-) -> tuple[dict[str, Array], Array]:
-    """Sums over the responses of a batch by field of ``Logps``, and the lengths."""
-    shape, length = batch.tokens.shape, batch.response_length
+def _texts(batch: Batch) -> TokenBatch:
+    """All texts of a batch, one below the other."""
     rows = (batch.tokens, batch.mask, batch.response_mask)
-    tokens, mask, response_mask = (x.reshape(-1, shape[-1]) for x in rows)
-    texts = TokenBatch(
-        tokens=tokens, mask=mask, loss_mask=response_mask, response_length=length
+    tokens, mask, counted = (x.reshape(-1, x.shape[-1]) for x in rows)
+    length = batch.response_length
+    return TokenBatch(
+        tokens=tokens, mask=mask, loss_mask=counted, response_length=length
     )
-    logprobs, counted = (
-        x.reshape(shape) for x in counted_logprobs(params, texts, model=model)
-    )
+
+
+def _sums(
+    params: Params,
+    batch: Batch,
+    model: CausalLM,
+    scored: tuple[Array, Array] | None = None,
+) -> tuple[dict[str, Array], Array]:
+    """Sums over the responses of a batch by field of ``Logps``, and the lengths.
+
+    ``scored``: log-probabilities of the tokens and which of them count, like the
+    tokens; None where they are still to be computed.
+    """
+    shape, length = batch.tokens.shape, batch.response_length
+    if scored is None:
+        scored = counted_logprobs(params, _texts(batch), model=model)
+    logprobs, counted = (x.reshape(shape) for x in scored)
     lengths = jnp.sum(counted, axis=-1)
     sums = {'logps': jnp.sum(logprobs, axis=-1)}
     if isinstance(batch, PreferencePairs):
@@ -73,6 +90,46 @@ def _sums(
         logprobs, _ = counted_logprobs(params, other, model=model)
         sums['mismatched_logps'] = jnp.sum(logprobs, axis=-1)
     return sums, lengths
+
+
+def _token_logps(
+    params: Params, batch: Batch, ref_params: Params | None, model: CausalLM
+) -> TokenLogps:
+    """Every token by itself, under the policy and the reference policy, if there is
+    one.
+    """
+    texts, config = _texts(batch), model.config
+    tokens, mask, counted, missed = counted_tokens(texts)
+    length = texts.response_length
+    policies = [params]
+    if ref_params is not None:
+        policies.append(jax.lax.stop_gradient(ref_params))
+    hidden, unembedding = zip(
+        *(
+            policy_states(
+                p, tokens, mask, model=model, response_length=length, segments=None
+            )
+            for p in policies
+        )
+    )
+    first = tokens.shape[1] - hidden[0].shape[1]
+
+    def placed(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (first, 0)))
+        x = jnp.where(counted, jnp.where(missed, jnp.nan, x), 0)
+        return x.reshape(batch.tokens.shape)
+
+    head = {'num_tokens': config.num_tokens}
+    cap = config.logit_softcap
+    logps = [
+        placed(token_logprobs(h, w, tokens[:, first:], softcap=cap, **head)[0])
+        for h, w in zip(hidden, unembedding)
+    ]
+    seen = TokenLogps(mask=counted.reshape(batch.tokens.shape), logps=logps[0])
+    if ref_params is None:
+        return seen
+    kl = token_kl(hidden[::-1], unembedding[::-1], softcap=(cap, cap), **head)
+    return seen.replace(ref_logps=logps[1], kl=placed(kl))
 
 
 def reference_logps(
@@ -95,12 +152,35 @@ def reference_logps(
     return {f'ref_{name}': value for name, value in sums.items()}
 
 
-def batch_logps(params: Params, batch: Batch, *, model: CausalLM) -> Logps:
+def batch_logps(
+    params: Params,
+    batch: Batch,
+    ref_params: Params | None = None,
+    *,
+    model: CausalLM,
+    tokens: bool = False,
+) -> Logps:
     """What a loss module sees of a batch, from one concatenated pass of the policy.
 
-    Rows of weight 0 get harmless numbers, whatever their tokens: sums of −1 nat.
+    Rows of weight 0 get harmless numbers, whatever their tokens: sums of −1 nat, and no
+    token that counts.
+
+    Args:
+        params: of the policy.
+        batch: pairs or singles, with reference fields where the loss needs them.
+        ref_params: of the frozen reference policy, which then runs here; None where the
+            batch has its sums, or the loss needs none.
+        model: of both, static.
+        tokens: whether the loss looks at single tokens, static.
     """
-    sums, lengths = _sums(params, batch, model)
+    seen, scored, ref_scored = None, None, None
+    if tokens:
+        seen = _token_logps(params, batch, ref_params, model)
+        scored, ref_scored = (seen.logps, seen.mask), (seen.ref_logps, seen.mask)
+    sums, lengths = _sums(params, batch, model, scored)
+    if ref_params is not None:
+        known = _sums(jax.lax.stop_gradient(ref_params), batch, model, ref_scored)[0]
+        batch = batch.replace(**{f'ref_{name}': x for name, x in known.items()})
     names = (field.name for field in dataclasses.fields(batch))
     refs = {name: getattr(batch, name) for name in names if name.startswith('ref_')}
 
@@ -108,6 +188,11 @@ def batch_logps(params: Params, batch: Batch, *, model: CausalLM) -> Logps:
         return jnp.where(batch.weight.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, -1.0)
 
     numbers = jax.tree.map(real, sums | refs)
+    if seen is not None:
+        is_real = batch.weight.reshape(-1, *(1,) * (batch.tokens.ndim - 1)) > 0
+        numbers['tokens'] = jax.tree.map(
+            lambda x: jnp.where(is_real, x, jnp.zeros_like(x)), seen
+        )
     numbers |= {
         'lengths': jnp.maximum(lengths, 1).astype(jnp.float32),
         'weight': batch.weight,
@@ -120,7 +205,9 @@ def batch_logps(params: Params, batch: Batch, *, model: CausalLM) -> Logps:
 # --------------------------------------------------------------------------------- loss
 
 
-def check_batch(loss: PreferenceLoss, batch: Batch) -> None:
+def check_batch(
+    loss: PreferenceLoss, batch: Batch, ref_params: Params | None = None
+) -> None:
     """Raises ValueError when a batch is not what the loss module is for."""
     kind = 'pairs' if isinstance(batch, PreferencePairs) else 'singles'
     if loss.DATA != kind:
@@ -132,7 +219,12 @@ def check_batch(loss: PreferenceLoss, batch: Batch) -> None:
             f'{loss.__name__} is a loss on {what[loss.DATA]}, and the data are '
             f'{what[kind]}; use other data, or a loss whose DATA is {kind!r}'
         )
-    if loss.REFERENCE and batch.ref_logps is None:
+    if loss.REFERENCE and wants_tokens(loss) and ref_params is None:
+        raise ValueError(
+            f'{loss.__name__} looks at single tokens under the reference policy, whose '
+            'parameters the step then needs: give it ref_params'
+        )
+    if loss.REFERENCE and batch.ref_logps is None and ref_params is None:
         raise ValueError(
             f'{loss.__name__} needs log-probabilities of a reference policy, and the '
             'batch has none: batch.replace(**reference_logps(…)) adds them'
@@ -142,6 +234,7 @@ def check_batch(loss: PreferenceLoss, batch: Batch) -> None:
 def batch_context(
     params: Params,
     batch: Batch,
+    ref_params: Params | None = None,
     *,
     model: CausalLM,
     loss: PreferenceLoss,
@@ -159,10 +252,10 @@ def batch_context(
     """
     if not hasattr(loss, 'context'):
         return {}
-    check_batch(loss, batch)
-    rows = batch.tokens.shape[0]
+    check_batch(loss, batch, ref_params)
+    rows, tokens = batch.tokens.shape[0], wants_tokens(loss)
     parts = jax.lax.map(
-        lambda part: batch_logps(params, part, model=model),
+        lambda part: batch_logps(params, part, ref_params, model=model, tokens=tokens),
         microbatches(batch, num_microbatches),
     )
     # Microbatch i holds the rows i, i + count, …: put them back in their order.
@@ -184,6 +277,7 @@ def batch_context(
 def implicit_rewards(
     params: Params,
     batch: Batch,
+    ref_params: Params | None = None,
     *,
     model: CausalLM,
     loss: PreferenceLoss,
@@ -198,17 +292,19 @@ def implicit_rewards(
     Raises:
         ValueError: pairs given to a loss on singles or the reverse, or no reference.
     """
-    check_batch(loss, batch)
+    check_batch(loss, batch, ref_params)
     how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
-    context = batch_context(params, batch, **how, axis_name=axis_name)
-    numbers = batch_logps(params, batch, model=model).replace(context=context)
-    return loss.loss(numbers, loss_hp)[1]
+    context = batch_context(params, batch, ref_params, **how, axis_name=axis_name)
+    tokens = wants_tokens(loss)
+    numbers = batch_logps(params, batch, ref_params, model=model, tokens=tokens)
+    return loss.loss(numbers.replace(context=context), loss_hp)[1]
 
 
 def preference_loss(
     params: Params,
     batch: Batch,
     context: dict[str, Array],
+    ref_params: Params | None = None,
     *,
     model: CausalLM,
     loss: PreferenceLoss,
@@ -220,6 +316,7 @@ def preference_loss(
         params: of the policy.
         batch: with reference fields where the loss needs them.
         context: from :func:`batch_context`; {} for most losses.
+        ref_params: as in :func:`batch_logps`.
         model: the policy, static.
         loss: a module of ``rlhf_jax.preference``, or one like it; static.
         loss_hp: ``loss.HParams(…)``, static.
@@ -232,9 +329,10 @@ def preference_loss(
     Raises:
         ValueError: pairs given to a loss on singles or the reverse, or no reference.
     """
-    check_batch(loss, batch)
-    numbers = batch_logps(params, batch, model=model).replace(context=context)
-    per_row, rewards = loss.loss(numbers, loss_hp)
+    check_batch(loss, batch, ref_params)
+    tokens = wants_tokens(loss)
+    numbers = batch_logps(params, batch, ref_params, model=model, tokens=tokens)
+    per_row, rewards = loss.loss(numbers.replace(context=context), loss_hp)
     weight = jnp.sum(batch.weight)
 
     def mean(x: Array, weights: Array = batch.weight) -> Mean:
@@ -258,6 +356,7 @@ def preference_loss(
 def preference_step(
     state: TrainState,
     batch: Batch,
+    ref_params: Params | None = None,
     *,
     model: CausalLM,
     tx: optax.GradientTransformation,
@@ -272,6 +371,9 @@ def preference_step(
         state: parameters and optimizer.
         batch: rows of this device, or of all devices under ``jit``, with reference
             fields where the loss needs them.
+        ref_params: of the frozen reference policy, for a loss that looks at single
+            tokens, and instead of reference fields for any other; it then runs in the
+            step. None for the fields, or for a loss without a reference.
         model: the policy, static.
         tx: the optimizer, static.
         hp: hyperparameters of the step, static.
@@ -289,6 +391,7 @@ def preference_step(
     context = batch_context(
         state.params,
         batch,
+        ref_params,
         **how,
         num_microbatches=hp.num_microbatches,
         axis_name=axis_name,
@@ -296,7 +399,7 @@ def preference_step(
     if isinstance(batch, PreferenceSingles):
         batch = batch.replace(mismatched=None)  # the context was all it was for
     gradient, metrics = mean_gradient(
-        lambda params, part: preference_loss(params, *part, **how),
+        lambda params, part: preference_loss(params, *part, ref_params, **how),
         state.params,
         (batch, context),
         num_microbatches=hp.num_microbatches,

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algos.policy_gradient import in_groups
 from rlhf_jax.algos.rollout import objective_metrics, per_row, response_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.advantages import token_rewards
 from rlhf_jax.ops.layout import over_batch
+from rlhf_jax.ops.rows import in_groups
 from rlhf_jax.types import Array, Generation, Mean, Metrics, Params
 
 

@@ -20,13 +20,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf_jax.data.clock import without_clock
 from rlhf_jax.data.stops import check_closing, ends_of
+from rlhf_jax.data.template_limits import TemplateStuck, limited, parse
 from rlhf_jax.data.tokenizer import special_tokens
 
 Messages = list[dict[str, Any]]  # [{'role': 'user', 'content': '…'}, …]
 
 # Where a template says itself what the assistant writes: {% generation %}…
 MARKS = re.compile(r'\{%-?\s*generation\s*-?%\}')
-BOTH_MARKS = re.compile(r'\{%-?\s*(?:end)?generation\s*-?%\}')
 # Parts of a message that are said in it, beside its content. The names of reasoning are
 # aliases: transformers gives a template all of them.
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
@@ -64,7 +64,7 @@ def told(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Told:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise TemplateRefused(f'tools is text, but no JSON ({error})') from error
     tools = tools or None
     if tools is not None and not (
@@ -306,19 +306,25 @@ def _written(
     how: str | None,
 ) -> tuple[str, list[tuple[int, int]]]:
     try:
-        # What apply_chat_template calls; it alone tells the marks as characters.
-        texts, spans = render_jinja_template(
-            [messages],
-            tools=told.tools,
-            documents=told.documents,
-            chat_template=template,
-            return_assistant_tokens_mask=bool(MARKS.search(template)),
-            **{how: True} if how else {},
-            **{**tokenizer.special_tokens_map, **told.arguments},
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        with limited(template):
+            # What apply_chat_template calls; it alone tells the marks as characters.
+            texts, spans = render_jinja_template(
+                [messages],
+                tools=told.tools,
+                documents=told.documents,
+                chat_template=template,
+                return_assistant_tokens_mask=bool(MARKS.search(template)),
+                **{how: True} if how else {},
+                **{**tokenizer.special_tokens_map, **told.arguments},
+            )
+    except TemplateStuck:
+        raise
+    except Exception as error:  # a template is a program, and can fail in any way
+        reason = str(error)
+        if not isinstance(error, jinja2.TemplateError | TypeError | ValueError):
+            reason = f'{type(error).__name__}: {error}'
         raise TemplateRefused(
-            f'the chat template refuses the conversation: {error}'
+            f'the chat template refuses the conversation: {reason}'
         ) from error
     return texts[0], spans[0] if spans else []
 
@@ -345,11 +351,10 @@ class _Words(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _words(template: str) -> _Words:
-    environment = jinja2.Environment(extensions=['jinja2.ext.loopcontrols'])
     try:
-        tree = environment.parse(BOTH_MARKS.sub('', template))
-    except jinja2.TemplateError as error:
-        raise TemplateRefused(f'the chat template is no Jinja: {error}') from error
+        tree = parse(template)
+    except ValueError as error:
+        raise TemplateRefused(str(error)) from error
     names, texts = tree.find_all(nodes.Name), tree.find_all(nodes.Const)
     keys = {node.value for node in texts if isinstance(node.value, str)}
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}

@@ -59,7 +59,7 @@ def restore_date(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     try:
         found = json.loads(path.read_text(encoding='utf-8'))['begun']
         tokenizer.begun = datetime.datetime.fromisoformat(found)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ValueError(
             f'{path} holds no date ({error}); it should read '
             '{"begun": "2025-01-31T12:00:00"}, the time at which the run was begun'

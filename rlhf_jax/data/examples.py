@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data.columns import Ragged, Table
+from rlhf_jax.ops.rows import pad_left, pad_right
 from rlhf_jax.types import (
     PairBatch,
     PreferencePairs,
@@ -292,7 +293,7 @@ def collate(
 
 
 def _tokens(rows: list[TokenExample], index: np.ndarray, length: int) -> TokenBatch:
-    tokens, mask = _pad([row.tokens for row in rows], length)
+    tokens, mask = pad_right([row.tokens for row in rows], length)
     loss_mask = np.zeros_like(mask)
     loss_mask[mask] = np.concatenate([row.loss for row in rows])
     segments = None
@@ -307,15 +308,13 @@ def _tokens(rows: list[TokenExample], index: np.ndarray, length: int) -> TokenBa
 
 
 def _prompts(rows: list[PromptExample], index: np.ndarray, length: int) -> PromptBatch:
-    tokens, mask = _pad([row.tokens[::-1] for row in rows], length)
-    return PromptBatch(
-        tokens=tokens[:, ::-1].copy(), mask=mask[:, ::-1].copy(), index=index
-    )
+    tokens, mask = pad_left([row.tokens for row in rows], length)
+    return PromptBatch(tokens=tokens, mask=mask, index=index)
 
 
 def _pairs(rows: list[PairExample], index: np.ndarray, length: int) -> PairBatch:
     sides = [np.concatenate([row.prompt, side]) for row in rows for side in row[1:3]]
-    tokens, mask = (x.reshape(-1, 2, length) for x in _pad(sides, length))
+    tokens, mask = (x.reshape(-1, 2, length) for x in pad_right(sides, length))
     margin = np.asarray([row.margin for row in rows], np.float32)
     return PairBatch(tokens=tokens, mask=mask, margin=margin, weight=_weight(index))
 
@@ -334,7 +333,7 @@ def _rankings(
             for answer in row.answers
         ]
         texts += [_ONE] * (size - len(row.answers))
-    tokens, mask = (x.reshape(-1, size, length) for x in _pad(texts, length))
+    tokens, mask = (x.reshape(-1, size, length) for x in pad_right(texts, length))
     return RankingBatch(
         tokens=tokens,
         mask=mask,
@@ -345,7 +344,7 @@ def _rankings(
 
 
 def _ratings(rows: list[RatingExample], index: np.ndarray, length: int) -> RatingBatch:
-    tokens, mask = _pad([row.tokens for row in rows], length)
+    tokens, mask = pad_right([row.tokens for row in rows], length)
     size = max(len(row.rated) for row in rows)
     filler = np.zeros(size, np.float32)
     return RatingBatch(
@@ -358,7 +357,7 @@ def _ratings(rows: list[RatingExample], index: np.ndarray, length: int) -> Ratin
 
 
 def _steps(rows: list[StepExample], index: np.ndarray, length: int) -> StepBatch:
-    tokens, mask = _pad([row.tokens for row in rows], length)
+    tokens, mask = pad_right([row.tokens for row in rows], length)
     step_mask, right = np.zeros_like(mask), np.zeros_like(mask)
     for i, row in enumerate(rows):
         step_mask[i, row.ends] = True
@@ -420,14 +419,6 @@ def _pad_responses(
     rows: list[tuple[np.ndarray, np.ndarray]], length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, mask and response mask [B, T] of prompts with their responses."""
-    tokens, mask = _pad([np.concatenate(row) for row in rows], length)
+    tokens, mask = pad_right([np.concatenate(row) for row in rows], length)
     behind = np.asarray([len(prompt) for prompt, _ in rows])[:, None]
     return tokens, mask, mask & (np.arange(length) >= behind)
-
-
-def _pad(rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded tokens [B, T] int32 and mask [B, T] bool."""
-    mask = np.arange(length) < np.asarray([len(row) for row in rows])[:, None]
-    tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = np.concatenate(rows)
-    return tokens, mask

@@ -28,9 +28,21 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.sources import SourceRecord
+from rlhf_jax.data.template_limits import TemplateStuck
+from rlhf_jax.ranges import LARGEST_SCORE
 
 FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
+GOLD = ('gold_chosen', 'gold_rejected')  # true rewards, which are never learned from
 TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
+
+
+# What the records of a stage can be read as, by what they hold.
+READABLE_AS = {
+    'demonstrations': ('demonstrations', 'prompts'),
+    'comparisons': ('comparisons', 'unpaired', 'prompts'),
+    'rankings': ('rankings', 'prompts'),
+    'prompts': ('prompts',),
+}
 
 
 class BadRecord(ValueError):
@@ -174,14 +186,10 @@ def to_comparison(
         raise BadRecord(f'{record.where}: chosen and rejected answer different prompts')
     if chosen == rejected:
         raise BadRecord(f'{record.where}: chosen and rejected are equal')
-    margin = fields.get('margin', 0.0)
-    number = isinstance(margin, int | float) and not isinstance(margin, bool)
-    if not number or not math.isfinite(margin):
-        raise BadRecord(
-            f'{record.where}: margin is {margin!r}; it must be a finite number'
-        )
+    margin = number_of(record, 'margin', fields.get('margin', 0.0))
+    for name in GOLD:
+        number_of(record, name, fields.get(name, 0.0))
     meta = other_fields(fields, 'margin')
-    margin = float(margin)
     return Comparison(prompt, chosen, rejected, margin, meta, record.where, templated)
 
 
@@ -226,7 +234,7 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
             reference = last.get('content')
         if begun is not None:
             turns, goes_on = [*turns, begun], True
-            reference = reference.removeprefix(begun['content'])
+            reference = (reference or '').removeprefix(begun['content'])
         if not turns:
             raise BadRecord(f'{record.where}: nothing stands before the answer')
     else:
@@ -248,7 +256,7 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
             text_of(record, 'reference', reference) if reference.strip() else None
         )
     meta = {k: v for k, v in fields.items() if k not in (*FIELDS, 'reference')}
-    templated = turns is not None
+    templated = turns is not None or _templated(record)
     return Prompt(prompt, reference, meta, record.where, templated)
 
 
@@ -281,6 +289,24 @@ def field_of(record: SourceRecord, name: str) -> Any:
             f'{record.where}: the field {name!r} is missing; found: {found}{hint}'
         )
     return fields[name]
+
+
+def number_of(record: SourceRecord, name: str, value: Any) -> float:
+    """A value that has to be a number that float32 can hold and square; BadRecord where
+    it is not.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and -LARGEST_SCORE <= value <= LARGEST_SCORE:
+        return float(value)
+    if not is_number or not abs(value) < math.inf:
+        raise BadRecord(
+            f'{record.where}: {name} is {value!r:.80}; it must be a finite number'
+        )
+    shown = f'{value:.3g}' if abs(value) < 1e300 else 'above 1e300'
+    raise BadRecord(
+        f'{record.where}: {name} is {shown}, which is beyond ±{LARGEST_SCORE:g}, and '
+        'more than float32 can square; scale it'
+    )
 
 
 def text_of(record: SourceRecord, name: str, value: Any) -> str:
@@ -397,7 +423,17 @@ def prompt_and_answer(
             told = chat.told(record.present, tokenizer)
             prompt, answer = chat.split(turns, tokenizer, told, begun=found.begun)
     text_of(record, 'prompt', prompt)
-    return prompt, text_of(record, name, answer), found is not None
+    return (
+        prompt,
+        text_of(record, name, answer),
+        found is not None or _templated(record),
+    )
+
+
+def _templated(record: SourceRecord) -> bool:
+    """Whether a chat template has written a prompt that is a text."""
+    fields = record.present
+    return 'templated' in fields and fields['templated'] is True
 
 
 def _check_written(record: SourceRecord, name: str, turn: dict[str, Any]) -> None:
@@ -411,3 +447,5 @@ def _placed(record: SourceRecord) -> Iterator[None]:
         yield
     except chat.TemplateRefused as error:
         raise BadRecord(f'{record.where}: {error}') from error
+    except TemplateStuck as error:  # skipping such records would take seconds for each
+        raise ValueError(f'{record.where}: {error}') from error

@@ -16,7 +16,6 @@ turns these records into tokens.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -113,9 +112,17 @@ def to_ranking(
     if len(set(texts)) < len(texts):
         raise BadRecord(f'{record.where}: two completions are equal; leave one out')
     meta = formats.other_fields(fields, 'completions', 'ranks')
-    gold = fields.get('gold')
-    if isinstance(gold, list) and len(gold) == len(completions):
-        meta['gold'] = gold
+    if 'gold' in fields:
+        gold = _list_of(record, 'gold', least=len(completions))
+        meta['gold'] = [
+            formats.number_of(record, f'gold[{i}]', value)
+            for i, value in enumerate(gold)
+        ]
+        if len(gold) != len(completions):
+            raise BadRecord(
+                f'{record.where}: gold has {len(gold)} numbers for {len(completions)} '
+                'completions'
+            )
     rest = iter(texts)
     return Ranking(
         prompts[0],
@@ -224,9 +231,7 @@ def to_rating(
     for place, value in given:
         if value is None:
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise BadRecord(f'{record.where}: {place} is {value!r}, not a number')
+        formats.number_of(record, place, value)
         if not bounds[0] <= value <= bounds[1]:
             raise BadRecord(
                 f'{record.where}: {place} is {value}, outside of rating_range='

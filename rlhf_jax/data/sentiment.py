@@ -28,6 +28,7 @@ import numpy as np
 
 from rlhf_jax.config import nearest
 from rlhf_jax.data.sources import SourceRecord, read
+from rlhf_jax.files import named_path
 
 # Percent of the checksums, from and to. A story opens one kind of record only.
 STORY_PARTS = {
@@ -209,7 +210,7 @@ def _matched(labels: str, part: str) -> Iterator[tuple[str, str, str]]:
 
 def _labelled(labels: str) -> Iterator[tuple[str, str, bool]]:
     """(source, text, whether it is positive)."""
-    folder = Path(labels).expanduser()
+    folder = named_path(labels)
     if not folder.is_dir():
         for record in read(labels):
             label = record.fields.get('label')

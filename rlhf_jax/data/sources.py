@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
 import importlib
 import importlib.util
 import inspect
@@ -27,19 +26,20 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 
-from rlhf_jax.config import load_dotted, nearest
+from rlhf_jax.config import failure, load_dotted, nearest
+from rlhf_jax.data.raw import parquet_rows, text_lines
+from rlhf_jax.files import named_path
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
 SEPARATOR = '<|endoftext|>'  # between the documents of a text file
-TOGETHER = 1024  # records of TFDS and Parquet are read so many at a time
+DEEPEST = 100  # levels of lists and objects in a record
+TOGETHER = 1024  # records of TFDS are read so many at a time, which is faster
 
 # A spec ends in one: group 1 the rest, groups 2 and 3 the ends.
 SLICE = re.compile(r'(.*)\[(-?\d+%?)?:(-?\d+%?)?\]', re.DOTALL)
@@ -144,55 +144,6 @@ def _place(end: str | None, default: int, size: int, spec: str) -> int:
     return place + size if end.startswith('-') else place
 
 
-def _lines(path: str) -> Iterator[bytes]:
-    """The lines of a file, which end in a line feed."""
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise ValueError(f'{path} is a directory (seen from {Path.cwd()}); name a file')
-    if not file.is_file():
-        file = _download(path)
-    is_empty, is_packed = True, file.suffix == '.gz'
-    with (gzip.open if is_packed else open)(file, 'rb') as lines:
-        while True:
-            try:
-                line = next(lines, None)
-            except (OSError, EOFError, zlib.error) as error:
-                if not is_packed:
-                    raise
-                raise ValueError(
-                    f'{path} is no whole gzip file ({error}); fetch it again'
-                ) from error
-            if line is None:
-                break
-            is_empty = is_empty and not line.strip()
-            yield line
-    if is_empty:
-        raise ValueError(f'{path} is empty; it should hold at least one record')
-
-
-def _download(path: str) -> Path:
-    """The cached file of a data set on the Hugging Face hub, named owner/name/file."""
-    missing = f'{path} does not exist (seen from {Path.cwd()}); name a file'
-    owner, _, rest = path.partition('/')
-    name, _, inside = rest.partition('/')
-    if not (owner and name and inside) or path.startswith(('.', '/', '~')):
-        raise ValueError(missing)
-    import huggingface_hub  # slow, and seldom needed
-
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                f'{owner}/{name}', inside, repo_type='dataset'
-            )
-        )
-    except (OSError, ValueError) as error:  # every error of the hub and of the network
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f'{missing}. As a file of the hub data set {owner}/{name} it cannot be '
-            f'fetched either ({type(error).__name__}: {reason})'
-        ) from error
-
-
 def _decode(line: bytes, path: str, number: int) -> str:
     try:
         return line.decode('utf-8-sig' if number == 1 else 'utf-8')
@@ -205,17 +156,11 @@ def _decode(line: bytes, path: str, number: int) -> str:
 
 def _read_jsonl(path: str) -> Iterator[SourceRecord]:
     """Lines of white space alone are no records: files end in one."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         if not line.strip():
             continue
         where = f'{path}:{number}'
-        try:
-            fields = json.loads(_decode(line.removesuffix(b'\n'), path, number))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f'{where}: not JSON ({error.msg} at column {error.colno}); '
-                'every line must be one whole JSON object'
-            ) from error
+        fields = _parse(_decode(line.removesuffix(b'\n'), path, number), where)
         if not isinstance(fields, dict):
             raise ValueError(
                 f'{where}: a {type(fields).__name__}, not an object; every line must '
@@ -224,24 +169,45 @@ def _read_jsonl(path: str) -> Iterator[SourceRecord]:
         yield SourceRecord(fields, where)
 
 
-def _read_parquet(path: str) -> Iterator[SourceRecord]:
-    import pyarrow
-    from pyarrow import parquet
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f'{path} is no file (seen from {Path.cwd()}); name a file')
-    number = 0
+def _parse(text: str, where: str) -> Any:
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=TOGETHER):
-            for row in batch.to_pylist():
-                number += 1
-                fields = {name: _without_nulls(x) for name, x in row.items()}
-                yield SourceRecord(fields, f'{path}:{number}')
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f'{path} is no readable Parquet file ({error})') from error
-    if not number:
-        raise ValueError(f'{path} is empty; it should hold at least one record')
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'{where}: not JSON ({error.msg} at column {error.colno}); '
+            'every line must be one whole JSON object'
+        ) from error
+    except RecursionError as error:
+        raise _too_deep(where) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f'{where}: not JSON that can be read ({error})') from error
+    if text.count('{') + text.count('[') > DEEPEST:  # only then it may be too deep
+        _check_depth(value, where)
+    return value
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Refuses what functions that call themselves could not go through."""
+    level, depth = [value], 0
+    while level:
+        if (depth := depth + 1) > DEEPEST:
+            raise _too_deep(where)
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [y for part in parts for y in part if isinstance(y, dict | list)]
+
+
+def _too_deep(where: str) -> ValueError:
+    return ValueError(
+        f'{where}: nested more than {DEEPEST} deep; no record needs to be'
+    )
+
+
+def _read_parquet(path: str) -> Iterator[SourceRecord]:
+    for number, row in enumerate(parquet_rows(path), start=1):
+        where = f'{path}:{number}'
+        _check_depth(row, where)
+        fields = {name: _without_nulls(value) for name, value in row.items()}
+        yield SourceRecord(fields, where)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -284,7 +250,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _read_text(path: str) -> Iterator[SourceRecord]:
-    folder = Path(path).expanduser()
+    folder = named_path(path)
     files = [path]
     if folder.is_dir():
         files = [str(file) for file in sorted(folder.glob('*.txt'))]
@@ -306,7 +272,7 @@ def _read_text(path: str) -> Iterator[SourceRecord]:
 def _documents(file: str) -> Iterator[tuple[int, str]]:
     """What stands between the separators, with the line in which it begins."""
     parts, begun = [], 1
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(text_lines(file), start=1):
         part, *others = _decode(line, file, number).split(SEPARATOR)
         parts.append(part)
         for other in others:
@@ -316,8 +282,8 @@ def _documents(file: str) -> Iterator[tuple[int, str]]:
 
 
 def _call(call: str) -> Iterable[Any]:
-    """The rows that a function gives, which can be gone through several times. What it
-    raises itself is left as it is: it is the user's own code.
+    """The rows that a function gives, which can be gone through several times; what it
+    raises itself is told with the line that raised it.
     """
     name, _, query = call.partition('?')
     function = load_dotted(name, 'function')
@@ -336,13 +302,18 @@ def _call(call: str) -> Iterable[Any]:
         raise ValueError(
             f'python:{call}: {error}; {name} takes {inspect.signature(function)}'
         ) from error
-    rows = function(**arguments)
+    try:
+        rows = function(**arguments)
+        if isinstance(rows, Iterator):
+            return list(rows)
+    except Exception as error:
+        raise ValueError(f'python:{call} failed with {failure(error)}') from error
     if not isinstance(rows, Iterable):
         raise ValueError(
             f'python:{call} gave a {type(rows).__name__}; it should return an iterable '
             'of dicts'
         )
-    return list(rows) if isinstance(rows, Iterator) else rows
+    return rows
 
 
 def _read_rows(call: str, rows: Iterable[Any]) -> Iterator[SourceRecord]:
@@ -355,7 +326,12 @@ def _read_rows(call: str, rows: Iterable[Any]) -> Iterator[SourceRecord]:
                 f'{where}: a {type(row).__name__}, not a dict of fields such as '
                 "{'prompt': '…', 'completion': '…'}"
             )
-        yield SourceRecord(_unwrapped(row), where)
+        try:
+            row = _unwrapped(row)
+        except RecursionError as error:
+            raise _too_deep(where) from error
+        _check_depth(row, where)
+        yield SourceRecord(row, where)
     if not number:
         raise ValueError(f'python:{call} gave no records; it should give at least one')
 

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
+
+from rlhf_jax.data.template_limits import TemplateStuck, limited
 
 GENERATION_CONFIG = 'generation_config.json'
 # What stands in for an answer where a template is asked how it closes a turn.
@@ -110,10 +111,10 @@ def _listed(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     try:
         listed = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f'{path} is no JSON object ({error}); repair it') from error
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if any(type(i) is not int for i in ids):
+    if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
         raise ValueError(
             f'{path}: eos_token_id is {listed!r}; it must be an id or a list of ids'
         )
@@ -144,8 +145,12 @@ def _closing(tokenizer: PreTrainedTokenizerBase) -> Closing:
         {'role': 'assistant', 'content': _ANSWER},
     ]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError):
+        template = tokenizer.get_chat_template()
+        with limited(template):
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateStuck as error:
+        raise ValueError(f'tokenizer {tokenizer.name_or_path!r}: {error}') from error
+    except Exception:  # a template is a program, and can fail in any way
         return nothing  # conversations that it does render are refused one by one
     if _ANSWER not in text:
         return nothing

@@ -280,6 +280,21 @@ def preference(annotator: Annotator, gold_gap: float, word_gap: float) -> float:
     return float(1 / (1 + np.exp(-logit)))
 
 
+def annotate(
+    a: tiny_world.GoldParts,
+    b: tiny_world.GoldParts,
+    rng: np.random.Generator,
+    length_taste: float = 1.0,
+) -> tuple[int, bool]:
+    """One annotator, drawn uniformly, and whether they note down a as the better."""
+    index = int(rng.integers(len(ANNOTATORS)))
+    annotator = dataclasses.replace(
+        ANNOTATORS[index], length_bias=length_taste * ANNOTATORS[index].length_bias
+    )
+    p = preference(annotator, a.reward - b.reward, a.words - b.words)
+    return index, (rng.random() < p) != (rng.random() < FLIP_RATE)
+
+
 def make_judgement(
     article: Article, rng: np.random.Generator, length_taste: float = 1.0
 ) -> Judgement:
@@ -294,12 +309,7 @@ def make_judgement(
     first, second, kind = make_pair(article, rng)
     a = tiny_world.gold_parts(article.text, first)
     b = tiny_world.gold_parts(article.text, second)
-    index = int(rng.integers(len(ANNOTATORS)))
-    annotator = dataclasses.replace(
-        ANNOTATORS[index], length_bias=length_taste * ANNOTATORS[index].length_bias
-    )
-    p = preference(annotator, a.reward - b.reward, a.words - b.words)
-    likes_first = (rng.random() < p) != (rng.random() < FLIP_RATE)
+    index, likes_first = annotate(a, b, rng, length_taste)
     if likes_first:
         return Judgement(first, second, index, a.reward, b.reward, kind)
     return Judgement(second, first, index, b.reward, a.reward, kind)

@@ -73,6 +73,30 @@ def gold(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     return np.array([tiny_world.gold_reward(*pair) for pair in pairs], np.float64)
 
 
+def annotate(
+    prompts: Sequence[str],
+    firsts: Sequence[str],
+    seconds: Sequence[str],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Whether the annotators of this world call the first response the better one.
+
+    Args:
+        prompts: N texts as :func:`make_prompt` writes them.
+        firsts: N responses.
+        seconds: N responses.
+        rng: draws annotators and labels.
+
+    Returns:
+        [N] bool.
+    """
+    found = []
+    for prompt, *pair in zip(prompts, firsts, seconds, strict=True):
+        parts = [tiny_world.gold_parts(prompt, text) for text in pair]
+        found.append(tiny_people.annotate(*parts, rng)[1])
+    return np.asarray(found, bool)
+
+
 # ---------------------------------------------------------------------------- tokenizer
 
 

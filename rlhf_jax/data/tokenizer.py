@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_jax.config import load_dotted
+from rlhf_jax.config import failure, load_dotted
 from rlhf_jax.data import clock
 from rlhf_jax.data.stops import GENERATION_CONFIG, decide_ends, eos_ids
-from rlhf_jax.files import find_damage, has_checksums, write_checksums
+from rlhf_jax.files import find_damage, has_checksums, named_path, write_checksums
 
 PAD, EOS = '<|pad|>', '<|eos|>'  # of the embedded data sets
 TOGETHER = 256  # texts that are tokenised in one call, by several threads
@@ -77,9 +77,16 @@ def stage_tokenizer(stage_dir: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _load_fast(spec: str) -> PreTrainedTokenizerBase:
-    folder = Path(spec).expanduser()
+    try:
+        folder = named_path(spec)
+    except ValueError as error:
+        raise ValueError(f'tokenizer={error}') from error
     if ':' in spec and not folder.exists():
-        tokenizer = load_dotted(spec, 'tokenizer')()
+        function = load_dotted(spec, 'tokenizer')
+        try:
+            tokenizer = function()
+        except Exception as error:
+            raise ValueError(f'tokenizer={spec!r} fails: {failure(error)}') from error
     else:
         name = str(folder) if folder.exists() else spec
         try:
@@ -103,6 +110,13 @@ def _load_fast(spec: str) -> PreTrainedTokenizerBase:
             f'tokenizer={spec!r} gives a {type(tokenizer).__name__}; a '
             'PreTrainedTokenizerFast is needed'
         )
+    try:
+        tokenizer.decode(tokenizer('a', return_offsets_mapping=True)['input_ids'])
+    except Exception as error:  # an entry of its files that is no setting
+        raise ValueError(
+            f'tokenizer={spec!r} cannot be used: an entry of its files is damaged '
+            f'({type(error).__name__}: {error}); fetch it again'
+        ) from error
     clock.restore_date(tokenizer, folder)
     return tokenizer
 

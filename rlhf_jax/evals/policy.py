@@ -7,9 +7,8 @@ Read ``stages/evaluation.py`` next.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,88 +17,11 @@ import numpy as np
 from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.masked import masked_sum
+from rlhf_jax.responses import GOLD, Decode, Responses, Scorer
 from rlhf_jax.rewards import weighted_sum
 from rlhf_jax.types import Array, Generation, Params, PromptBatch
 
-GOLD = 'gold'  # the name of the judge among the scorers; the others are rewards
-# (tokenizer, last id before each row, rows of ids) -> texts without special tokens.
-Decode = Callable[[Any, Sequence[int], Sequence[np.ndarray]], list[str]]
 KINDS = {'inputs': ('params', 'batch'), 'outputs': ('batch',), 'donate': ()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Responses:
-    """A batch of responses, as tokens on the device and as text for whoever asks.
-
-    Rows that only fill up the batch have no text.
-    """
-
-    tokenizer: Any  # of the policy
-    records: Sequence[Any]  # of the prompts' data set, with their uncut ``prompt``
-    batch: PromptBatch
-    generation: Generation
-    decode: Decode  # e.g. data.joining.decode_behind
-
-    @functools.cached_property
-    def real(self) -> np.ndarray:
-        """[B] bool, the rows that stand for a prompt."""
-        return np.asarray(self.batch.index) >= 0
-
-    @functools.cached_property
-    def prompts(self) -> list[str]:
-        """The prompts of the real rows."""
-        rows = np.asarray(self.batch.index)[self.real]
-        return [self.records[i].prompt for i in rows]
-
-    @functools.cached_property
-    def templated(self) -> list[bool]:
-        """Which prompts of the real rows a chat template has written."""
-        rows = np.asarray(self.batch.index)[self.real]
-        return [self.records[i].templated for i in rows]
-
-    @functools.cached_property
-    def texts(self) -> list[str]:
-        """The responses of the real rows as they go on behind their prompts, without
-        special tokens; decoded once.
-        """
-        tokens, mask = jax.device_get(
-            (self.generation.tokens, self.generation.response_mask)
-        )
-        real = np.flatnonzero(self.real)
-        rows = [tokens[i, mask[i]] for i in real]
-        # Prompts are padded on the left: the last column is their last token.
-        before = np.asarray(self.batch.tokens)[real, -1].tolist()
-        return self.decode(self.tokenizer, before, rows)
-
-    def column(self, name: str) -> list[Any]:
-        """A field of the real rows' records; :func:`field` says which there are."""
-        rows = np.asarray(self.batch.index)[self.real]
-        return [field(self.records[i], name) for i in rows]
-
-    def spread(self, values: np.ndarray) -> np.ndarray:
-        """Values [R, …] of the real rows as rows [B, …]; rows that fill up repeat
-        one.
-        """
-        return values[np.cumsum(self.real) - 1]
-
-
-def field(record: Any, name: str) -> Any:
-    """A field of a prompt's record, None where it has none: ``references`` is its
-    reference answer, and any other name one of ``meta``.
-    """
-    return record.reference if name == 'references' else record.meta.get(name)
-
-
-class Scored(NamedTuple):
-    """What a scorer says of a batch."""
-
-    scores: Array  # [B] reward units, unshaped; rows that fill up count nothing
-    truncated: int | None = None  # texts cut to fit its model; None: none could be
-    # [B] standard deviation over an ensemble's members; None of a single judge
-    deviation: Array | None = None
-
-
-Scorer = Callable[[Responses], Scored]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,19 +75,19 @@ def base_likelihood(
 
 
 def sample_policy(
-    write: Callable[[PromptBatch], Generation],
-    judge: Callable[[Generation], dict[str, Array]],
+    sample: Callable[[PromptBatch], Generation],
+    statistics: Callable[[Generation], dict[str, Array]],
     scorers: Mapping[str, Scorer],
     tokenizer: Any,
     records: Sequence[Any],
     batches: Iterable[PromptBatch],
     decode: Decode,
 ) -> Sampled:
-    """Writes and scores one response per prompt; rows that fill a batch are left out.
+    """Samples and scores one response per prompt; rows that fill a batch are left out.
 
     Args:
-        write: samples from the policy.
-        judge: :func:`row_statistics`, bound.
+        sample: samples from the policy.
+        statistics: :func:`row_statistics`, bound.
         scorers: by name.
         tokenizer: of the policy.
         records: of the data set that ``batches`` index.
@@ -177,9 +99,9 @@ def sample_policy(
     scores: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
     truncated: dict[str, int] = {}
     for batch in batches:
-        responses = Responses(tokenizer, records, batch, write(batch), decode)
+        responses = Responses(tokenizer, records, batch, sample(batch), decode)
         texts += responses.texts
-        for name, column in jax.device_get(judge(responses.generation)).items():
+        for name, column in jax.device_get(statistics(responses.generation)).items():
             columns.setdefault(name, []).append(column[responses.real])
         for name, scorer in scorers.items():
             scored = scorer(responses)

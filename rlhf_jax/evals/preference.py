@@ -20,14 +20,17 @@ LENGTHS = (-np.inf, -10, -5, -1, 0, 1, 5, 10, np.inf)  # tokens, chosen minus re
 
 
 def score_pairs(
-    compiled: Callable[[Params, PairBatch], Array],
+    compiled: Callable[..., Array],
     params: Params,
     batches: Iterable[PairBatch],
+    *frozen: Params,
 ) -> np.ndarray:
-    """Scores of all pairs, [N, 2] float32; rows that only fill a batch are left out."""
+    """Scores of all pairs by ``compiled(params, batch, *frozen)``, [N, 2] float32; rows
+    that only fill a batch are left out.
+    """
     rows = []
     for batch in batches:
-        scores = np.asarray(compiled(params, batch))
+        scores = np.asarray(compiled(params, batch, *frozen))
         rows.append(scores[np.asarray(batch.weight) > 0])
     return np.concatenate(rows)
 

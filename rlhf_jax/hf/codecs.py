@@ -34,20 +34,8 @@ def rope_codec(
     """
 
     def read(entries: Entries) -> dict[str, Any]:
-        rope = _rope_entries(entries)
-        base = entry(rope, 'rope_theta', entry(entries, 'rotary_emb_base', theta))
-        usual = entry(entries, 'rotary_pct', fraction or 1)
-        part = real_number(
-            'partial_rotary_factor', entry(rope, 'partial_rotary_factor', usual)
-        )
-        if part > 1 or (fraction is None and part != 1):
-            only = 'only 1 is' if fraction is None else 'at most 1 is'
-            raise ValueError(f'partial_rotary_factor={part} is not supported; {only}')
-        return {
-            'rope_theta': float(real_number('rope_theta', base)),
-            'rope_fraction': float(part),
-            'rope_scaling': _scaling(rope),
-        }
+        parameters = mapping(entries, 'rope_parameters')
+        return _read_rope(entries, parameters, theta, fraction)
 
     def write(config: TransformerConfig) -> dict[str, Any]:
         entries = _write_rope(config, fraction)
@@ -56,17 +44,77 @@ def rope_codec(
     return Codec(read, write)
 
 
-def _rope_entries(entries: Entries) -> dict[str, Any]:
-    flat = ('rope_theta', 'partial_rotary_factor')
+ROPE_NAMES = (
+    'rope_theta',
+    'rope_type',
+    'partial_rotary_factor',
+    'factor',
+    'low_freq_factor',
+    'high_freq_factor',
+    'original_max_position_embeddings',
+)
+# Entries of config.json, outside of any object, that say what one of ROPE_NAMES does.
+FLAT = {name: name for name in ('rope_theta', 'partial_rotary_factor')}
+FLAT_OF_NEOX = {'rotary_emb_base': 'rope_theta', 'rotary_pct': 'partial_rotary_factor'}
+
+
+def _read_rope(
+    entries: Entries, parameters: Entries, theta: float, fraction: float | None
+) -> dict[str, Any]:
+    flat = FLAT if fraction is None else {**FLAT, **FLAT_OF_NEOX}
+    rope = _rope_entries(entries, parameters, flat)
+    base = entry(rope, 'rope_theta', theta)
+    part = entry(rope, 'partial_rotary_factor', fraction or 1)
+    part = real_number('partial_rotary_factor', part)
+    if part > 1 or (fraction is None and part != 1):
+        only = 'only 1 is' if fraction is None else 'at most 1 is'
+        raise ValueError(f'partial_rotary_factor={part} is not supported; {only}')
     return {
-        **{name: entries[name] for name in flat if entries.get(name) is not None},
-        **mapping(entries, 'rope_scaling'),  # transformers 4
-        **mapping(entries, 'rope_parameters'),  # transformers 5
+        'rope_theta': float(real_number('rope_theta', base)),
+        'rope_fraction': float(part),
+        'rope_scaling': _scaling(rope),
     }
 
 
+def _rope_entries(
+    entries: Entries, parameters: Entries, flat: Mapping[str, str]
+) -> dict[str, Any]:
+    """What config.json says in the spelling of transformers 4, and in that of
+    transformers 5 (``parameters``), by the names of the latter; where both are there
+    they must say the same.
+    """
+    said = [(name, ours, entries.get(name)) for name, ours in flat.items()]
+    both = {
+        'rope_scaling': mapping(entries, 'rope_scaling'),
+        'rope_parameters': parameters,
+    }
+    for place, given in both.items():
+        part = dict(given)
+        kinds = [part[n] for n in ('rope_type', 'type') if part.get(n) is not None]
+        if kinds[1:] and kinds[0] != kinds[1]:
+            raise ValueError(f'{place}={part!r} has two types that differ')
+        part.pop('type', None)
+        if part:
+            part['rope_type'] = kinds[0] if kinds else 'default'
+        for name, value in part.items():
+            if name not in ROPE_NAMES and value is not None:
+                raise ValueError(f'{place} has {name}={value!r}, which is not read')
+            said.append((f'{place}.{name}', name, value))
+    result, places = {}, {}
+    for place, name, value in said:
+        if value is None:
+            continue
+        if name in result and result[name] != value:
+            raise ValueError(
+                f'{places[name]} is {result[name]!r}, and {place} is {value!r}: two '
+                'spellings of the same that differ; remove the one that is wrong'
+            )
+        result[name], places[name] = value, place
+    return result
+
+
 def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get('rope_type', rope.get('type', 'default'))
+    kind = rope.get('rope_type', 'default')
     if kind == 'default':
         return None
     if kind not in ('linear', 'llama3'):
@@ -220,15 +268,28 @@ def one_window() -> Codec:
 
 def rope_per_kind() -> Codec:
     """Windowed layers have a base of their own, and no stretching."""
-    usual = rope_codec(1_000_000.0)
+    theta = 1_000_000.0
 
     def read(entries: Entries) -> dict[str, Any]:
         both = mapping(entries, 'rope_parameters')
-        full = {'rope_parameters': mapping(both, 'full_attention')} if both else entries
-        local = entry(entries, 'rope_local_base_freq', 10_000.0)
-        local = entry(mapping(both, 'sliding_attention'), 'rope_theta', local)
+        if both.keys() - set(LAYER_TYPES):
+            raise ValueError(
+                f'rope_parameters={dict(both)!r} must have {" and ".join(LAYER_TYPES)}'
+            )
+        full = mapping(both, LAYER_TYPES[0])
+        inside = mapping(both, LAYER_TYPES[1])
+        local = {'rope_local_base_freq': entries.get('rope_local_base_freq')}
+        flat = {'rope_local_base_freq': 'rope_theta'}
+        windowed = _rope_entries(local, inside, flat)
+        if _scaling(windowed) is not None or windowed.get('partial_rotary_factor'):
+            raise ValueError(
+                f'rope_parameters: {LAYER_TYPES[1]}={dict(inside)!r} is not supported; '
+                'windowed layers have a rope_theta alone'
+            )
+        local = entry(windowed, 'rope_theta', 10_000.0)
         real_number('rope_local_base_freq', local)
-        return {**usual.read(full), 'window_rope_theta': float(local)}
+        settings = _read_rope(entries, full, theta, None)
+        return {**settings, 'window_rope_theta': float(local)}
 
     def write(config: TransformerConfig) -> dict[str, Any]:
         full = {'rope_theta': config.rope_theta, **_write_scaling(config.rope_scaling)}

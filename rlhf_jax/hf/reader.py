@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
+from rlhf_jax.files import named_path
 from rlhf_jax.hf.families import family_of
 from rlhf_jax.hf.schema import (
     LARGEST,
@@ -58,7 +59,7 @@ def resolve(spec: str | Path) -> Path:
         ValueError: it is neither a directory nor a name that the hub, or its cache when
             offline, can give.
     """
-    directory = SHIPPED.get(str(spec), Path(spec).expanduser())
+    directory = SHIPPED.get(str(spec)) or named_path(spec)
     if directory.is_dir():
         return directory
     try:
@@ -205,6 +206,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f'{path} is missing: {path.parent} is no model directory'
         ) from error
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror})') from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not valid JSON: {error}') from error
     if not isinstance(entries, dict):

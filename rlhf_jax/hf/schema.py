@@ -21,6 +21,42 @@ REQUIRED = object()  # default of an entry that config.json must have
 RUNTIME = ('dtype', 'remat', 'scan_unroll', 'num_tokens')
 Entries = Mapping[str, Any]  # config.json
 
+# Entries that change what a model computes and leave no trace in its weights, with the
+# values that change nothing. A family that has one reads it; in others it is refused.
+CHANGING: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        'logit_scale': (1,),
+        'logits_scaling': (1,),
+        'final_logit_softcapping': (0,),
+        'attn_logit_softcapping': (0,),
+        'query_pre_attn_scalar': (),
+        'attention_multiplier': (),
+        'residual_multiplier': (1,),
+        'embedding_multiplier': (1,),
+        'lm_head_multiplier': (1,),
+        'scale_emb': (1,),
+        'scale_depth': (),
+        'dim_model_base': (),
+        'clip_qkv': (),
+        'alibi': (False,),
+        'use_alibi': (False,),
+        'no_rope_layers': ([],),
+        'attention_chunk_size': (),
+        'use_bidirectional_attention': (False,),
+        'use_parallel_residual': (False,),
+        'parallel_attn': (False,),
+        'scale_attn_weights': (True,),
+        'scale_attn_by_inverse_layer_idx': (False,),
+        'partial_rotary_factor': (1,),
+        'rotary_pct': (1,),
+        'rope_scaling': ({},),
+        'rope_local_base_freq': (),
+        'is_encoder_decoder': (False,),
+        'add_cross_attention': (False,),
+        'pruned_heads': ({},),
+    }
+)
+
 ACTIVATIONS = MappingProxyType(
     {  # Hugging Face → ours; of two spellings the first is written
         'silu': 'silu',
@@ -258,6 +294,32 @@ def _checked(field: Field, value: Any) -> Any:
     return true_or_false(field.name, value)
 
 
+class _Recorded(dict):
+    """A config.json that knows which entries were asked for."""
+
+    def __init__(self, entries: Entries):
+        super().__init__(entries)
+        self.asked: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+
+def _check_unread(family: Family, entries: _Recorded) -> None:
+    for name, harmless in CHANGING.items():
+        value = dict.get(entries, name)
+        if name not in entries.asked and value is not None and value not in harmless:
+            raise ValueError(
+                f'{name}={value!r} is not supported: it changes what a model computes, '
+                f'and {family.model_type} models do not have it here'
+            )
+
+
 def read_config(family: Family, entries: Entries) -> TransformerConfig:
     """The ``TransformerConfig`` that the entries of a config.json describe.
 
@@ -270,6 +332,7 @@ def read_config(family: Family, entries: Entries) -> TransformerConfig:
             f'quantization_config={quantized!r} is not supported: the weights would be '
             'read without their scales; give the model in bfloat16 or float32'
         )
+    entries = _Recorded(entries)
     settings = dict(family.fixed)
     for field in family.fields:
         value = entry(entries, field.name, field.default)
@@ -288,6 +351,7 @@ def read_config(family: Family, entries: Entries) -> TransformerConfig:
         settings.update(dict.fromkeys(field.ours, value))
     for codec in family.codecs:
         settings.update(codec.read(entries))
+    _check_unread(family, entries)
     return TransformerConfig(**settings)
 
 

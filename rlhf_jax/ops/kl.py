@@ -1,4 +1,5 @@
-"""Estimators of KL(π ‖ π_ref) from samples of π, and the controller of its coefficient.
+"""KL of a policy from another: estimates from samples, the exact one of every next
+token, and the controller of its coefficient.
 
 Read ``ops/advantages.py`` next.
 """
@@ -7,8 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops.logprobs import MAX_LOGITS, in_chunks, logits_of
 from rlhf_jax.types import Array
 
 KLEstimator = Literal['k1', 'k2', 'k3']
@@ -59,6 +62,49 @@ def kl_estimate(
     if kind == 'k3':
         return jnp.expm1(-difference) + difference
     raise ValueError(f"kl estimator {kind!r} is unknown; use 'k1', 'k2' or 'k3'")
+
+
+def token_kl(
+    hidden: tuple[Array, Array],
+    unembedding: tuple[Array, Array],
+    *,
+    temperature: Array | float = 1.0,
+    softcap: tuple[float | None, float | None] = (None, None),
+    num_tokens: int | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> Array:
+    """KL(p ‖ q) between what two models say of every next token, exactly.
+
+    kl[b, t] = Σ_v p(v | y_<t)·(log p(v | y_<t) − log q(v | y_<t)), 0 at position 0.
+
+    With p the reference policy and q the policy this is the forward KL, the other way
+    round the reverse one. Gradients go through both; stop that of a frozen model.
+
+    Args:
+        hidden: [B, T, D] final hidden states of p and of q, each of its own width.
+        unembedding: [D, V] of p and of q.
+        temperature: τ > 0 of both.
+        softcap: of p and of q, see ``ops.logprobs.token_logprobs``.
+        num_tokens: ids from here on have probability 0; None for no such id.
+        max_logits: entries of the largest block of logits of both together on a device;
+            above it tokens come in chunks, whose logits are recomputed in the backward
+            pass.
+
+    Returns:
+        [B, T] float32, nats.
+    """
+
+    def divergence(states: Array, others: Array) -> Array:
+        log_p, log_q = (
+            jax.nn.log_softmax(logits_of(x, w, cap, num_tokens) / temperature)
+            for x, w, cap in zip((states, others), unembedding, softcap)
+        )
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+    rows = tuple(states[:, :-1] for states in hidden)
+    vocabulary = unembedding[0].shape[-1]
+    kl = in_chunks(divergence, rows, vocabulary, max(max_logits // 2, 1))
+    return jnp.pad(kl, ((0, 0), (1, 0)))
 
 
 def check_reward_estimator(kind: KLEstimator) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,20 +66,42 @@ def token_logprobs(
     Returns:
         (logprobs [B, T], entropy [B, T]) float32, in nats.
     """
-    batch, length, _ = hidden.shape
-    steps = length - 1
-    largest = _block_length(batch, unembedding.shape[-1], max_logits)
-    shifted = hidden[:, :-1], tokens[:, 1:]
     how = (unembedding, temperature, softcap, num_tokens)
-    if steps <= largest:
-        logprobs, entropy = _score(*shifted, *how)
-    else:
-        score = jax.checkpoint(lambda chunk: _score(*chunk, *how))
-        logprobs, entropy = jax.tree.map(
-            lambda x: _joined(x, steps), jax.lax.map(score, _cut(shifted, largest))
-        )
+    logprobs, entropy = in_chunks(
+        lambda states, targets: _score(states, targets, *how),
+        (hidden[:, :-1], tokens[:, 1:]),
+        unembedding.shape[-1],
+        max_logits,
+    )
     shift = ((0, 0), (1, 0))
     return jnp.pad(logprobs, shift), jnp.pad(entropy, shift)
+
+
+def in_chunks(
+    score: Callable[..., Any],
+    rows: tuple[Array, ...],
+    vocabulary: int,
+    max_logits: int = MAX_LOGITS,
+) -> Any:
+    """``score(*rows)``, in chunks of tokens that are recomputed in the backward pass
+    where its logits would be too large.
+
+    Args:
+        score: of arrays [B, S, …] to a pytree of them, place by place.
+        rows: [B, S, …] each.
+        vocabulary: V; ``score`` builds [B, S, V].
+        max_logits: entries of the largest such block of a device.
+
+    Returns:
+        What ``score`` returns, [B, S, …].
+    """
+    batch, steps = rows[0].shape[:2]
+    largest = _block_length(batch, vocabulary, max_logits)
+    if steps <= largest:
+        return score(*rows)
+    one = jax.checkpoint(lambda chunk: score(*chunk))
+    blocks = jax.lax.map(one, _cut(rows, largest))
+    return jax.tree.map(lambda x: _joined(x, steps), blocks)
 
 
 def logprob_sum(

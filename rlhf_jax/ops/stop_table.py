@@ -13,6 +13,7 @@ import numpy as np
 
 # Rows are filled up to a multiple, so that other strings have tables of the same shape.
 STATES = 16
+LARGEST = 1000  # bytes of all strings: the table takes 2 kB for each token of them
 
 
 def stop_table(pieces: Sequence[bytes], stops: Sequence[bytes]) -> np.ndarray:
@@ -34,16 +35,17 @@ def stop_table(pieces: Sequence[bytes], stops: Sequence[bytes]) -> np.ndarray:
         stop string ends in this token.
 
     Raises:
-        ValueError: no string or an empty one, or more of them than int16 can count.
+        ValueError: no string or an empty one, or more than ``LARGEST`` bytes.
     """
     if not stops or not all(stops):
         raise ValueError('an empty stop sequence would stop every response at once')
+    if (size := sum(map(len, stops))) > LARGEST:
+        raise ValueError(
+            f'the stop sequences have {size} bytes; use at most {LARGEST}, such as '
+            'only their beginnings'
+        )
     begun = dict.fromkeys(stop[:n] for stop in stops for n in range(len(stop)))
     states = {text: i for i, text in enumerate(begun)}
-    if len(states) > np.iinfo(np.int16).max:
-        raise ValueError(
-            f'{len(stops)} stop sequences have {sum(map(len, stops))} bytes; use fewer'
-        )
     follow, ends = _by_bytes(states, stops)
     lengths = np.asarray([len(piece) for piece in pieces])
     order = np.argsort(-lengths, kind='stable')

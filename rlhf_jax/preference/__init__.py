@@ -9,7 +9,11 @@ A loss is a module with these names, in this package or in a file of the user's 
   ([P, 2] of pairs, [P] of singles) that are reported;
 * ``context(batch, hp)``, where a row's loss depends on the other rows: numbers by name,
   [P] each, from the *whole* batch, without a gradient; ``loss`` finds them in
-  ``batch.context``, and their means are reported under the same names.
+  ``batch.context``, and their means are reported under the same names;
+* ``TOKENS = True``, where the loss looks at single tokens: it finds their
+  log-probabilities in ``batch.tokens``, a ``TokenLogps``, and with ``REFERENCE`` those
+  of the reference policy and the KL between both, over the whole vocabulary. The
+  reference policy then runs in every step, where otherwise its sums are computed once.
 
 Rows of weight 0 only fill up a batch: a ``context`` leaves them out. The losses of
 reward models are in ``reward_losses``. Read ``dpo.py`` next, then
@@ -26,13 +30,18 @@ from rlhf_jax.types import Array, PairLogps, SingleLogps
 
 
 class PreferenceLoss(Protocol):
-    """The names of a loss module; ``context`` may be absent."""
+    """The names of a loss module; ``context`` and ``TOKENS`` may be absent."""
 
     __name__: str
     DATA: Literal['pairs', 'singles']
     REFERENCE: bool
     HParams: type
     loss: Callable[[PairLogps | SingleLogps, Any], tuple[Array, Array]]
+
+
+def wants_tokens(loss: PreferenceLoss) -> bool:
+    """Whether a loss looks at single tokens, see the module docstring."""
+    return getattr(loss, 'TOKENS', False)
 
 
 def load(name: str, where: str) -> PreferenceLoss:

@@ -1,10 +1,11 @@
-"""The stage expert_iteration: imitate the best of one's own samples.
+"""The kind expert_iteration: imitate the best of one's own samples.
 
 See ``algos/expert_iteration.py``; read ``main.py`` next.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from rlhf_jax.algos.anchors import AnchorHParams
@@ -13,58 +14,64 @@ from rlhf_jax.algos.expert_iteration import (
     expert_iteration_step,
     prepare_best,
 )
-from rlhf_jax.config import build
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
+from rlhf_jax.pages import policy as pages
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.online_job import (
-    Judged,
-    Method,
+from rlhf_jax.stages.kinds import Makes
+from rlhf_jax.stages.online import (
+    READS,
     Online,
-    initial_state,
+    check_optimised,
     load_online,
+    train_online,
 )
-from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.rollouts import Method, initial_state
+from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.settings import OnlineSettings
-from rlhf_jax.types import Generation, Metrics, OnlineState, Params, TokenBatch
+from rlhf_jax.types import Params
+
+SETTINGS = (OnlineSettings, ExpertIterationHParams, ScoreHParams, AnchorHParams)
+PAGE = dataclasses.replace(pages.ONLINE, title='Expert iteration')
 
 
-def load_expert_iteration(run: Run, stage: str) -> Online:
-    """Data and settings; see ``OnlineSettings`` and ``ExpertIterationHParams``."""
-    settings, hp, *others = build(
-        run.config[stage],
-        OnlineSettings,
-        ExpertIterationHParams,
-        ScoreHParams,
-        AnchorHParams,
-        where=f'config.{stage}',
-    )
-    return load_online(
-        run, stage, settings, hp, *others, _begin, hp.group_size, hp.keep
-    )
+def makes(settings: OnlineSettings, *_: object) -> Makes:
+    """A policy."""
+    return Makes(parts={'policy': settings.init})
+
+
+def reads(*_: object) -> dict[str, str]:
+    """Prompts."""
+    return READS
+
+
+def load(
+    run: Run,
+    stage: str,
+    settings: OnlineSettings,
+    hp: ExpertIterationHParams,
+    shaping: ScoreHParams,
+    anchors: AnchorHParams,
+) -> Online:
+    """Reads and checks; see ``online.load_online``."""
+    check_optimised(f'config.{stage}', settings)
+    groups = hp.group_size, hp.keep
+    return load_online(run, stage, settings, hp, shaping, anchors, _begin, *groups)
+
+
+def train(run: Run, job: Online) -> Result:
+    """Trains and evaluates; see ``online.train_online``."""
+    return train_online(run, job)
 
 
 def _begin(run: Run, job: Online, policy: CausalLM, params: Params) -> Method:
-    hp = job.hp
+    hp, start = job.hp, {'policy': params}
     tx = make_optimizer(job.settings.optim, job.num_updates)
     how = {'model': policy, 'hp': hp}
-
-    def prepared(
-        state: OnlineState,
-        ref_params: Params,
-        generation: Generation,
-        judged: Judged,
-        *,
-        axis_name: str | None = None,
-    ) -> tuple[TokenBatch, Metrics]:
-        return prepare_best(
-            ref_params, generation, judged.total, **how, axis_name=axis_name
-        )
-
     return Method(
-        state=initial_state(run, job, {'policy': params}, tx),
+        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
         configs={'policy': policy.config},
-        prepare=prepared,
+        prepare=functools.partial(prepare_best, **how),
         step=functools.partial(expert_iteration_step, **how, tx=tx),
         group_size=hp.group_size,
     )

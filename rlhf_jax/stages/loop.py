@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from rlhf_jax import checkpoint
 from rlhf_jax.metrics import Writers, open_writers, progress
 from rlhf_jax.stages.console import tell
+from rlhf_jax.stages.out_of_memory import naming_step
 from rlhf_jax.stages.profiling import tracing, write_phases
 from rlhf_jax.stages.settings import LoopSettings
+from rlhf_jax.stages.watching import why_not_finite
 from rlhf_jax.types import Mean, Metrics
 
 # (state, step) -> (state, metrics still on the device, numbers known on the host)
@@ -55,6 +57,7 @@ def run_loop(
     shown: dict[str, str],
     spent: Callable[[], dict[str, float]],
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    eval_every_steps: int | None = None,
     watch: Callable[[dict[str, float]], list[str]] | None = None,
     profile: bool = False,
 ) -> tuple[Any, dict[str, float]]:
@@ -66,11 +69,12 @@ def run_loop(
             its shapes are used.
         num_steps: steps of the whole stage.
         one_step: see OneStep.
-        settings: how often to log, save, evaluate.
+        settings: how often to log and save.
         writers: names for ``metrics.open_writers``.
         shown: metric name -> name in the progress bar.
         spent: seconds that this process has taken for the stage so far, by phase.
-        evaluate: numbers to log every ``eval_every_steps``.
+        evaluate: numbers to log now and then.
+        eval_every_steps: how often; None for never.
         watch: the metrics of a step -> warnings to print.
         profile: leave a trace and the time per phase in ``stage_dir/profile``.
 
@@ -83,6 +87,7 @@ def run_loop(
             from which a step with finite metrics was made.
         SystemExit: SIGTERM or SIGINT (Ctrl-C) came; the state was saved.
     """
+    one_step = naming_step(one_step)
     with (
         checkpoint.open_checkpoints(stage_dir, settings.keep_checkpoints) as manager,
         _signals() as received,
@@ -104,8 +109,7 @@ def run_loop(
                 done += 1
                 logged = done % settings.log_every_steps == 0 or done in (1, num_steps)
                 journal.pending = _Pending(done, metrics, known, logged)
-                every = settings.eval_every_steps
-                if evaluate is not None and every and done % every == 0:
+                if eval_every_steps and done % eval_every_steps == 0:
                     journal.flush()
                     journal.write(done, evaluate(state))
                 stop = received()  # asked once: it may come between two lines
@@ -185,7 +189,7 @@ class _Journal:
         if bad:
             # A step shows what the one before has made of the parameters.
             good = checkpoint.drop_state(self.manager, step - 1)
-            raise self.diverged(', '.join(bad), step, good)
+            raise self.diverged(', '.join(bad), step, good, why_not_finite(values))
         for warning in self.watch(values) if self.watch else ():
             tell(f'warning: {self.stage_dir.name}, step {step}: {warning}')
         if not logged:
@@ -206,17 +210,17 @@ class _Journal:
         """
         self.flush()
         if not _all_finite(state.params):
-            raise self.diverged('parameters', step, self.manager.latest_step())
+            last = self.manager.latest_step()
+            raise self.diverged('parameters', step, last, why_not_finite({}))
         checkpoint.save_state(self.manager, step, state, seconds)
 
-    def diverged(self, what: str, step: int, good: int | None) -> ValueError:
+    def diverged(self, what: str, step: int, good: int | None, why: str) -> ValueError:
         kept = 'no checkpoint is kept'
         if good is not None:
             folder = self.stage_dir / 'checkpoints'
             kept = f'the last good checkpoint is that of step {good} in {folder}'
         return ValueError(
-            f'{self.stage_dir.name}: {what} not finite at step {step}; {kept}. Lower '
-            'the learning rate or look at the data around that step'
+            f'{self.stage_dir.name}: {what} not finite at step {step}; {kept}. {why}'
         )
 
 

@@ -1,63 +1,96 @@
-"""The stage online_preference: a preference loss on pairs of the policy's own samples.
+"""The kind online_preference: a preference loss on pairs of the policy's own samples.
 
-``config.online_preference.name`` is a pairwise loss of ``preference/``; see
+``config.NAME.name`` is a pairwise loss of ``preference/``; see
 ``algos/online_preference.py``. Read ``stages/expert_iteration.py`` next.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
+from rlhf_jax import preference
 from rlhf_jax.algos.anchors import AnchorHParams
 from rlhf_jax.algos.online_preference import (
     OnlinePreferenceHParams,
     online_preference_step,
     prepare_pairs,
 )
-from rlhf_jax.config import build_named
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
-from rlhf_jax.preference import PreferenceLoss, load
+from rlhf_jax.pages import policy as pages
+from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.online_job import (
-    Judged,
-    Method,
+from rlhf_jax.stages.kinds import Choice, Makes
+from rlhf_jax.stages.online import (
+    READS,
     Online,
-    initial_state,
+    check_optimised,
     load_online,
+    train_online,
 )
-from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.rollouts import Method, initial_state
+from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.settings import OnlinePreferenceSettings
-from rlhf_jax.types import Generation, Metrics, OnlineState, Params, PreferencePairs
+from rlhf_jax.types import Params
+
+SETTINGS = (
+    OnlinePreferenceSettings,
+    OnlinePreferenceHParams,
+    ScoreHParams,
+    AnchorHParams,
+)
+CHOICE = Choice('name', preference.load)
+PAGE = dataclasses.replace(pages.ONLINE, title='Online preference optimisation')
 
 
-def load_online_preference(run: Run, stage: str) -> Online:
-    """Data and settings; see ``OnlinePreferenceSettings``.
+def makes(settings: OnlinePreferenceSettings, *_: object) -> Makes:
+    """A policy."""
+    return Makes(parts={'policy': settings.init})
+
+
+def reads(*_: object) -> dict[str, str]:
+    """Prompts."""
+    return READS
+
+
+def load(
+    run: Run,
+    stage: str,
+    settings: OnlinePreferenceSettings,
+    hp: OnlinePreferenceHParams,
+    shaping: ScoreHParams,
+    anchors: AnchorHParams,
+    loss: PreferenceLoss,
+    loss_hp: Any,
+) -> Online:
+    """Reads and checks.
 
     Raises:
-        ValueError: no such loss, one on single responses, a setting that it does not
-            have, or what is wrong with the rest.
+        ValueError: a loss on single responses, or what is wrong with the rest.
     """
     where = f'config.{stage}'
-    name = run.config[stage]['name']
-    loss = load(name, f'{where}.name')
+    check_optimised(where, settings)
     if loss.DATA != 'pairs':
         raise ValueError(
-            f'{where}.name={name!r} learns from single responses, and this stage makes '
-            "pairs of them; use a loss on pairs, such as 'dpo'"
+            f'{where}.name={settings.name!r} learns from single responses, and this '
+            "stage makes pairs of them; use a loss on pairs, such as 'dpo'"
         )
-    settings, hp, *others, loss_hp = build_named(
-        run.config[stage],
-        OnlinePreferenceSettings,
-        OnlinePreferenceHParams,
-        ScoreHParams,
-        AnchorHParams,
-        named=loss.HParams,
-        where=where,
-    )
+    if wants_tokens(loss) and loss.REFERENCE:
+        raise ValueError(
+            f'{where}.name={settings.name!r} looks at single tokens under the '
+            'reference policy, which only the stage preference runs in every step; '
+            "use a loss on sums, such as 'dpo'"
+        )
     begin = functools.partial(_begin, loss=loss, loss_hp=loss_hp)
-    return load_online(run, stage, settings, hp, *others, begin, hp.group_size, kept=1)
+    size = hp.group_size
+    return load_online(run, stage, settings, hp, shaping, anchors, begin, size, kept=1)
+
+
+def train(run: Run, job: Online) -> Result:
+    """Trains and evaluates; see ``online.train_online``."""
+    return train_online(run, job)
 
 
 def _begin(
@@ -69,25 +102,13 @@ def _begin(
     loss: PreferenceLoss,
     loss_hp: Any,
 ) -> Method:
-    hp = job.hp
+    hp, start = job.hp, {'policy': params}
     tx = make_optimizer(job.settings.optim, job.num_updates)
     how = {'model': policy, 'hp': hp, 'loss': loss}
-
-    def prepared(
-        state: OnlineState,
-        ref_params: Params,
-        generation: Generation,
-        judged: Judged,
-        *,
-        axis_name: str | None = None,
-    ) -> tuple[PreferencePairs, Metrics]:
-        scores = judged.total
-        return prepare_pairs(ref_params, generation, scores, **how, axis_name=axis_name)
-
     return Method(
-        state=initial_state(run, job, {'policy': params}, tx),
+        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
         configs={'policy': policy.config},
-        prepare=prepared,
+        prepare=functools.partial(prepare_pairs, **how),
         step=functools.partial(online_preference_step, **how, tx=tx, loss_hp=loss_hp),
         group_size=hp.group_size,
     )

@@ -1,65 +1,88 @@
-"""The stage policy_gradient: RLOO, GRPO and the others without a critic.
+"""The kind policy_gradient: RLOO, GRPO and the others without a critic.
 
-``config.policy_gradient.name`` is a module of ``algos/estimators``; with the settings
-of ``PolicyHParams`` it makes the method, see ``docs/algorithms``. Read
+``config.NAME.name`` is a module of ``algos/estimators``; with the settings of
+``PolicyHParams`` it makes the method, see ``docs/algorithms``. Read
 ``stages/online_preference.py`` next.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.algos import estimators
 from rlhf_jax.algos.anchors import AnchorHParams
-from rlhf_jax.algos.estimators import Estimator, load
-from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
-from rlhf_jax.config import build_named
+from rlhf_jax.algos.estimators import Estimator
+from rlhf_jax.algos.policy_gradient import (
+    PolicyHParams,
+    check_estimator,
+    policy_step,
+    prepare_policy,
+)
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
+from rlhf_jax.pages import policy as pages
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.online_job import (
-    Judged,
-    Method,
+from rlhf_jax.stages.kinds import Choice, Makes
+from rlhf_jax.stages.online import (
+    READS,
     Online,
-    initial_state,
+    check_optimised,
     load_online,
+    train_online,
 )
-from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.rollouts import Method, initial_state
+from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.settings import PolicyGradientSettings
-from rlhf_jax.types import (
-    Generation,
-    Metrics,
-    OnlineState,
-    Outcomes,
-    Params,
-    Rollout,
-)
+from rlhf_jax.types import Outcomes, Params
+
+SETTINGS = (PolicyGradientSettings, PolicyHParams, ScoreHParams, AnchorHParams)
+CHOICE = Choice('name', estimators.load)
+PAGE = dataclasses.replace(pages.ONLINE, title='Policy gradient without a critic')
 
 
-def load_policy_gradient(run: Run, stage: str) -> Online:
-    """Data and settings; see ``PolicyGradientSettings`` and ``PolicyHParams``.
+def makes(settings: PolicyGradientSettings, *_: object) -> Makes:
+    """A policy."""
+    return Makes(parts={'policy': settings.init})
+
+
+def reads(*_: object) -> dict[str, str]:
+    """Prompts."""
+    return READS
+
+
+def load(
+    run: Run,
+    stage: str,
+    settings: PolicyGradientSettings,
+    hp: PolicyHParams,
+    shaping: ScoreHParams,
+    anchors: AnchorHParams,
+    estimator: Estimator,
+    estimator_hp: Any,
+) -> Online:
+    """Reads and checks.
 
     Raises:
-        ValueError: no such estimator, a setting that it does not have, a group of one
-            for an estimator that compares within groups, or what is wrong with the
-            rest.
+        ValueError: a group of one for an estimator that compares within groups, or what
+            is wrong with the rest.
     """
     where = f'config.{stage}'
-    estimator = load(run.config[stage]['name'], f'{where}.name')
-    settings, hp, *others, estimator_hp = build_named(
-        run.config[stage],
-        PolicyGradientSettings,
-        PolicyHParams,
-        ScoreHParams,
-        AnchorHParams,
-        named=estimator.HParams,
-        where=where,
-    )
+    check_optimised(where, settings)
     _check(where, settings, hp, estimator, estimator_hp)
+    _check_shaping(where, settings, shaping, estimator)
     begin = functools.partial(_begin, estimator=estimator, estimator_hp=estimator_hp)
-    return load_online(run, stage, settings, hp, *others, begin, hp.group_size)
+    size = hp.group_size
+    return load_online(run, stage, settings, hp, shaping, anchors, begin, size)
+
+
+def train(run: Run, job: Online) -> Result:
+    """Trains and evaluates; see ``online.train_online``."""
+    return train_online(run, job)
 
 
 def _check(
@@ -75,8 +98,11 @@ def _check(
         rewards=jnp.zeros((1, hp.group_size, 1)),
         mask=jnp.ones((1, hp.group_size, 1), bool),
         baseline=jnp.zeros((1, hp.group_size)),
+        scores={name: jnp.zeros((1, hp.group_size)) for name in settings.rewards},
+        weights={name: reward.weight for name, reward in settings.rewards.items()},
     )
     try:
+        check_estimator(estimator, hp)
         jax.eval_shape(lambda x: estimator.advantages(x, estimator_hp, None), outcomes)
     except ValueError as error:
         raise ValueError(f'{where}: {name}: {error}') from error
@@ -98,6 +124,24 @@ def _check(
         )
 
 
+def _check_shaping(
+    where: str,
+    settings: PolicyGradientSettings,
+    shaping: ScoreHParams,
+    estimator: Estimator,
+) -> None:
+    if not getattr(estimator, 'WANTS_SCORES', False):
+        return
+    for name in ('score_scaling', 'score_clip', 'missing_eos_score'):
+        value = getattr(shaping, name)
+        if value is not None:
+            raise ValueError(
+                f'{where}.{name}={value!r} changes the sum of the rewards, and '
+                f'{where}.name={settings.name!r} normalises each of them by itself; '
+                'use None, and missing_eos_penalty for responses that do not end'
+            )
+
+
 def _begin(
     run: Run,
     job: Online,
@@ -105,37 +149,18 @@ def _begin(
     params: Params,
     *,
     estimator: Estimator,
-    estimator_hp: object,
+    estimator_hp: Any,
 ) -> Method:
-    settings, hp = job.settings, job.hp
+    settings, hp, start = job.settings, job.hp, {'policy': params}
     tx = make_optimizer(settings.optim, job.num_updates)
-
-    def prepared(
-        state: OnlineState,
-        ref_params: Params,
-        generation: Generation,
-        judged: Judged,
-        *,
-        axis_name: str | None = None,
-    ) -> tuple[Rollout, Metrics]:
-        return prepare_policy(
-            state,
-            ref_params,
-            generation,
-            judged.total,
-            judged.baseline,
-            model=policy,
-            hp=hp,
-            estimator=estimator,
-            estimator_hp=estimator_hp,
-            axis_name=axis_name,
-        )
-
+    how = {'model': policy, 'hp': hp}
     return Method(
-        state=initial_state(run, job, {'policy': params}, tx),
+        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
         configs={'policy': policy.config},
-        prepare=prepared,
-        step=functools.partial(policy_step, model=policy, tx=tx, hp=hp),
+        prepare=functools.partial(
+            prepare_policy, **how, estimator=estimator, estimator_hp=estimator_hp
+        ),
+        step=functools.partial(policy_step, **how, tx=tx),
         group_size=hp.group_size,
         wants_baseline=getattr(estimator, 'WANTS_BASELINE', False),
         max_draws=settings.max_draws,

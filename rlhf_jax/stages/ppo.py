@@ -1,59 +1,84 @@
-"""The stage ppo: a policy and its critic, ``algos/ppo.py``.
+"""The kind ppo: a policy and its critic, ``algos/ppo.py``.
 
-Read ``stages/online.py`` first, whose loop runs it; ``policy_gradient.py`` next.
+Read ``stages/rollouts.py`` first, whose loop runs it; ``policy_gradient.py`` next.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 
 from rlhf_jax.algos.anchors import AnchorHParams
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
-from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import actor_critic_optimizer
+from rlhf_jax.pages import policy as pages
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
-from rlhf_jax.stages.evaluation import check_positions
-from rlhf_jax.stages.online_job import (
-    Judged,
-    Method,
+from rlhf_jax.stages.kinds import Makes
+from rlhf_jax.stages.online import (
+    READS,
     Online,
-    initial_state,
+    check_optimised,
     load_online,
+    train_online,
 )
-from rlhf_jax.stages.run import Run, check_single_score, load_scalar, model_config
+from rlhf_jax.stages.rollouts import Method, initial_state
+from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.settings import PPOSettings
-from rlhf_jax.types import Generation, Metrics, Params, PPOState, Rollout
+from rlhf_jax.stages.sources import (
+    check_positions,
+    check_single_score,
+    load_scalar,
+    resolve,
+)
+from rlhf_jax.types import Params, PPOState
 
-CRITIC = 13  # a purpose folded into the stage's key; stages.online has others
+CRITIC = 13  # a purpose folded into the stage's key; stages.rollouts has others
+
+SETTINGS = (PPOSettings, PPOHParams, ScoreHParams, AnchorHParams)
+PAGE = dataclasses.replace(pages.ONLINE, title='PPO')
 
 
-def load_ppo(run: Run, stage: str) -> Online:
-    """Data and settings of ppo; see ``PPOSettings`` and ``PPOHParams``.
+def makes(settings: PPOSettings, *_: object) -> Makes:
+    """A policy and its critic."""
+    return Makes(parts={'policy': settings.init, 'critic': settings.critic})
+
+
+def reads(settings: PPOSettings, *_: object) -> dict[str, str]:
+    """Prompts, and what ``ptx_coef`` asks for."""
+    form = {'demonstrations': 'demonstrations', 'text': 'texts'}[settings.ptx_form]
+    return {**READS, 'ptx': form}
+
+
+def load(
+    run: Run,
+    stage: str,
+    settings: PPOSettings,
+    hp: PPOHParams,
+    shaping: ScoreHParams,
+    anchors: AnchorHParams,
+) -> Online:
+    """Reads and checks.
 
     Raises:
         ValueError: a critic that cannot read the policy's tokens, ptx without data, or
             whatever is wrong with the rest.
     """
     where = f'config.{stage}'
-    settings, hp, *others = build(
-        run.config[stage],
-        PPOSettings,
-        PPOHParams,
-        ScoreHParams,
-        AnchorHParams,
-        where=where,
-    )
+    check_optimised(where, settings)
     check_critic(run, f'{where}.critic', settings.critic, settings)
     begin = functools.partial(_begin, ptx=load_ptx(run, where, settings, hp))
-    return load_online(run, stage, settings, hp, *others, begin)
+    return load_online(run, stage, settings, hp, shaping, anchors, begin)
+
+
+def train(run: Run, job: Online) -> Result:
+    """Trains and evaluates; see ``online.train_online``."""
+    return train_online(run, job)
 
 
 def check_critic(run: Run, where: str, critic: str, settings: PPOSettings) -> None:
@@ -62,11 +87,12 @@ def check_critic(run: Run, where: str, critic: str, settings: PPOSettings) -> No
     Raises:
         ValueError: another tokenizer, an encoder, or too few positions.
     """
-    tokenizer = scoring.model_tokenizer(run, critic)
+    source = resolve(run, critic)
+    tokenizer = source.tokenizer
     is_foreign = (
         tokenizer is not None and tokenizer.get_vocab() != run.tokenizer.get_vocab()
     )
-    is_encoder = model_config(run, critic).attention == 'bidirectional'
+    is_encoder = source.config().attention == 'bidirectional'
     if is_foreign or is_encoder:
         reason = 'is an encoder' if is_encoder else 'has another tokenizer'
         raise ValueError(
@@ -74,8 +100,8 @@ def check_critic(run: Run, where: str, critic: str, settings: PPOSettings) -> No
             "policy's tokens one after the other; start it from the policy: "
             f'{where}={settings.init!r}'
         )
-    check_single_score(run, where, critic)
-    check_positions(run, where, critic, settings)
+    check_single_score(source, where)
+    check_positions(run, where, source, settings)
 
 
 def load_ptx(
@@ -91,7 +117,7 @@ def load_ptx(
     if settings.ptx is None:
         raise ValueError(f'{where}.ptx_coef={hp.ptx_coef} needs data: set {where}.ptx')
     length = settings.ptx_buckets[-1]
-    if settings.ptx_kind == 'text':
+    if settings.ptx_form == 'text':
         return pipeline.load_texts(settings.ptx, run.tokenizer, max_length=length)
     data = pipeline.load_demonstrations(
         settings.ptx,
@@ -113,33 +139,21 @@ def _begin(
     *,
     ptx: pipeline.Dataset | None,
 ) -> Method:
-    settings, hp, key = job.settings, job.hp, run.key(job.stage)
-    critic, critic_params = load_scalar(
-        run, settings.critic, jax.random.fold_in(key, CRITIC), 'critic'
-    )
+    settings, hp = job.settings, job.hp
+    key = jax.random.fold_in(run.key(job.stage), CRITIC)
+    critic, critic_params = load_scalar(run, settings.critic, key, 'critic')
     models = ActorCritic(policy, critic)
     tx = actor_critic_optimizer(
         settings.optim, settings.critic_optim, job.num_updates * settings.rollout_passes
     )
-
-    def prepared(
-        state: PPOState,
-        ref_params: Params,
-        generation: Generation,
-        judged: Judged,
-        *,
-        axis_name: str | None = None,
-    ) -> tuple[Rollout, Metrics]:
-        how: dict[str, Any] = {'model': models, 'hp': hp, 'axis_name': axis_name}
-        return prepare(state, ref_params, generation, judged.total, **how)
-
     params = {'policy': policy_params, 'critic': critic_params}
     of = functools.partial(PPOState, kl_coef=np.float32(hp.kl_coef))
+    how = {'model': models, 'hp': hp}
     return Method(
-        state=initial_state(run, job, params, tx, of),
+        state=initial_state(run, job.stage, job.shaping, job.anchors, params, tx, of),
         configs={'policy': policy.config, 'critic': critic.config},
-        prepare=prepared,
-        step=functools.partial(ppo_step, model=models, tx=tx, hp=hp),
+        prepare=functools.partial(prepare, **how),
+        step=functools.partial(ppo_step, **how, tx=tx),
         streams=((ptx, settings.ptx_buckets),) if ptx else (),
         passes=settings.rollout_passes,
     )

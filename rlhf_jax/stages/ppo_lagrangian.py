@@ -1,10 +1,11 @@
-"""The stage ppo_lagrangian: the most reward at a mean cost below a limit.
+"""The kind ppo_lagrangian: the most reward at a mean cost below a limit.
 
 See ``algos/lagrangian.py``; all but the cost and its critic is ``stages/ppo.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from rlhf_jax.algos.anchors import AnchorHParams
 from rlhf_jax.algos.lagrangian import (
+    COST,
     ActorCritics,
     LagrangianHParams,
     initial_log_lambda,
@@ -19,56 +21,71 @@ from rlhf_jax.algos.lagrangian import (
     prepare_lagrangian,
 )
 from rlhf_jax.algos.ppo import PPOHParams
-from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import actor_critic_optimizer
+from rlhf_jax.pages import policy as pages
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.online_job import (
-    Judged,
-    Method,
-    Online,
-    initial_state,
-    load_online,
-)
-from rlhf_jax.stages.ppo import CRITIC, check_critic, load_ptx
-from rlhf_jax.stages.run import Run, load_scalar
+from rlhf_jax.stages import ppo
+from rlhf_jax.stages.kinds import Makes
+from rlhf_jax.stages.online import Online, check_optimised, load_online, train_online
+from rlhf_jax.stages.rollouts import Method, initial_state
+from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.settings import LagrangianSettings
-from rlhf_jax.types import (
-    Generation,
-    LagrangianRollout,
-    LagrangianState,
-    Metrics,
-    Params,
-)
+from rlhf_jax.stages.sources import load_scalar
+from rlhf_jax.types import LagrangianState, Params
 
-COST = 'cost'  # the name of the cost among the scorers
 COST_CRITIC = 15  # a purpose folded into the stage's key; stages.ppo has another
 
+SETTINGS = (
+    LagrangianSettings,
+    PPOHParams,
+    LagrangianHParams,
+    ScoreHParams,
+    AnchorHParams,
+)
+PAGE = dataclasses.replace(pages.ONLINE, title='PPO under a cost constraint')
 
-def load_ppo_lagrangian(run: Run, stage: str) -> Online:
-    """Data and settings; see ``LagrangianSettings`` and ``LagrangianHParams``.
+
+def makes(settings: LagrangianSettings, *others: object) -> Makes:
+    """A policy, its critic, and the critic of the cost."""
+    parts = ppo.makes(settings, *others).parts
+    return Makes(parts={**parts, 'cost_critic': settings.cost_critic})
+
+
+def reads(settings: LagrangianSettings, *others: object) -> dict[str, str]:
+    """As ppo."""
+    return ppo.reads(settings, *others)
+
+
+def load(
+    run: Run,
+    stage: str,
+    settings: LagrangianSettings,
+    hp: PPOHParams,
+    constraint: LagrangianHParams,
+    shaping: ScoreHParams,
+    anchors: AnchorHParams,
+) -> Online:
+    """Reads and checks.
 
     Raises:
         ValueError: a critic that cannot read the policy's tokens, ptx without data, or
             whatever is wrong with the rest.
     """
     where = f'config.{stage}'
-    settings, hp, constraint, *others = build(
-        run.config[stage],
-        LagrangianSettings,
-        PPOHParams,
-        LagrangianHParams,
-        ScoreHParams,
-        AnchorHParams,
-        where=where,
-    )
+    check_optimised(where, settings)
     for name in ('critic', 'cost_critic'):
-        check_critic(run, f'{where}.{name}', getattr(settings, name), settings)
-    ptx = load_ptx(run, where, settings, hp)
+        ppo.check_critic(run, f'{where}.{name}', getattr(settings, name), settings)
+    ptx = ppo.load_ptx(run, where, settings, hp)
     begin = functools.partial(_begin, ptx=ptx, constraint=constraint)
     costs = {COST: settings.cost}
-    return load_online(run, stage, settings, hp, *others, begin, others=costs)
+    return load_online(run, stage, settings, hp, shaping, anchors, begin, others=costs)
+
+
+def train(run: Run, job: Online) -> Result:
+    """Trains and evaluates; see ``online.train_online``."""
+    return train_online(run, job)
 
 
 def _begin(
@@ -82,7 +99,7 @@ def _begin(
 ) -> Method:
     settings, hp, key = job.settings, job.hp, run.key(job.stage)
     models, params = {'policy': policy}, {'policy': policy_params}
-    critics = {'critic': CRITIC, 'cost_critic': COST_CRITIC}
+    critics = {'critic': ppo.CRITIC, 'cost_critic': COST_CRITIC}
     for name, purpose in critics.items():
         start = getattr(settings, name), jax.random.fold_in(key, purpose)
         models[name], params[name] = load_scalar(run, *start, 'critic')
@@ -95,24 +112,10 @@ def _begin(
         log_lambda=initial_log_lambda(constraint),
     )
     how = {'model': ActorCritics(**models), 'hp': hp, 'constraint': constraint}
-
-    def prepared(
-        state: LagrangianState,
-        ref_params: Params,
-        generation: Generation,
-        judged: Judged,
-        *,
-        axis_name: str | None = None,
-    ) -> tuple[LagrangianRollout, Metrics]:
-        both = judged.total, judged.each[COST]
-        return prepare_lagrangian(
-            state, ref_params, generation, *both, **how, axis_name=axis_name
-        )
-
     return Method(
-        state=initial_state(run, job, params, tx, of),
+        state=initial_state(run, job.stage, job.shaping, job.anchors, params, tx, of),
         configs={name: model.config for name, model in models.items()},
-        prepare=prepared,
+        prepare=functools.partial(prepare_lagrangian, **how),
         step=functools.partial(lagrangian_step, **how, tx=tx),
         streams=((ptx, settings.ptx_buckets),) if ptx else (),
         passes=settings.rollout_passes,

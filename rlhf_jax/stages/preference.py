@@ -1,9 +1,9 @@
-"""The stage that learns from preferences without sampling: any loss of ``preference/``.
+"""The kind preference: learning from preferences without sampling, by any loss of
+``preference/``.
 
-``load_preference`` reads and checks, ``train_preference`` trains. What a reference
-policy says of the data is computed once, before training, and kept in the stage's
-folder; at the end the policy is measured as ppo's is. The rest is shared with
-``stages/offline.py``. Read ``stages/evaluation.py`` next.
+What a reference policy says of the data is computed once, before training, and kept in
+the stage's folder; at the end the policy is measured as ppo's is. The rest is shared
+with ``stages/offline.py``. Read ``stages/online.py`` next.
 """
 
 from __future__ import annotations
@@ -27,19 +27,17 @@ from rlhf_jax.algos.preference import (
     preference_step,
     reference_logps,
 )
-from rlhf_jax.config import build_named
 from rlhf_jax.data import pipeline
 from rlhf_jax.evals import preference
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.preference import PreferenceLoss, load
+from rlhf_jax.pages import policy as pages
+from rlhf_jax.preference import PreferenceLoss, wants_tokens
+from rlhf_jax.preference import load as load_loss
+from rlhf_jax.responses import GOLD
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
-from rlhf_jax.stages.evaluation import (
-    Evaluation,
-    check_evaluation,
-    evaluate_policy,
-    make_writer,
-)
+from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, evaluate_policy
+from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
@@ -47,13 +45,19 @@ from rlhf_jax.stages.offline import (
     known_gold,
     known_kinds,
 )
-from rlhf_jax.stages.run import Run, finish, load_policy
+from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.sampler import check_sampler, make_sampler
 from rlhf_jax.stages.settings import PreferenceSettings
+from rlhf_jax.stages.sources import check_policy, check_positions, frozen, load_policy
 from rlhf_jax.types import Array, Params
+
+SETTINGS = (PreferenceSettings, PreferenceHParams)
+CHOICE = Choice('name', load_loss)
+PAGE = pages.PREFERENCE
 
 
 @dataclasses.dataclass(frozen=True)
-class Preference:
+class PreferenceJob:
     """A checked stage, ready to train."""
 
     offline: Offline
@@ -61,33 +65,41 @@ class Preference:
     loss_hp: Any  # loss.HParams
     evaluation: Evaluation
 
-    @property
-    def stage(self) -> str:
-        """Its name."""
-        return self.offline.stage
+
+def makes(settings: PreferenceSettings, *_: object) -> Makes:
+    """A policy."""
+    return Makes(parts={'policy': settings.init})
 
 
-def load_preference(run: Run, stage: str) -> Preference:
-    """Data and settings of a preference stage; see ``PreferenceSettings``.
+def reads(
+    settings: PreferenceSettings,
+    hp: PreferenceHParams,
+    loss: PreferenceLoss,
+    loss_hp: Any,
+) -> dict[str, str]:
+    """What the loss learns from, and prompts for the evaluation."""
+    form = {'pairs': 'comparisons', 'singles': 'unpaired'}[loss.DATA]
+    return {'train': form, 'eval': form, 'eval_prompts': 'prompts'}
+
+
+def load(
+    run: Run,
+    stage: str,
+    settings: PreferenceSettings,
+    hp: PreferenceHParams,
+    loss: PreferenceLoss,
+    loss_hp: Any,
+) -> PreferenceJob:
+    """Reads and checks.
 
     Raises:
-        ValueError: no such loss, a setting that it does not have, data of the other
-            kind, or whatever is wrong with the rest.
+        ValueError: data of another kind than the loss wants, or whatever is wrong with
+            the rest.
     """
     where = f'config.{stage}'
-    loss = load(run.config[stage]['name'], f'{where}.name')
-    settings, hp, loss_hp = build_named(
-        run.config[stage],
-        PreferenceSettings,
-        PreferenceHParams,
-        named=loss.HParams,
-        where=where,
-    )
-    if settings.tokenizer is not None:
-        raise ValueError(
-            f'{where}.tokenizer={settings.tokenizer!r}: rm alone can have its own; a '
-            'policy has that of config.tokenizer'
-        )
+    source = check_policy(run, f'{where}.init', settings.init)
+    check_positions(run, f'{where}.init', source, settings)
+    check_sampler(run, where, settings)
     limits = {
         'overlong': settings.overlong,
         'on_bad': settings.on_bad,
@@ -110,72 +122,85 @@ def load_preference(run: Run, stage: str) -> Preference:
             settings.eval_prompts, run.tokenizer, max_prompt_length=length, **limits
         )
     )
-    return Preference(
-        offline=check_offline(run, stage, settings, hp, run.tokenizer, read, None),
+    longest = length + settings.max_new_tokens
+    rewards = scoring.check_rewards(
+        run, where, settings.rewards, longest, [prompts], (GOLD,)
+    )
+    return PreferenceJob(
+        offline=check_offline(run, stage, settings, hp, source, read),
         loss=loss,
         loss_hp=loss_hp,
         evaluation=check_evaluation(
-            run, stage, settings, settings.temperature, settings.init, prompts
+            run, stage, settings, settings.temperature, prompts, rewards, [prompts]
         ),
     )
 
 
-def train_preference(run: Run, job: Preference) -> None:
-    """Runs the stage: reference, training, and the comparison with where it began."""
+def train(run: Run, job: PreferenceJob) -> Result:
+    """The reference, training, and the comparison with where it began."""
     clock = time.monotonic()
-    offline, settings, key = job.offline, job.offline.settings, run.key(job.stage)
+    offline, settings = job.offline, job.offline.settings
+    key = run.key(offline.stage)
     model, params = load_policy(run, settings.init, key)
     spent = {'setup': time.monotonic() - clock}
-    if job.loss.REFERENCE:
+    ref_params = None
+    if job.loss.REFERENCE and wants_tokens(job.loss):
+        # Training takes over the memory of ``params``.
+        _, ref_params = load_policy(run, settings.init, key)
+        ref_params = frozen(run, model, ref_params)
+    elif job.loss.REFERENCE:
         clock = time.monotonic()
         offline = _with_reference(run, offline, model, params)
         spent['reference'] = time.monotonic() - clock
+    more = () if ref_params is None else (ref_params,)
     how = {'loss': job.loss, 'loss_hp': job.loss_hp}
     rewards_of = run.compile(
-        functools.partial(implicit_rewards, model=model, **how), **preference.KINDS
+        functools.partial(implicit_rewards, model=model, **how),
+        **preference.KINDS | {'inputs': ('params', 'batch') + ('params',) * len(more)},
     )
 
     def scored(params: Params) -> np.ndarray:
         batches = pipeline.eval_batches(
             offline.eval, settings.batch_size, settings.buckets
         )
-        return _opposed(offline, preference.score_pairs(rewards_of, params, batches))
+        scores = preference.score_pairs(rewards_of, params, batches, *more)
+        return _opposed(offline, scores)
 
     def evaluate(params: Params) -> dict[str, float]:
         gap = np.subtract(*scored(params).T)
         return {'accuracy': float((gap > 0).mean()), 'margin': float(gap.mean())}
 
     step = functools.partial(preference_step, **how)
-    state, seconds = fit(run, offline, step, model, params, key, evaluate, spent)
+    state, seconds = fit(
+        run, offline, step, model, params, key, evaluate, spent, ref_params
+    )
     clock = time.monotonic()
-    # Training needs none of these on the device.
-    _, ref_params = load_policy(run, settings.init, key)
+    if ref_params is None:  # training needed none on the device
+        _, ref_params = load_policy(run, settings.init, key)
     report = evaluate_policy(
         run,
         job.evaluation,
         model,
         ref_params,
         state.params,
-        write=make_writer(run, job.evaluation, model),
-        scorers=scoring.make_scorers(run, job.evaluation.rewards),
+        sample=make_sampler(run, settings, settings.temperature, model),
+        scorers=scoring.make_scorers(run, job.evaluation.scorers),
     )
     report |= _held_out(offline, scored(state.params))
     report['loss_settings'] = {'name': settings.name, **dataclasses.asdict(job.loss_hp)}
-    files.write_json(run.stage_dir(job.stage) / 'eval.json', report)
     seconds['eval'] = time.monotonic() - clock
-    finish(
-        run,
-        job.stage,
-        offline.num_steps,
-        settings.init,
-        {'policy': state.params},
-        {'policy': model.config},
-        seconds,
-        {
+    return Result(
+        steps=offline.num_steps,
+        init=settings.init,
+        params={'policy': state.params},
+        configs={'policy': model.config},
+        seconds=seconds,
+        data={
             'train': offline.train,
             'eval': offline.eval,
             'eval prompts': job.evaluation.prompts,
         },
+        evaluation=report,
     )
 
 

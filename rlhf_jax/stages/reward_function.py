@@ -25,7 +25,8 @@ import numpy as np
 
 from rlhf_jax.config import load_dotted, nearest
 from rlhf_jax.data.examples import Dataset
-from rlhf_jax.evals.policy import Responses, Scored, field
+from rlhf_jax.ranges import LARGEST_SCORE
+from rlhf_jax.responses import Responses, Scored, field
 from rlhf_jax.stages.settings import RewardSource
 
 # fn(prompts, responses, **columns) -> scores [N], reward units.
@@ -170,6 +171,13 @@ def _call(
         raise ValueError(
             f'{name} gave {scores[bad[0]]} to {bad.size} of {len(texts)} responses'
             f'{_show(int(bad[0]), prompts, texts)}; return finite numbers'
+        )
+    large = np.flatnonzero(np.abs(scores) > LARGEST_SCORE)
+    if large.size:
+        raise ValueError(
+            f'{name} gave {scores[large[0]]:g} to {large.size} of {len(texts)} '
+            f'responses{_show(int(large[0]), prompts, texts)}, which is beyond '
+            f'±{LARGEST_SCORE:g}, and more than float32 can square; scale it'
         )
     return scores
 

@@ -1,7 +1,6 @@
-"""The stage that trains a reward model by ``rm_step``.
+"""The kind reward_model: scores are learned from judged data, by ``rm_step``.
 
-``load_reward_model`` reads and checks, ``train_reward_model`` trains, sets the score
-bias, evaluates and writes the result; with ``members`` above 1 it does all that for an
+After training the score bias is set. With ``members`` above 1 all is done for an
 ensemble, whose parameters and scores have an axis more. The rest is shared with
 ``stages/offline.py``. Read ``stages/preference.py`` next.
 """
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import checkpoint, files, reward_losses
+from rlhf_jax import reward_losses
 from rlhf_jax.algos.ensemble import ensemble_rm_step, over_members, stack_members
 from rlhf_jax.algos.rm import (
     RMHParams,
@@ -27,9 +26,9 @@ from rlhf_jax.algos.rm import (
     rm_step,
     step_scores,
 )
-from rlhf_jax.config import build_named
+from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.data import pipeline
-from rlhf_jax.data.clock import same_date, save_date
+from rlhf_jax.data.clock import same_date
 from rlhf_jax.data.examples import (
     PairExample,
     RankingExample,
@@ -42,10 +41,12 @@ from rlhf_jax.data.tokenizer import load_scoring_tokenizer
 from rlhf_jax.evals import judgements, preference
 from rlhf_jax.evals.ensemble import ensemble_report
 from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.pages import reward_model as pages
 from rlhf_jax.reward_losses import RewardLoss
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.sharding import init_sharded
 from rlhf_jax.stages.console import tell_left_out
+from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
@@ -53,62 +54,81 @@ from rlhf_jax.stages.offline import (
     known_gold,
     known_kinds,
 )
-from rlhf_jax.stages.run import (
-    Run,
-    ensemble_size,
-    finish,
-    load_scalar,
-    model_config,
-)
-from rlhf_jax.stages.scoring import model_tokenizer, reads_alike
-from rlhf_jax.stages.settings import OfflineSettings, RewardSettings
+from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.scoring import reads_alike
+from rlhf_jax.stages.settings import RewardSettings
+from rlhf_jax.stages.sources import Source, load_scalar, resolve
 from rlhf_jax.types import Params, PRNGKey
 
 # Of a report, what is logged during training.
 IN_BRIEF = ('accuracy', 'sign_accuracy', 'loss', 'rmse', 'kendall_tau', 'spread')
 
+SETTINGS = (RewardSettings, RMHParams)
+CHOICE = Choice('loss', reward_losses.load)
+PAGE = pages.PAGE
+# What the losses learn from, by their ``DATA``, as the readers call it.
+FORMS = {
+    'pairs': 'comparisons',
+    'rankings': 'rankings',
+    'ratings': 'ratings',
+    'steps': 'steps',
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class RewardStage:
+class RewardJob:
     """A checked stage, ready to train."""
 
     offline: Offline
     loss: RewardLoss
     loss_hp: Any  # loss.HParams
-
-    @property
-    def stage(self) -> str:
-        """Its name."""
-        return self.offline.stage
+    references: pipeline.Dataset | None  # whose mean score becomes 0
 
 
-def load_reward_model(run: Run, stage: str) -> RewardStage:
-    """Data and settings of rm or cost; see ``RewardSettings``.
+def makes(
+    settings: RewardSettings, hp: RMHParams, loss: RewardLoss, loss_hp: Any
+) -> Makes:
+    """A reward model, or an ensemble of them."""
+    separator = settings.step_separator if loss.DATA == 'steps' else None
+    return Makes(
+        parts={'reward': settings.init},
+        members=settings.members,
+        facts=ScoreFacts(tuple(settings.heads), separator),
+        tokenizer=settings.tokenizer,
+    )
+
+
+def reads(
+    settings: RewardSettings, hp: RMHParams, loss: RewardLoss, loss_hp: Any
+) -> dict[str, str]:
+    """What the loss learns from."""
+    form = FORMS[loss.DATA]
+    return {'train': form, 'eval': form, 'references': 'demonstrations'}
+
+
+def load(
+    run: Run,
+    stage: str,
+    settings: RewardSettings,
+    hp: RMHParams,
+    loss: RewardLoss,
+    loss_hp: Any,
+) -> RewardJob:
+    """Reads and checks.
 
     Raises:
-        ValueError: no such loss, a setting that it does not have, data of another kind,
-            references beside data that say where the zero is, or whatever is wrong with
-            the rest.
+        ValueError: data of another kind than the loss wants, references beside data
+            that say where the zero is, or whatever is wrong with the rest.
     """
-    where = f'config.{stage}'
-    section = {'loss': RewardSettings.loss, **run.config[stage]}
-    name = section['loss']
-    loss = reward_losses.load(name, f'{where}.loss')
-    settings, hp, loss_hp = build_named(
-        section,
-        RewardSettings,
-        RMHParams,
-        named=loss.HParams,
-        where=where,
-        setting='loss',
-    )
-    if ensemble_size(run, settings.init) > 1:
+    where, name = f'config.{stage}', settings.loss
+    source = resolve(run, settings.init)
+    if source.members > 1:
         raise ValueError(
             f'{where}.init={settings.init!r} is an ensemble; start from a single '
             'model, e.g. from the policy that its members started from'
         )
-    tokenizer = _scoring_tokenizer(run, where, settings)
-    _check_kind(run, where, settings, loss)
+    tokenizer = _scoring_tokenizer(run, where, settings, source)
+    _check_kind(where, settings, loss, source)
     limits = Limits(
         settings.buckets[-1],
         settings.overlong,
@@ -151,8 +171,17 @@ def load_reward_model(run: Run, stage: str) -> RewardStage:
             )
         return data
 
-    offline = check_offline(run, stage, settings, hp, tokenizer, read, references)
-    return RewardStage(offline, loss, loss_hp)
+    offline = check_offline(
+        run,
+        stage,
+        settings,
+        hp,
+        source,
+        read,
+        tokenizer=tokenizer,
+        members=settings.members,
+    )
+    return RewardJob(offline, loss, loss_hp, references)
 
 
 def _has_zero(data: pipeline.Dataset) -> bool:
@@ -164,7 +193,7 @@ def _has_zero(data: pipeline.Dataset) -> bool:
 
 
 def _check_kind(
-    run: Run, where: str, settings: RewardSettings, loss: RewardLoss
+    where: str, settings: RewardSettings, loss: RewardLoss, source: Source
 ) -> None:
     """What the kinds of data do not go together with."""
     if len(set(settings.heads)) < len(settings.heads):
@@ -184,7 +213,7 @@ def _check_kind(
             'rating that there can be, such as (0, 4)'
         )
     if loss.DATA == 'steps':
-        encoder = model_config(run, settings.init).attention == 'bidirectional'
+        encoder = source.config().attention == 'bidirectional'
         if settings.heads or encoder:
             what = f'heads={settings.heads!r}' if settings.heads else 'an encoder'
             raise ValueError(
@@ -195,13 +224,15 @@ def _check_kind(
             raise ValueError(f"{where}.step_separator is empty; use e.g. '\\n'")
 
 
-def _scoring_tokenizer(run: Run, where: str, settings: OfflineSettings) -> Any:
-    """The tokenizer of rm: its own, where that differs from the run's."""
+def _scoring_tokenizer(
+    run: Run, where: str, settings: RewardSettings, source: Source
+) -> Any:
+    """Its own tokenizer, where that differs from the run's."""
     if settings.tokenizer is None:
         return run.tokenizer
     tokenizer = load_scoring_tokenizer(settings.tokenizer)
     same_date(tokenizer, run.tokenizer)
-    brought = model_tokenizer(run, settings.init)
+    brought = source.tokenizer
     if brought is not None and brought.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f'{where}.init={settings.init!r} was trained with another tokenizer than '
@@ -211,12 +242,20 @@ def _scoring_tokenizer(run: Run, where: str, settings: OfflineSettings) -> Any:
     return run.tokenizer if reads_alike(tokenizer, run.tokenizer) else tokenizer
 
 
-def train_reward_model(run: Run, job: RewardStage) -> None:
-    """Runs rm or cost: trains, sets the score bias, evaluates, writes the result."""
+def train(run: Run, job: RewardJob) -> Result:
+    """Trains, sets the score bias and evaluates."""
     clock = time.monotonic()
-    offline, settings, key = job.offline, job.offline.settings, run.key(job.stage)
+    offline, settings = job.offline, job.offline.settings
+    key = run.key(offline.stage)
     model, params = _start(run, offline, key)
-    examine = _examination(run, offline, model)
+    examine = examination(
+        run,
+        offline.eval,
+        model,
+        settings.batch_size,
+        settings.buckets,
+        settings.members,
+    )
 
     def evaluate(params: Params) -> dict[str, float]:
         report = examine(params)
@@ -231,57 +270,64 @@ def train_reward_model(run: Run, job: RewardStage) -> None:
     state, seconds = fit(run, offline, step, model, params, key, evaluate, spent)
     clock = time.monotonic()
     params, extra = state.params, {}
-    if offline.references is not None:
-        params, extra = _center(run, offline, model, params)
+    if job.references is not None:
+        params, extra = _center(run, offline, job.references, model, params)
     report = {**examine(params), **extra}
     report['loss_settings'] = {'name': settings.loss, **dataclasses.asdict(job.loss_hp)}
-    files.write_json(run.stage_dir(job.stage) / 'eval.json', report)
     seconds['eval'] = time.monotonic() - clock
-    if offline.tokenizer is not run.tokenizer:
-        folder = run.stage_dir(job.stage) / 'tokenizer'
-        offline.tokenizer.save_pretrained(folder)
-        save_date(offline.tokenizer, folder)
-    separator = settings.step_separator if job.loss.DATA == 'steps' else None
-    finish(
-        run,
-        job.stage,
-        offline.num_steps,
-        settings.init,
-        {'reward': params},
-        {'reward': model.config},
-        seconds,
-        {'train': offline.train, 'eval': offline.eval},
-        settings.members,
-        checkpoint.ScoreFacts(settings.heads, separator),
+    is_own = offline.tokenizer is not run.tokenizer
+    return Result(
+        steps=offline.num_steps,
+        init=settings.init,
+        params={'reward': params},
+        configs={'reward': model.config},
+        members=settings.members,
+        facts=makes(settings, offline.hp, job.loss, job.loss_hp).facts,
+        tokenizer=offline.tokenizer if is_own else None,
+        seconds=seconds,
+        data={'train': offline.train, 'eval': offline.eval},
+        evaluation=report,
     )
 
 
-def _examination(
-    run: Run, job: Offline, model: ScalarModel
+def examination(
+    run: Run,
+    data: pipeline.Dataset,
+    model: ScalarModel,
+    batch_size: int,
+    buckets: tuple[int, ...],
+    members: int = 1,
 ) -> Callable[[Params], dict[str, Any]]:
-    """params -> the report on the held-out data, whatever their kind."""
-    examples, settings = job.eval.examples, job.settings
+    """params -> the report on judged data, whatever their kind.
+
+    Args:
+        run: the run.
+        data: held out.
+        model: the reward model.
+        batch_size: examples at a time.
+        buckets: static lengths in tokens.
+        members: of an ensemble, whose parameters are stacked.
+    """
+    examples = data.examples
 
     def outputs(fn: Any, collect: Any) -> Callable[[Params], Any]:
-        compiled = _compile(run, job, functools.partial(fn, model=model))
+        compiled = _compile(run, members, functools.partial(fn, model=model))
         return lambda params: collect(
-            compiled,
-            params,
-            pipeline.eval_batches(job.eval, settings.batch_size, settings.buckets),
+            compiled, params, pipeline.eval_batches(data, batch_size, buckets)
         )
 
     if isinstance(examples[0], RankingExample):
         scores_of = outputs(ranked_scores, preference.score_pairs)
-        facts = _ranked(job.eval)
+        facts = _ranked(data)
         return lambda params: judgements.ranking_report(
-            scores_of(params), *facts, settings.heads
+            scores_of(params), *facts, model.heads
         )
     if isinstance(examples[0], RatingExample):
         scores_of = outputs(rated_scores, preference.score_pairs)
         ratings = np.stack([e.ratings for e in examples])
         rated = np.stack([e.rated for e in examples])
         return lambda params: judgements.rating_report(
-            scores_of(params), ratings, rated, settings.heads
+            scores_of(params), ratings, rated, model.heads
         )
     if isinstance(examples[0], StepExample):
         scores_of = outputs(step_scores, judgements.score_steps)
@@ -291,10 +337,10 @@ def _examination(
     report_of = functools.partial(
         preference.preference_report,
         lengths=np.asarray([(len(e.chosen), len(e.rejected)) for e in examples]),
-        gold=known_gold(job.eval.records),
-        kinds=known_kinds(job.eval.records),
+        gold=known_gold(data.records),
+        kinds=known_kinds(data.records),
     )
-    if settings.members > 1:
+    if members > 1:
         return lambda params: ensemble_report(scores_of(params), report_of)
     return lambda params: report_of(scores_of(params))
 
@@ -327,14 +373,14 @@ def _start(run: Run, job: Offline, key: PRNGKey) -> tuple[ScalarModel, Params]:
     return loaded[0][0], init_sharded(stack_members, run.mesh, trees)
 
 
-def _compile(run: Run, job: Offline, fn: Any) -> Callable[..., Any]:
+def _compile(run: Run, members: int, fn: Any) -> Callable[..., Any]:
     """``fn(params, batch)`` compiled; for an ensemble it gives [B, M, …]."""
-    fn = fn if job.settings.members == 1 else over_members(fn)
+    fn = fn if members == 1 else over_members(fn)
     return run.compile(fn, **preference.KINDS)
 
 
 def _center(
-    run: Run, job: Offline, model: Any, params: Params
+    run: Run, job: Offline, references: pipeline.Dataset, model: Any, params: Params
 ) -> tuple[Params, dict[str, Any]]:
     """Shifts the bias so that the references score 0 on average, by every member of an
     ensemble; checks the padding side.
@@ -345,7 +391,7 @@ def _center(
     """
     scores_of = _compile(
         run,
-        job,
+        job.members,
         lambda params, batch: reward_model_scores(
             params, batch.tokens, batch.mask, model=model
         ),
@@ -354,7 +400,7 @@ def _center(
     def score(params: Params, left: bool) -> np.ndarray:
         rows = []
         for batch in pipeline.eval_batches(
-            job.references, job.settings.batch_size, job.settings.buckets
+            references, job.settings.batch_size, job.settings.buckets
         ):
             real = np.asarray(batch.loss_mask).any(-1)
             if left:

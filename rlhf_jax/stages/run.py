@@ -1,33 +1,35 @@
-"""What every stage of a run shares, and where a stage gets its model from.
+"""A launched run, and what a stage leaves when it ends.
 
-Read ``stages/loop.py`` next.
+Read ``stages/sources.py`` next, then ``stages/loop.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax import checkpoint, files, hf, reward_losses
-from rlhf_jax.config import build
+from rlhf_jax import checkpoint, files
+from rlhf_jax.checkpoint import ScoreFacts
+from rlhf_jax.data.clock import save_date
 from rlhf_jax.data.examples import Dataset
 from rlhf_jax.data.stops import decide_ends
 from rlhf_jax.data.tokenizer import load_tokenizer
-from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.heads import CausalLM, ScalarModel, in_compute_dtype
-from rlhf_jax.models.presets import preset
-from rlhf_jax.sharding import compile_step, init_sharded, shardings, spec_of
-from rlhf_jax.stages.settings import ModelSettings
+from rlhf_jax.sharding import compile_step
+from rlhf_jax.stages import kinds
+from rlhf_jax.stages.kinds import Kind, Makes
 from rlhf_jax.types import Params, PRNGKey
-from rlhf_jax.verdicts import REWARD_MODELS
+
+RECORDS = 'records.jsonl'  # what a stage writes for others to read
+# 'stage:NAME', and a slice
+_STAGE_DATA = re.compile(r'stage:([^\[\]]+)(\[[^\[\]]*\])?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,51 @@ class Run:
         backend = self.config.parallel.backend
         return compile_step(fn, mesh=self.mesh, backend=backend, **kinds)
 
+    def kind(self, stage: str) -> Kind:
+        """The kind of a stage of this run."""
+        return kinds.kind_of(self.config, stage)
+
+    def settings(self, stage: str) -> tuple[Any, ...]:
+        """The settings of a stage of this run; its data are where they can be read."""
+        where = f'config.{stage}'
+        settings = kinds.read_settings(self.kind(stage), self.config[stage], where)
+        return tuple(kinds.replace_data(part, self.data_spec) for part in settings)
+
+    def makes(self, stage: str) -> Makes:
+        """What a stage of this run leaves to others."""
+        return self.kind(stage).makes(*self.settings(stage))
+
+    def source_dir(self, name: str) -> Path | None:
+        """The stage folder behind a name, of this run or of another; or None."""
+        return source_dir(self.workdir, self.config.stages, name)
+
+    def data_spec(self, spec: str) -> str:
+        """A data spec with the file of a stage in place of ``stage:NAME``."""
+        if (match := _STAGE_DATA.fullmatch(spec)) is None:
+            return spec
+        folder = self.source_dir(match[1]) or Path(match[1])
+        return f'jsonl:{folder / RECORDS}{match[2] or ""}'
+
+
+def source_dir(workdir: Path, stages: tuple[str, ...], name: str) -> Path | None:
+    """See :meth:`Run.source_dir`."""
+    if name in stages:
+        return workdir / name
+    folder = files.named_path(name)
+    if _holds_result(workdir / name):
+        return workdir / name
+    return folder if _holds_result(folder) else None
+
+
+def _holds_result(folder: Path) -> bool:
+    return any((folder / file).exists() for file in ('model.json', RECORDS))
+
+
+def records_of(spec: str) -> str | None:
+    """NAME of a data spec ``stage:NAME``; None for any other."""
+    match = _STAGE_DATA.fullmatch(spec)
+    return match and match[1]
+
 
 def load_run_tokenizer(config: ConfigDict) -> Any:
     """The tokenizer of a config, with the ids that end a response in all its stages:
@@ -82,268 +129,43 @@ def load_run_tokenizer(config: ConfigDict) -> Any:
     return tokenizer
 
 
-def finish(
-    run: Run,
-    stage: str,
-    steps: int,
-    init: str,
-    params: dict[str, Params],
-    configs: dict[str, Any],
-    seconds: dict[str, float],
-    data: dict[str, Dataset],
-    members: int = 1,
-    facts: checkpoint.ScoreFacts | None = None,
-) -> None:
-    """Writes the result of a stage: ``params/``, ``model.json``; last ``done.json``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a stage has done."""
 
-    Args:
-        run: the run.
-        stage: its name.
-        steps: that it made.
-        init: what it started from.
-        params: by part: 'policy', 'reward' or 'critic'.
-        configs: the Transformer of every part.
-        seconds: that it took, by phase.
-        data: what it read, by what it was for.
-        members: of an ensemble, whose parameters are stacked.
-        facts: what the scores of a reward model mean.
+    steps: int  # that it made
+    seconds: dict[str, float]  # that it took, by phase
+    data: Mapping[str, Dataset]  # what it read, by what it was for
+    evaluation: Mapping[str, Any]  # its eval.json
+    init: str | None = None  # what it started from
+    params: Mapping[str, Params] = dataclasses.field(default_factory=dict)  # by part
+    configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by part
+    members: int = 1  # of an ensemble, whose parameters are stacked
+    facts: ScoreFacts | None = None  # what the scores of a reward model mean
+    tokenizer: Any | None = None  # of its models, where that is not the run's
+
+
+def finish(run: Run, stage: str, result: Result) -> None:
+    """Writes the result of a stage: ``eval.json``, ``params/``, ``model.json``; last
+    ``done.json``.
     """
     folder = run.stage_dir(stage)
-    checkpoint.save_params(folder, params, configs, members, facts)
+    files.write_json(folder / 'eval.json', dict(result.evaluation))
+    if result.tokenizer is not None:
+        result.tokenizer.save_pretrained(folder / 'tokenizer')
+        save_date(result.tokenizer, folder / 'tokenizer')
+    checkpoint.save_params(
+        folder,
+        dict(result.params),
+        dict(result.configs),
+        result.members,
+        result.facts,
+    )
     done = {
         'stage': stage,
-        'steps': steps,
-        'init': init,
-        'seconds': seconds,
-        'data': {name: part.counts.describe() for name, part in data.items()},
+        'steps': result.steps,
+        'init': result.init,
+        'seconds': result.seconds,
+        'data': {name: part.counts.describe() for name, part in result.data.items()},
     }
     files.write_json(folder / 'done.json', done)
-
-
-def source_dir(run: Run, init: str) -> Path | None:
-    """The stage folder behind an ``init``: of this run, or of another; None
-    otherwise.
-    """
-    if init in run.config.stages or (run.workdir / init / 'model.json').exists():
-        return run.workdir / init
-    return Path(init) if (Path(init) / 'model.json').exists() else None
-
-
-def model_config(run: Run, init: str, part: str = 'policy') -> TransformerConfig:
-    """The Transformer that ``init`` names; works before the stage it names has run.
-
-    Raises:
-        ValueError: nothing of that name, with the places looked at.
-    """
-    (settings,) = build(run.config.model, ModelSettings, where='config.model')
-    if init == 'scratch':
-        config = preset(settings.preset, len(run.tokenizer))
-    elif (folder := source_dir(run, init)) is not None:
-        if not (folder / 'model.json').exists():
-            return model_config(run, run.config[init].init)
-        parts = checkpoint.load_model_configs(folder)
-        config = parts.get(part) or next(iter(parts.values()))
-    else:
-        config = hf.load_config(init)
-    known = max(run.tokenizer.get_vocab().values()) + 1
-    return dataclasses.replace(
-        config,
-        num_tokens=known if known < config.vocab_size else None,
-        dtype=settings.dtype,
-        remat=settings.remat,
-        scan_unroll=settings.scan_unroll,
-    )
-
-
-def load_policy(run: Run, init: str, key: PRNGKey) -> tuple[CausalLM, Params]:
-    """A language model and its parameters, in place on the mesh.
-
-    Raises:
-        ValueError: the source is unfinished, of another shape, or has no policy.
-    """
-    model = CausalLM(model_config(run, init))
-    start = functools.partial(_init, model)
-    if init == 'scratch':
-        return model, init_sharded(start, run.mesh, key)
-    folder = source_dir(run, init)
-    if folder is None:
-        return model, _from_hf(run, init, model.config, 'lm')
-    like = _like(run, start, key)
-    return model, checkpoint.load_params(folder, 'policy', like)
-
-
-def frozen(run: Run, model: CausalLM | ScalarModel, params: Params) -> Params:
-    """Parameters for reading alone, see ``models.heads.in_compute_dtype``, in place on
-    the mesh; ``params`` themselves where nothing changes.
-    """
-    rounded = functools.partial(in_compute_dtype, config=model.config)
-    after = jax.eval_shape(rounded, params)
-    if jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype, params, after)):
-        return params
-    return init_sharded(rounded, run.mesh, params)
-
-
-def check_policy(run: Run, where: str, init: str) -> None:
-    """Refuses what no text can be sampled from, before anything compiles.
-
-    Raises:
-        ValueError: a reward model, a classifier, or an encoder.
-    """
-    folder = source_dir(run, init)
-    if folder is None:
-        bare = init != 'scratch' and hf.load_head(init) != 'lm'
-    elif (folder / 'model.json').exists():
-        bare = 'policy' not in checkpoint.load_model_configs(folder)
-    else:
-        bare = init in REWARD_MODELS
-    if bare:
-        raise ValueError(
-            f'{where}={init!r} is no language model that could write a response; name '
-            "one, e.g. 'sft' or a …ForCausalLM directory"
-        )
-
-
-def check_trained_head(run: Run, where: str, init: str) -> None:
-    """Refuses what has no trained scalar head, where a reward is to be optimised.
-
-    Raises:
-        ValueError: a policy (its critic is no reward model), or nothing.
-    """
-    folder = source_dir(run, init)
-    if folder is None:
-        bare = init == 'scratch' or hf.load_head(init) == 'lm'
-    elif (folder / 'model.json').exists():
-        # A critic is none: it says what is still to come, of one policy.
-        bare = 'reward' not in checkpoint.load_model_configs(folder)
-    else:
-        bare = init not in REWARD_MODELS
-    if bare:
-        raise ValueError(
-            f'{where}={init!r} has no trained score: it is a policy; name a reward '
-            "model, e.g. 'rm'"
-        )
-
-
-def ensemble_size(run: Run, name: str) -> int:
-    """Members of the reward model that ``name`` names, 1 for a single one; works before
-    the stage it names has run.
-    """
-    folder = source_dir(run, name)
-    if folder is None:
-        return 1
-    if (folder / 'model.json').exists():
-        return checkpoint.load_members(folder, 'reward')
-    settings = run.config[name]
-    return settings.members if 'members' in settings else 1
-
-
-def score_facts(run: Run, name: str) -> checkpoint.ScoreFacts:
-    """What the scores of the reward model that ``name`` names mean; works before the
-    stage it names has run.
-    """
-    folder = source_dir(run, name)
-    if name == 'scratch':
-        return checkpoint.ScoreFacts()
-    if folder is None:
-        return checkpoint.ScoreFacts(hf.load_score_names(name))
-    if (folder / 'model.json').exists():
-        return checkpoint.load_score_facts(folder, 'reward')
-    settings = run.config[name]
-    if 'heads' not in settings:
-        return checkpoint.ScoreFacts()
-    loss = reward_losses.load(settings.loss, f'config.{name}.loss')
-    separator = settings.step_separator if loss.DATA == 'steps' else None
-    return checkpoint.ScoreFacts(tuple(settings.heads), separator)
-
-
-def check_single_score(run: Run, where: str, init: str) -> None:
-    """Refuses a critic that would start from a model of several scores.
-
-    Raises:
-        ValueError: it has named heads.
-    """
-    heads = score_facts(run, init).heads
-    if heads:
-        raise ValueError(
-            f'{where}={init!r} has the scores {", ".join(heads)}, a critic has one; '
-            "start it from the policy, e.g. 'sft'"
-        )
-
-
-def load_ensemble(run: Run, name: str) -> tuple[ScalarModel, Params]:
-    """The model that all members of a finished ensemble are, and their parameters,
-    stacked: [M, …].
-    """
-    model = ScalarModel(model_config(run, name, 'reward'))
-
-    def start(key: PRNGKey) -> Params:
-        keys = jax.random.split(key, ensemble_size(run, name))
-        return jax.vmap(functools.partial(_init, model))(keys)
-
-    like = _like(run, start, run.key(name))  # shapes alone: nothing is drawn
-    return model, checkpoint.load_params(source_dir(run, name), 'reward', like)
-
-
-def load_scalar(
-    run: Run,
-    init: str,
-    key: PRNGKey,
-    part: Literal['reward', 'critic'],
-    heads: tuple[str, ...] | None = None,
-) -> tuple[ScalarModel, Params]:
-    """A reward model or critic: whole from one, or a policy's backbone with a fresh
-    head; of an ensemble the first member.
-
-    Args:
-        run: the run.
-        init: what it starts from.
-        key: of the fresh head.
-        part: which of the two.
-        heads: names of its scores; None for those of ``init``. Where they differ, the
-            head is fresh.
-    """
-    if ensemble_size(run, init) > 1:
-        model, params = load_ensemble(run, init)
-        first = functools.partial(jax.tree.map, lambda x: x[0])
-        return model, init_sharded(first, run.mesh, params)
-    folder, given = source_dir(run, init), score_facts(run, init).heads
-    heads = given if heads is None else heads
-    model = ScalarModel(model_config(run, init, part), heads)
-    start = functools.partial(_init, model)
-    if init == 'scratch':
-        return model, init_sharded(start, run.mesh, key)
-    if folder is None:
-        loaded = _from_hf(run, init, model.config, 'scalar')
-    else:
-        parts = checkpoint.load_model_configs(folder)
-        name = next((n for n in (part, 'reward', 'critic') if n in parts), 'policy')
-        kind = ScalarModel(model.config, given)
-        kind = CausalLM(model.config) if name == 'policy' else kind
-        like = _like(run, functools.partial(_init, kind), key)
-        loaded = checkpoint.load_params(folder, name, like)
-    if 'head' in loaded and heads == given:
-        return model, loaded
-    head = init_sharded(lambda k: start(k)['head'], run.mesh, key)
-    return model, {'backbone': loaded['backbone'], 'head': head}
-
-
-def _init(model: Any, key: PRNGKey) -> Params:
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return model.init(key, tokens, jnp.ones((1, 2), bool))['params']
-
-
-def _like(run: Run, start: Any, key: PRNGKey) -> Params:
-    shapes = jax.eval_shape(start, key)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes,
-        shardings(shapes, run.mesh),
-    )
-
-
-def _from_hf(run: Run, init: str, config: TransformerConfig, head: str) -> Params:
-    def put(path: tuple[str, ...], x: Any) -> jax.Array:
-        spec = spec_of('/'.join(path), x.shape, run.mesh)
-        return jax.device_put(x, NamedSharding(run.mesh, spec))
-
-    return hf.load_params(init, config, head=head, place=put)

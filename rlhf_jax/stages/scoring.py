@@ -4,7 +4,7 @@ All become one kind of thing, a ``Scorer``. A reward model that reads the policy
 tokens scores them where they are, on the mesh; one with another tokenizer and a
 function get the texts, which are decoded once per batch for all of them. ``check_…``
 finds what is wrong before anything compiles. Functions are in
-``stages/reward_function.py``; read ``stages/online_job.py`` next.
+``stages/reward_function.py``; read ``stages/loop.py`` next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import hf
 from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.config import nearest
 from rlhf_jax.data.chat import rendered
@@ -30,10 +29,9 @@ from rlhf_jax.data.tokenizer import (
     encode,
     frame,
     load_scoring_tokenizer,
-    stage_tokenizer,
     truncate,
 )
-from rlhf_jax.evals.policy import Responses, Scored, Scorer
+from rlhf_jax.responses import Responses, Scored, Scorer
 from rlhf_jax.rewards import (
     combine_members,
     combine_steps,
@@ -45,18 +43,15 @@ from rlhf_jax.stages.reward_function import (
     check_function,
     score_by_function,
 )
-from rlhf_jax.stages.run import (
-    Run,
-    check_trained_head,
-    ensemble_size,
+from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.settings import RewardSource
+from rlhf_jax.stages.sources import (
+    check_trained_score,
     frozen,
     load_ensemble,
     load_scalar,
-    model_config,
-    score_facts,
-    source_dir,
+    resolve,
 )
-from rlhf_jax.stages.settings import RewardSource
 from rlhf_jax.types import Array, Params
 
 SHORTEST_BUCKET = 32  # tokens; texts are padded to the next power of two
@@ -120,8 +115,45 @@ def check_reward(
     return Reward(where, source, fn, tokenizer)
 
 
+def check_rewards(
+    run: Run,
+    where: str,
+    rewards: Mapping[str, RewardSource],
+    longest: int,
+    prompts: Sequence[Dataset],
+    reserved: Sequence[str] = (),
+) -> dict[str, Reward]:
+    """:func:`check_reward` for the rewards of a stage, by name.
+
+    Args:
+        run: the run.
+        where: the section of the stage, e.g. ``'config.ppo'``.
+        rewards: its setting ``rewards``.
+        longest: tokens of prompt and response together.
+        prompts: the data sets whose responses they will score.
+        reserved: names of settings beside ``rewards`` that score too.
+
+    Raises:
+        ValueError: a name that is reserved, or a reward that cannot score.
+    """
+    for name in rewards.keys() & {*reserved}:
+        raise ValueError(
+            f'{where}.rewards.{name}: that name is kept for {where}.{name}; take '
+            'another'
+        )
+    return {
+        name: check_reward(run, f'{where}.rewards.{name}', source, longest, prompts)
+        for name, source in rewards.items()
+    }
+
+
+def weights_of(rewards: Mapping[str, Reward]) -> dict[str, float]:
+    """Of the rewards in their sum, by name."""
+    return {name: reward.source.weight for name, reward in rewards.items()}
+
+
 def _check_ensemble(run: Run, where: str, source: RewardSource) -> None:
-    if source.fn is None and ensemble_size(run, source.model) > 1:
+    if source.fn is None and resolve(run, source.model).members > 1:
         return
     what = f'{source.fn} is a function'
     if source.fn is None:
@@ -139,13 +171,13 @@ def _check_model(run: Run, source: RewardSource, longest: int) -> Any | None:
             f'args={source.args}, but a model takes none; remove them, or name a '
             'function in the place of model'
         )
-    check_trained_head(run, 'model', source.model)
+    model = resolve(run, source.model)
+    check_trained_score(model, 'model')
+    tokenizer = model.tokenizer
     if source.tokenizer is not None:
         tokenizer = load_scoring_tokenizer(source.tokenizer)
-    else:
-        tokenizer = model_tokenizer(run, source.model)
-    _check_scores(score_facts(run, source.model), source)
-    config = model_config(run, source.model, 'reward')
+    _check_scores(model.facts, source)
+    config = model.config('reward')
     if tokenizer is not None and not reads_alike(tokenizer, run.tokenizer):
         check_vocabulary(tokenizer, config.vocab_size)
         return tokenizer
@@ -190,29 +222,6 @@ def _check_scores(facts: ScoreFacts, source: RewardSource) -> None:
         )
 
 
-def model_tokenizer(run: Run, name: str) -> Any | None:
-    """The tokenizer that comes with a model; None where none does.
-
-    Args:
-        run: the run.
-        name: 'scratch', a stage (which may be still to come), a stage folder, or a
-            Hugging Face model.
-    """
-    if name == 'scratch':
-        return None
-    folder = source_dir(run, name)
-    if folder is None:
-        directory = hf.resolve(name)
-        files = ('tokenizer.json', 'tokenizer_config.json')
-        if not any((directory / file).exists() for file in files):
-            return None
-        return load_scoring_tokenizer(str(directory))
-    if (folder / 'model.json').exists():
-        return stage_tokenizer(folder)
-    spec = run.config[name].get('tokenizer')
-    return run.tokenizer if spec is None else load_scoring_tokenizer(spec)
-
-
 def reads_alike(one: Any, other: Any) -> bool:
     """Whether two tokenizers give a text the same ids, beginning and end included; the
     tokens that they pad with stand in no text.
@@ -246,7 +255,8 @@ def _make_scorer(run: Run, reward: Reward) -> Scorer:
 def _load_scores(run: Run, reward: Reward) -> tuple[Callable[..., Scored], int]:
     """(tokens, mask) -> Scored by a reward model or an ensemble, and its positions."""
     source, inputs = reward.source, ('params', 'batch', 'batch')
-    if ensemble_size(run, source.model) == 1:
+    named = resolve(run, source.model)
+    if named.members == 1:
         model, params = load_scalar(run, source.model, run.key(reward.where), 'reward')
         params = frozen(run, model, params)
         # [H] as the heads stand in the model; a single score stays as it is.
@@ -263,7 +273,7 @@ def _load_scores(run: Run, reward: Reward) -> tuple[Callable[..., Scored], int]:
             donate=(),
         )
         return lambda *text: Scored(compiled(params, *text)), model.config.max_positions
-    model, params = load_ensemble(run, source.model)
+    model, params = load_ensemble(run, named)
     params = frozen(run, model, params)
     combined = run.compile(
         lambda params, tokens, mask: combine_members(
@@ -308,7 +318,7 @@ def _make_step_scorer(run: Run, reward: Reward) -> Scorer:
     model, params = load_scalar(run, source.model, run.key(reward.where), 'reward')
     params = frozen(run, model, params)
     tokenizer = reward.tokenizer or run.tokenizer
-    trained = score_facts(run, source.model).step_separator
+    trained = resolve(run, source.model).facts.step_separator
     separator, limit = source.steps.separator or trained, model.config.max_positions
 
     def scored(params: Params, tokens: Array, mask: Array, ends: Array) -> Array:

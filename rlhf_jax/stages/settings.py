@@ -16,6 +16,16 @@ from rlhf_jax.rewards import Combine, StepCombine
 LENGTHS = Range(1, ascending=True)  # of buckets, in tokens
 
 
+class _Marker(str):
+    """What a text names; see ``stages/kinds.py``."""
+
+
+# 'scratch', a stage of this run, another run's stage folder, a Hugging Face model.
+ModelName = Annotated[str, _Marker('model')]
+# What ``data/sources.py`` reads, or 'stage:NAME' for the records of a stage.
+DataSpec = Annotated[str, _Marker('data')]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The model of ``init='scratch'``, and how any model is computed."""
@@ -28,44 +38,59 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """How often a stage logs, saves and evaluates."""
+    """How often a stage logs and saves."""
 
     log_every_steps: Annotated[int, at_least(1)] = 10
     save_every_steps: Annotated[int, at_least(1)] = 100
     keep_checkpoints: Annotated[int, at_least(1)] = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineLoopSettings(LoopSettings):
+    """How often a stage over a fixed data set logs, saves and evaluates."""
+
     eval_every_steps: Annotated[int | None, at_least(1)] = None  # None: only at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfflineSettings:
-    """A stage over a fixed data set: pretrain, sft, rm, preference."""
+class RecordSettings:
+    """Which records of its data a stage takes."""
 
-    init: str  # 'scratch', a stage of this run, another run's stage folder, an HF model
-    train: str  # data spec
-    eval: str  # data spec, held out
-    tokenizer: str | None = None  # rm: of its model, when it is not the run's
+    overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
+    on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
+    # Of records that spell a control token; None: refused in messages, else allowed
+    control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineSettings(RecordSettings):
+    """A stage over a fixed data set."""
+
+    init: ModelName
+    train: DataSpec
+    eval: DataSpec  # held out
     # rows per update; of comparisons, pairs
     batch_size: Annotated[int, at_least(1)] = 64
     num_steps: Annotated[int | None, at_least(1)] = None  # either this
     num_epochs: Annotated[float | None, above(0)] = None  # or this
     # static lengths in tokens; the last is the limit
     buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
-    overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
-    on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
-    # Of records that spell a control token; None: refused in messages, else allowed
-    control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
-    loss_on: Literal['response', 'all', 'assistant'] = 'response'  # sft: what counts
-    # rm: of an ensemble; each has a head and a data order of its own
-    members: Annotated[int, at_least(1)] = 1
-    # pretrain, sft: several documents in a row of the longest bucket, kept apart
-    packing: Literal['best_fit'] | None = None
-    # rm, preference, sft: batches whose rows are sorted by length together, so that
-    # shorter buckets suffice for most; None leaves rows of any lengths in a batch
+    # Batches whose rows are sorted by length together, so that shorter buckets suffice
+    # for most; None leaves rows of any lengths in a batch
     sort_batches: Annotated[int | None, at_least(2)] = None
-    references: str | None = None  # rm: demonstrations whose mean score becomes 0
-    num_references: Annotated[int, at_least(1)] = 512
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
+    loop: OfflineLoopSettings = dataclasses.field(default_factory=OfflineLoopSettings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTSettings(OfflineSettings):
+    """A stage that trains a language model on texts: SFT, pretraining."""
+
+    # 'text' is cut into pieces of the longest bucket, and all of it counts
+    form: Literal['demonstrations', 'text'] = 'demonstrations'
+    loss_on: Literal['response', 'all', 'assistant'] = 'response'  # of demonstrations
+    # several documents in a row of the longest bucket, kept apart
+    packing: Literal['best_fit'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +101,11 @@ class RewardSettings(OfflineSettings):
 
     # A module of rlhf_jax.reward_losses, or package.module; it says which data it needs
     loss: str = 'bradley_terry'
+    tokenizer: str | None = None  # of its model, when it is not the run's
+    # of an ensemble; each has a head and a data order of its own
+    members: Annotated[int, at_least(1)] = 1
+    references: DataSpec | None = None  # demonstrations whose mean score becomes 0
+    num_references: Annotated[int, at_least(1)] = 512
     heads: tuple[str, ...] = ()  # dimensions with a score each; () for a single score
     rating_range: tuple[float, ...] | None = None  # lowest, highest; needed for ratings
     rating_unit: Literal['given', 'range'] = 'given'  # 'range': it becomes 0 to 1
@@ -94,7 +124,7 @@ class StepReading:
 class RewardSource:
     """What scores a response: a reward model or a Python function, exactly one."""
 
-    model: str | None = None  # a stage of this run, another run's stage folder, HF
+    model: ModelName | None = None
     fn: str | None = None  # 'package.module:function', see stages/scoring.py
     args: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of fn
     weight: float = 1.0  # in the sum of the rewards
@@ -107,19 +137,14 @@ class RewardSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """How a policy samples, and what judges its samples when its stage ends."""
+class SamplerSettings:
+    """How a policy samples."""
 
-    eval_prompts: str  # data spec, held out
-    # By name; online stages optimise their weighted sum, preference looks at it.
-    rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
-    gold: RewardSource | None = None  # judges, and is never optimised
-    base: str | None = None  # a language model; how likely are the responses to it?
     # static prompt lengths, in tokens
     prompt_buckets: Annotated[tuple[int, ...], LENGTHS] = (64,)
     max_new_tokens: Annotated[int, at_least(1)] = 32
-    # Responses that are written at the same time on one device: a row whose response
-    # has ended takes the next prompt. None writes all, until the longest has ended.
+    # Responses that are sampled at the same time on one device: a row whose response
+    # has ended takes the next prompt. None samples all, until the longest has ended.
     decode_rows: Annotated[int | None, at_least(1)] = None
     top_k: Annotated[int | None, at_least(1)] = None
     top_p: Annotated[float | None, Range(0, 1, open_low=True)] = None
@@ -128,6 +153,15 @@ class EvaluationSettings:
     stop_sequences: tuple[str, ...] = ()
     # response tokens before a stop sequence counts
     stop_after: Annotated[int, at_least(0)] = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What a policy is measured on when its stage ends."""
+
+    eval_prompts: DataSpec  # held out
+    gold: RewardSource | None = None  # scores the responses, and is never optimised
+    base: ModelName | None = None  # a language model; how likely are they to it?
     eval_batch_size: Annotated[int, at_least(1)] = 128
     num_samples: Annotated[int, at_least(0)] = 16  # before/after samples written down
     # the report's bar for the lower end of the interval
@@ -135,26 +169,27 @@ class EvaluationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceSettings(OfflineSettings, EvaluationSettings):
+class PreferenceSettings(OfflineSettings, SamplerSettings, EvaluationSettings):
     """The preference stage. What its loss can be told stands beside these settings,
     with None for the loss's own default; see ``config.unset``.
     """
 
     name: str  # of the loss: a module of rlhf_jax.preference, or package.module
     temperature: Annotated[float, above(0)] = 1.0  # of the samples at the end
+    # By name; what they say of the samples at the end is reported.
+    rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineSettings(EvaluationSettings):
-    """A stage that samples from its own policy: expert_iteration, and all below."""
+class OnlineSettings(RecordSettings, SamplerSettings, EvaluationSettings):
+    """A stage that learns from samples of its own policy."""
 
-    init: str  # the policy, and the reference it is anchored to
-    prompts: str  # data spec
+    init: ModelName  # the policy, and the reference it is anchored to
+    prompts: DataSpec
+    # By name; their weighted sum is optimised.
+    rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
     batch_size: Annotated[int, at_least(1)] = 64  # responses per rollout
     num_rollouts: Annotated[int, at_least(1)] = 100
-    overlong: Literal['drop', 'truncate'] = 'drop'
-    on_bad: Literal['error', 'skip'] = 'error'
-    control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
 
@@ -165,10 +200,10 @@ class PPOSettings(OnlineSettings):
 
     # What the critic starts from: a reward model (of an ensemble its first member), or
     # a policy
-    critic: str
+    critic: ModelName
     critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    ptx: str | None = None  # demonstrations or text for ppo.ptx_coef
-    ptx_kind: Literal['demonstrations', 'text'] = 'demonstrations'
+    ptx: DataSpec | None = None  # demonstrations or text for ppo.ptx_coef
+    ptx_form: Literal['demonstrations', 'text'] = 'demonstrations'
     ptx_buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
     # times a rollout is prepared anew and trained on
     rollout_passes: Annotated[int, at_least(1)] = 1
@@ -179,7 +214,7 @@ class LagrangianSettings(PPOSettings):
     """The ppo_lagrangian stage."""
 
     cost: RewardSource  # of a response, above 0 where it does harm; weighs nothing
-    cost_critic: str  # what the second critic starts from: a cost model, or a policy
+    cost_critic: ModelName  # what the second critic starts from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Warnings during a stage that samples: nothing is left to learn from.
 
-``loop.run_loop`` asks after every rollout and prints what is said; the verdicts of the
-report (``verdicts.py``) judge the same when the stage ends. Read ``online_job.py``
+``loop.run_loop`` asks after every rollout and prints what is said; the report's page
+(``pages/policy.py``) says the same when the stage ends. Read ``online_job.py``
 next.
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.verdicts import FEW_END
+from rlhf_jax.ranges import LARGEST_SCORE
+from rlhf_jax.responses import FEW_END
 
+# Metrics that are rewards, in the order in which one is made of the other.
+REWARDS = ('reward/', 'objective/gold', 'objective/proxy_reward', 'objective/scores')
 PATIENCE = 3  # rollouts in a row, before anything is said
 
 
@@ -49,3 +52,21 @@ class Watch:
                 f'{what}: raise max_new_tokens, or look at which tokens end a response'
             )
         return found
+
+
+def why_not_finite(values: Mapping[str, float]) -> str:
+    """What may have made a number not finite, and what to do: the first reward that is
+    too large, else the usual reason.
+
+    Args:
+        values: the metrics of a step.
+    """
+    for prefix in REWARDS:
+        for name, value in values.items():
+            if name.startswith(prefix) and abs(value) > LARGEST_SCORE:
+                return (
+                    f'{name} is {value:g}, beyond ±{LARGEST_SCORE:g}, and more than '
+                    'float32 can square: lower the weights of the rewards, or scale '
+                    'what they return'
+                )
+    return 'Lower the learning rate or look at the data around that step'

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax.algos.ppo import ActorCritic, ppo_step, prepare
 from rlhf_jax.generate import generate, sampling
+from rlhf_jax.types import Scores
 from tests.algos.tiny_ppo import EOS, PARAMS, PLAIN, REF, ROWS, SCORES, SGD, make_state
 
 
@@ -41,7 +42,9 @@ def ready(model):
     compiled = jax.jit(functools.partial(prepare, model=model), static_argnames='hp')
 
     def run(sampled, scores=SCORES, hp=PLAIN, ref=REF, state=None):
-        rollout, metrics = compiled(state or make_state(), ref, sampled, scores, hp=hp)
+        rollout, metrics = compiled(
+            state or make_state(), ref, sampled, Scores(scores), hp=hp
+        )
         return rollout, {
             name: float(metric.value()) for name, metric in metrics.items()
         }

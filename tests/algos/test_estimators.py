@@ -3,6 +3,7 @@
 The returns are those of the golden numbers: [1, 2, 4] and [0.5, 0.5, −1].
 """
 
+import itertools
 import json
 import pathlib
 
@@ -17,8 +18,8 @@ from rlhf_jax.types import Outcomes
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/goldens'
 RETURNS = np.array([[1.0, 2, 4], [0.5, 0.5, -1]], np.float32)
-GROUPED = ['rloo', 'grpo', 'dr_grpo', 'dapo']
-EVERY = [*GROUPED, 'reinforce_pp', 'remax']
+GROUPED = ['rloo', 'grpo', 'dr_grpo', 'dapo', 'gdpo']
+EVERY = [*GROUPED, 'reinforce_pp', 'remax', 'maxrl']
 LENGTH = 4
 
 
@@ -37,6 +38,9 @@ def _outcomes(returns=RETURNS, seed=None, baseline=None):
         rewards=jnp.asarray(rewards, jnp.float32),
         mask=jnp.asarray(mask),
         baseline=None if baseline is None else jnp.asarray(baseline, jnp.float32),
+        # Two rewards, and what is beside their sum.
+        scores={'one': jnp.asarray(returns), 'other': jnp.asarray(returns[:, ::-1])},
+        weights={'one': jnp.float32(0.5), 'other': jnp.float32(2.0)},
     )
 
 
@@ -68,6 +72,82 @@ def test_by_hand():
         np.testing.assert_allclose(got, dr / (std + 0.5), atol=1e-6)
 
 
+def _of_scores(weights, scores, penalty=0.0):
+    """One-token responses whose rewards are a weighted sum, and a penalty."""
+    scores = {name: jnp.asarray(x, jnp.float32) for name, x in scores.items()}
+    total = sum(weights[name] * x for name, x in scores.items()) + jnp.asarray(penalty)
+    return Outcomes(
+        rewards=total[..., None],
+        mask=jnp.ones((*total.shape, 1), bool),
+        scores=scores,
+        weights=weights,
+    )
+
+
+def test_gdpo_by_hand():
+    # Deviations of (0, 0, 3) are (−1, −1, 2), their variance (1 + 1 + 4)/2 = 3; those
+    # of (10, −10, 0) are themselves, their variance 200/2.
+    outcomes = _of_scores(
+        {'right': 1.0, 'short': 0.5},
+        {'right': [[0.0, 0, 3]], 'short': [[10.0, -10, 0]]},
+        penalty=[[0.0, 0, -0.3]],
+    )
+    right = np.array([-1, -1, 2]) / np.sqrt(3)
+    short = np.array([1.0, -1, 0])
+    total = right + 0.5 * short + np.array([0.1, 0.1, -0.2])
+    expected = total / np.sqrt(np.mean(total**2))
+    got = _of_rows('gdpo', outcomes, eps=0.0)
+    np.testing.assert_allclose(got[0], expected, rtol=1e-5)
+    # Of one reward alone, GRPO over its root mean square, sqrt((1 + 1 + 4)/3/3).
+    alone = _of_scores({'right': 1.0}, {'right': [[0.0, 0, 3]]})
+    got = _of_rows('gdpo', alone, eps=0.0)
+    np.testing.assert_allclose(got[0], right / np.sqrt(2 / 3), rtol=1e-5)
+
+
+def test_gdpo_tells_apart_what_a_sum_does_not():
+    """With a second reward of ten times the size the first is hardly seen in a sum,
+    and a scale of one reward changes nothing.
+    """
+    weights = {'right': 1.0, 'long': 1.0}
+    right, long = np.array([[1.0, 0, 1, 0]]), np.array([[0.0, 0, 10, 10]])
+    outcomes = _of_scores(weights, {'right': right, 'long': long})
+    [gdpo], [grpo] = _of_rows('gdpo', outcomes), _of_rows('grpo', outcomes)
+    assert gdpo[2] - gdpo[3] == pytest.approx(gdpo[2] - gdpo[0], rel=1e-4)
+    assert grpo[2] - grpo[3] < 0.2 * (grpo[2] - grpo[0])
+    scaled = _of_scores(weights, {'right': right, 'long': 7 * long - 3})
+    # The penalty beside the rewards is none in both.
+    np.testing.assert_allclose(_of_rows('gdpo', scaled)[0], gdpo, atol=1e-4)
+
+
+def test_gdpo_needs_the_single_rewards():
+    with pytest.raises(ValueError, match='gdpo needs the single rewards'):
+        _advantages('gdpo', _outcomes().replace(scores=None, weights=None))
+
+
+def test_maxrl_by_hand():
+    # Means 1/4, 3/4, 0: 1/(1/4) − 1 = 3, 1/(3/4) − 1 = 1/3, and nothing to divide by.
+    outcomes = _outcomes([[0.0, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]])
+    expected = [[-1, 3, -1, -1], [1 / 3, 1 / 3, -1, 1 / 3], [0, 0, 0, 0]]
+    np.testing.assert_allclose(_of_rows('maxrl', outcomes), expected, rtol=1e-6)
+    assert _of_rows('maxrl', _outcomes([[-1.0, 0, -1]])).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize('size', [2, 3, 5])
+@pytest.mark.parametrize('p', [0.1, 0.6])
+def test_maxrl_follows_the_first_terms_of_the_likelihood(size, p):
+    """The gradient of a policy that is right with probability p, by its logit, over
+    all outcomes of a group: ∇ log of right is 1 − p, of wrong −p, and ∇p = p·(1 − p).
+    """
+    total = 0.0
+    for right in itertools.product([0.0, 1.0], repeat=size):
+        chance = np.prod([p if r else 1 - p for r in right])
+        [advantage] = _of_rows('maxrl', _outcomes([right]))
+        score = np.array(right) - p
+        total += chance * np.mean(advantage * score)
+    terms = sum((1 - p) ** (k - 1) for k in range(1, size))
+    assert total == pytest.approx(terms * p * (1 - p), rel=1e-5)
+
+
 def test_other_projects_numbers():
     path = GOLDENS / 'goldens.json'
     if not path.exists():
@@ -81,6 +161,22 @@ def test_other_projects_numbers():
         np.testing.assert_allclose(np.ravel(got), golden[key], atol=1e-6)
 
 
+def _slow_gdpo(outcomes):
+    """[P, G] from single rewards, their weights, and the rest of the returns."""
+    rest = np.asarray(outcomes.returns, float)
+    total = np.zeros_like(rest)
+    for name, weight in outcomes.weights.items():
+        scores = np.asarray(outcomes.scores[name], float)
+        rest -= float(weight) * scores
+        for p, row in enumerate(scores):
+            std = np.std(row, ddof=1)
+            for g, score in enumerate(row):
+                total[p, g] += float(weight) * (score - np.mean(row)) / std
+    for p, row in enumerate(rest):
+        total[p] += row - np.mean(row)
+    return total / np.sqrt(np.mean(total**2))
+
+
 @pytest.mark.parametrize('name', EVERY)
 def test_slow_loops(name):
     """Rewards on every token, a discount and a baseline, written with for loops."""
@@ -89,6 +185,7 @@ def test_slow_loops(name):
     rewards, mask = np.asarray(outcomes.rewards, float), np.asarray(outcomes.mask)
     gamma = {'reinforce_pp': 0.9}.get(name, 1.0)
     expected = np.zeros_like(rewards)
+    gdpo = _slow_gdpo(outcomes)
     for p in range(2):
         whole = [rewards[p, g][mask[p, g]].sum() for g in range(3)]
         for g in range(3):
@@ -104,6 +201,8 @@ def test_slow_loops(name):
                     'dapo': (whole[g] - np.mean(whole)) / np.std(whole, ddof=1),
                     'reinforce_pp': to_go,
                     'remax': to_go - baseline[p][g],
+                    'maxrl': whole[g] / np.mean(whole) - 1 if p == 0 else 0,
+                    'gdpo': gdpo[p, g],
                 }[name]
     if name == 'reinforce_pp':
         expected = (expected - expected[mask].mean()) / expected[mask].std() * mask
@@ -170,11 +269,14 @@ def test_devices_agree_with_the_whole_rollout(name):
         _outcomes(seed=4, baseline=RETURNS),
         estimators.load(name, 'name'),
     )
-    split = jax.tree.map(lambda x: x[:, None], outcomes)
-    got = jax.vmap(
-        lambda part: module.advantages(part, module.HParams(), 'devices'),
-        axis_name='devices',
-    )(split)
+    weights = outcomes.weights
+    split = jax.tree.map(lambda x: x[:, None], outcomes.replace(weights=None))
+
+    def of_device(part):
+        part = part.replace(weights=weights)
+        return module.advantages(part, module.HParams(), 'devices')
+
+    got = jax.vmap(of_device, axis_name='devices')(split)
     np.testing.assert_allclose(got[:, 0], _advantages(name, outcomes), atol=1e-6)
 
 

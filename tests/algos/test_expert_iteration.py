@@ -18,6 +18,7 @@ from rlhf_jax.algos.expert_iteration import (
 from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.algos.updates import SHUFFLE
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
+from rlhf_jax.types import Scores
 from tests.algos import small_rollout as small
 from tests.algos.small_rollout import PARAMS, REF, ROWS, G
 
@@ -32,7 +33,9 @@ def _hp(**values):
 
 def _prepare(model, hp, scores=SCORES, generation=None):
     generation = small.generation() if generation is None else generation
-    batch, metrics = prepare_best(REF, generation, scores, model=model, hp=hp)
+    batch, metrics = prepare_best(
+        None, REF, generation, Scores(scores), model=model, hp=hp
+    )
     return batch, small.numbers(metrics)
 
 
@@ -87,7 +90,9 @@ def test_metrics_of_the_rollout_are_those_of_all_responses(bigram):
 def test_kl_is_reported_at_the_temperature_of_the_rollout(bigram):
     generation = small.generation(temperature=0.5)
     hp = _hp(temperature=0.5)
-    same = functools.partial(prepare_best, PARAMS['policy'], generation, SCORES)
+    same = functools.partial(
+        prepare_best, None, PARAMS['policy'], generation, Scores(SCORES)
+    )
     _, metrics = same(model=bigram, hp=hp)
     assert small.numbers(metrics)['objective/kl'] == pytest.approx(0, abs=1e-6)
 
@@ -166,7 +171,7 @@ def test_the_last_layer_for_responses_alone_changes_nothing(
     hp, scores = _hp(group_size=4), jnp.arange(16.0)
     texts = generation.replace(response_length=6)
     prepare = jax.jit(functools.partial(prepare_best, model=unrolled, hp=hp))
-    batch, _ = prepare(policy_params, texts, scores)
+    batch, _ = prepare(None, policy_params, texts, Scores(scores))
     assert batch.response_length == 6
     loss = jax.jit(functools.partial(sft_loss, model=unrolled))
     short, whole = (
@@ -215,13 +220,13 @@ def test_eight_devices_equal_one(backend, bigram):
             functools.partial(prepare_best, model=bigram, hp=hp),
             mesh=mesh,
             backend=backend,
-            inputs=('params', 'batch', 'batch'),
+            inputs=('params', 'params', 'batch', 'batch'),
             outputs=('batch', 'replicated'),
             donate=(),
         )
         step = functools.partial(expert_iteration_step, model=bigram, tx=tx, hp=hp)
         step = compile_step(step, mesh=mesh, backend=backend)
-        batch, before = ready(place(REF, mesh, 'params'), whole, scores)
+        batch, before = ready(None, place(REF, mesh, 'params'), whole, Scores(scores))
         state, metrics = step(place(small.state(tx), mesh, 'params'), batch)
         return small.moved(state), small.numbers({**before, **metrics})
 

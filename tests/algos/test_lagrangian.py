@@ -17,7 +17,7 @@ from rlhf_jax.algos.lagrangian import (
     prepare_lagrangian,
 )
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
-from rlhf_jax.types import LagrangianState, TokenBatch
+from rlhf_jax.types import LagrangianState, Scores, TokenBatch
 from tests.algos.tiny_ppo import (
     PARAMS,
     REF,
@@ -66,7 +66,12 @@ def constrained(models):
 
     def run(state, generation, scores, costs, hp, ref=REF, constraint=LIMIT_0):
         rollout, metrics = compiled(
-            state, ref, generation, scores, costs, hp=hp, constraint=constraint
+            state,
+            ref,
+            generation,
+            Scores(scores, {'cost': costs}),
+            hp=hp,
+            constraint=constraint,
         )
         return rollout, {n: float(x.value()) for n, x in metrics.items()}
 
@@ -306,14 +311,14 @@ def test_eight_devices_give_the_numbers_of_one(
     prepared = compile_step(
         functools.partial(prepare_lagrangian, **static),
         **how,
-        inputs=('params', 'params', 'batch', 'batch', 'batch'),
+        inputs=('params', 'params', 'batch', 'batch'),
         outputs=('batch', 'replicated'),
         donate=(),
     )
     compiled = compile_step(functools.partial(lagrangian_step, tx=tx, **static), **how)
     # Tables of one token have no layout of their own: whole on every device.
     state, ref = place(_state(tx), mesh, 'replicated'), place(REF, mesh, 'replicated')
-    rollout, parts = prepared(state, ref, sampled, SCORES, COSTS)
+    rollout, parts = prepared(state, ref, sampled, Scores(SCORES, {'cost': COSTS}))
     other, more = compiled(state, rollout)
     got = {name: float(x.value()) for name, x in {**parts, **more}.items()}
     assert got == pytest.approx({**before, **metrics}, rel=1e-4, abs=1e-5)

@@ -14,7 +14,7 @@ from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.rollout import response_cuts
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
-from rlhf_jax.types import Mean, PPOState, TrainState
+from rlhf_jax.types import Mean, PPOState, Scores, TrainState
 
 LENGTHS = np.array([1, 5, 2, 8, 3, 8, 1, 2] * 2)
 SIZES = (2, 4, 8)
@@ -105,7 +105,7 @@ def rollout(policy, policy_params, reward_model, reward_params, generation):
     ready = functools.partial(prepare, model=model, hp=hp)
     state = PPOState(**vars(state), kl_coef=jnp.float32(0.1))
     generation = generation.replace(response_length=6)
-    return jax.jit(ready)(state, policy_params, generation, scores)[0]
+    return jax.jit(ready)(state, policy_params, generation, Scores(scores))[0]
 
 
 def test_cuts_hold_what_policy_and_critic_are_trained_at(rollout):

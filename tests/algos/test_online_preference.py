@@ -20,6 +20,7 @@ from rlhf_jax.algos.preference import batch_context, preference_loss
 from rlhf_jax.algos.updates import SHUFFLE
 from rlhf_jax.preference import aot, dpo, ipo, kto, simpo
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
+from rlhf_jax.types import Scores
 from tests.algos import small_rollout as small
 from tests.algos.small_rollout import PARAMS, REF, ROWS, G
 
@@ -36,7 +37,7 @@ def _hp(**values):
 def _prepare(model, hp, scores=SCORES, loss=dpo, generation=None):
     generation = small.generation() if generation is None else generation
     batch, metrics = prepare_pairs(
-        REF, generation, scores, model=model, hp=hp, loss=loss
+        None, REF, generation, Scores(scores), model=model, hp=hp, loss=loss
     )
     return batch, small.numbers(metrics)
 
@@ -102,7 +103,7 @@ def test_the_last_layer_for_responses_alone_changes_nothing(
         functools.partial(prepare_pairs, model=unrolled, hp=_hp(), loss=dpo)
     )
     whole, short = (
-        prepared(policy_params, texts, jnp.arange(16.0))[0]
+        prepared(None, policy_params, texts, Scores(jnp.arange(16.0)))[0]
         for texts in (generation, generation.replace(response_length=6))
     )
     assert (whole.response_length, short.response_length) == (None, 6)
@@ -119,7 +120,9 @@ def test_a_loss_without_a_reference_gets_none(bigram):
 def test_kl_is_reported_at_the_temperature_of_the_rollout(bigram):
     hp, generation = _hp(temperature=0.5), small.generation(temperature=0.5)
     how = {'model': bigram, 'hp': hp, 'loss': dpo}
-    batch, metrics = prepare_pairs(PARAMS['policy'], generation, SCORES, **how)
+    batch, metrics = prepare_pairs(
+        None, PARAMS['policy'], generation, Scores(SCORES), **how
+    )
     assert small.numbers(metrics)['objective/kl'] == pytest.approx(0, abs=1e-6)
     # The loss is at temperature 1, as with fixed data.
     expected = _sums(PARAMS['policy']['table'])[jnp.array([[2, 1], [5, 4]])]
@@ -236,7 +239,7 @@ def test_eight_devices_equal_one(backend, bigram):
             functools.partial(prepare_pairs, model=bigram, hp=hp, loss=aot),
             mesh=mesh,
             backend=backend,
-            inputs=('params', 'batch', 'batch'),
+            inputs=('params', 'params', 'batch', 'batch'),
             outputs=('batch', 'replicated'),
             donate=(),
         )
@@ -245,7 +248,7 @@ def test_eight_devices_equal_one(backend, bigram):
             online_preference_step, model=bigram, tx=tx, hp=hp, **how
         )
         step = compile_step(step, mesh=mesh, backend=backend)
-        batch, before = ready(place(REF, mesh, 'params'), whole, scores)
+        batch, before = ready(None, place(REF, mesh, 'params'), whole, Scores(scores))
         state, metrics = step(place(small.state(tx), mesh, 'params'), batch)
         return small.moved(state), small.numbers({**before, **metrics})
 

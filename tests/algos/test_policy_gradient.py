@@ -20,7 +20,7 @@ from rlhf_jax.algos.policy_gradient import (
     prepare_policy,
 )
 from rlhf_jax.algos.updates import SHUFFLE
-from rlhf_jax.types import Generation, TrainState
+from rlhf_jax.types import Generation, Scores, TrainState
 
 V, ROWS, G, T = 6, 8, 4, 7
 SCORES = jnp.array([0.25, -0.75, 1.5, 0.4, 0.5, 0.5, 0.5, 0.5])  # group 2: all equal
@@ -78,15 +78,20 @@ def ready(bigram, generation):
     """ready('grpo', hp, …) -> (rollout, metrics as numbers)."""
 
     def run(
-        name='grpo', hp=PLAIN, scores=SCORES, baseline=None, ref=REF, sampled=generation
+        name='grpo',
+        hp=PLAIN,
+        scores=SCORES,
+        baseline=None,
+        ref=REF,
+        sampled=generation,
+        **named,
     ):
         module = estimators.load(name, 'name')
         rollout, metrics = prepare_policy(
             _state(),
             ref,
             sampled,
-            scores,
-            baseline,
+            Scores(scores, **named, baseline=baseline),
             model=bigram,
             hp=hp,
             estimator=module,
@@ -143,6 +148,38 @@ def test_a_group_of_equal_scores_is_counted(ready):
     assert rollout.kept.tolist() == [True] * 4 + [False] * 4
     _, metrics = ready('reinforce_pp', _hp(group_size=1))
     assert 'rollout/equal_groups' not in metrics
+
+
+def test_an_estimator_sees_the_single_rewards_and_what_is_beside_them(
+    ready, generation
+):
+    """GDPO of two rewards, one of which costs, with a KL penalty in the reward."""
+    one, two = np.asarray(SCORES), np.asarray(SCORES)[::-1] ** 2
+    total = jnp.asarray(one - 0.5 * two)
+    how = {'each': {'a': jnp.asarray(one), 'b': jnp.asarray(two)}}
+    how['weights'] = {'a': 1.0, 'b': -0.5}
+    rollout, _ = ready('gdpo', _hp(kl_coef=0.1), total, **how)
+    ref = _logprobs(REF['table'], generation.tokens)
+    d = jnp.where(generation.response_mask, generation.logprobs - ref, 0).sum(-1)
+
+    def deviations(x):
+        groups = np.asarray(x, float).reshape(2, G)
+        return groups - groups.mean(-1, keepdims=True)
+
+    def normal(x):
+        return deviations(x) / (deviations(x).std(-1, ddof=1, keepdims=True) + 1e-6)
+
+    whole = normal(one) - 0.5 * normal(two) + deviations(-0.1 * d)
+    expected = (whole / np.sqrt((whole**2).mean())).reshape(-1)
+    mask = np.asarray(generation.response_mask)
+    np.testing.assert_allclose(rollout.advantages, expected[:, None] * mask, atol=1e-5)
+
+
+def test_a_rate_of_success_has_no_kl_in_it(ready):
+    with pytest.raises(ValueError, match='kl_coef=0.1 .* use kl_coef=0'):
+        ready('maxrl', _hp(kl_coef=0.1))
+    rollout, _ = ready('maxrl', scores=jnp.array([0.0, 1, 0, 0, 1, 1, 1, 1]))
+    assert rollout.advantages[:G].max() == 3 and (rollout.advantages[G:] == 0).all()
 
 
 def test_rows_that_are_no_groups_are_an_error(ready):

@@ -12,6 +12,7 @@ from rlhf_jax.algos.anchors import AnchorHParams, move_anchors
 from rlhf_jax.algos.estimators import rloo
 from rlhf_jax.algos.policy_gradient import PolicyHParams, prepare_policy
 from rlhf_jax.optim import OptimConfig, actor_critic_optimizer
+from rlhf_jax.types import Scores
 from tests.algos.tiny_ppo import (
     PARAMS,
     PLAIN,
@@ -201,7 +202,7 @@ def test_methods_without_a_critic_are_corrected_too(bigram):
     how = {'model': bigram, 'estimator': rloo, 'estimator_hp': rloo.HParams()}
     own = two_rows()
     scores, table = jnp.array([1.0, 0.0]), PARAMS['policy']['table']
-    args = (PARAMS['policy'], own, scores)
+    args = (PARAMS['policy'], own, Scores(scores))
     rollout, metrics = prepare_policy(make_state(), *args, hp=hp, **how)
     now = _logprobs(table, own.tokens)
     weights = np.minimum(np.exp(now - own.logprobs), 0.7)

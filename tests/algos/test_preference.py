@@ -19,7 +19,18 @@ from rlhf_jax.algos.preference import (
     preference_step,
     reference_logps,
 )
-from rlhf_jax.preference import aot, bco, cpo, dpo, ipo, kto, ld_dpo, orpo
+from rlhf_jax.preference import (
+    aot,
+    bco,
+    cpo,
+    dpo,
+    ipo,
+    kto,
+    ld_dpo,
+    orpo,
+    tdpo,
+    wants_tokens,
+)
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
 from rlhf_jax.types import (
     PreferencePairs,
@@ -89,6 +100,11 @@ def _batch(loss, bigram):
     return _pairs(bigram) if loss.DATA == 'pairs' else _singles(bigram)
 
 
+def _ref(loss):
+    """What a step is given behind the batch."""
+    return (REF,) if wants_tokens(loss) else ()
+
+
 def _slow_logps(params, tokens, mask, upto=10**6):
     """Log-probabilities of the response of one text, token by token."""
     table = np.asarray(params['table'], np.float64)
@@ -119,6 +135,47 @@ def test_sums_of_pairs_against_a_loop(bigram):
             np.testing.assert_allclose(got.shared_logps[p, side], shared, rtol=1e-5)
             np.testing.assert_allclose(got.ref_logps[p, side], ref, rtol=1e-5)
     assert np.any(got.shared_logps != got.logps)
+
+
+def test_tokens_of_pairs_against_a_loop(bigram):
+    """Log-probabilities of both policies, and their KL over the vocabulary."""
+    batch = _pairs(bigram, with_reference=False)
+    got = batch_logps(PARAMS, batch, REF, model=bigram, tokens=True)
+    mine, ref = (np.asarray(p['table'], np.float64) for p in (PARAMS, REF))
+    mine, ref = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (mine, ref))
+    for p, side in np.ndindex(ROWS, 2):
+        tokens, seen = (
+            batch.tokens[p, side],
+            jax.tree.map(lambda x, p=p, side=side: np.asarray(x[p, side]), got.tokens),
+        )
+        if not batch.weight[p]:
+            assert not seen.mask.any() and not seen.kl.any() and not seen.logps.any()
+            continue
+        np.testing.assert_array_equal(seen.mask, batch.response_mask[p, side])
+        for t in range(LENGTH):
+            before, token = tokens[t - 1], tokens[t]
+            here = float(seen.mask[t])
+            kl = (np.exp(ref[before]) * (ref[before] - mine[before])).sum()
+            np.testing.assert_allclose(seen.kl[t], here * kl, atol=1e-5)
+            want = here * mine[before, token], here * ref[before, token]
+            np.testing.assert_allclose(seen.logps[t], want[0], atol=1e-5)
+            np.testing.assert_allclose(seen.ref_logps[t], want[1], atol=1e-5)
+    known = batch_logps(PARAMS, _referenced(batch, bigram), model=bigram)
+    for name in ('logps', 'shared_logps', 'ref_logps', 'ref_shared_logps', 'lengths'):
+        np.testing.assert_allclose(
+            getattr(got, name), getattr(known, name), rtol=1e-5, err_msg=name
+        )
+
+
+def test_tokens_without_a_reference_and_of_singles(bigram):
+    batch = _singles(bigram)
+    got = batch_logps(PARAMS, batch, model=bigram, tokens=True)
+    assert got.tokens.kl is None and got.tokens.ref_logps is None
+    assert got.tokens.logps.shape == batch.tokens.shape
+    real = batch.weight > 0
+    np.testing.assert_allclose(
+        got.tokens.logps.sum(-1)[real], got.logps[real], rtol=1e-5
+    )
 
 
 def test_sums_of_singles_against_a_loop(bigram):
@@ -244,7 +301,7 @@ def test_metrics_of_singles_by_hand(bigram):
     assert value['logps/rejected'] == pytest.approx(logps[bad].mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize('loss', [dpo, orpo, cpo, ipo, aot, kto, bco])
+@pytest.mark.parametrize('loss', [dpo, orpo, cpo, ipo, aot, kto, bco, tdpo])
 def test_filling_rows_count_nothing_whatever_they_hold(loss, bigram):
     """Not even without a token, where an odds ratio is infinite, or with a NaN."""
     batch = _batch(loss, bigram)
@@ -257,11 +314,12 @@ def test_filling_rows_count_nothing_whatever_they_hold(loss, bigram):
         ref_logps=np.where(filling.reshape(rows.shape[:-1]), np.nan, batch.ref_logps),
     )
     how = {'model': bigram, 'loss': loss, 'loss_hp': loss.HParams()}
+    ref = _ref(loss)
 
     def run(batch):
-        context = batch_context(PARAMS, batch, **how)
+        context = batch_context(PARAMS, batch, *ref, **how)
         return jax.value_and_grad(
-            lambda p: preference_loss(p, batch, context, **how)[0]
+            lambda p: preference_loss(p, batch, context, *ref, **how)[0]
         )(PARAMS)
 
     for a, b in zip(jax.tree.leaves(run(batch)), jax.tree.leaves(run(empty))):
@@ -307,26 +365,32 @@ def _results(state, metrics):
     return state.params, {name: metric.value() for name, metric in metrics.items()}
 
 
-@pytest.mark.parametrize('loss', [dpo, ld_dpo, aot, kto, bco])
+@pytest.mark.parametrize('loss', [dpo, ld_dpo, aot, kto, bco, tdpo])
 def test_accumulation_equals_the_full_batch(loss, bigram):
     """Also where a row's loss depends on the others: ranks, a KL, a mean reward."""
     tx, batch = optax.sgd(1.0), _batch(loss, bigram)
-    whole = _results(*_step(loss, bigram, tx)(_state(tx), batch))
-    parts = _results(*_step(loss, bigram, tx, parts=4)(_state(tx), batch))
+    rest = batch, *_ref(loss)
+    whole = _results(*_step(loss, bigram, tx)(_state(tx), *rest))
+    parts = _results(*_step(loss, bigram, tx, parts=4)(_state(tx), *rest))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert np.abs(whole[0]['table'] - PARAMS['table']).max() > 1e-3
 
 
 @pytest.mark.parametrize('backend', ['jit', 'pmap'])
-@pytest.mark.parametrize('loss', [dpo, aot, kto])
+@pytest.mark.parametrize('loss', [dpo, aot, kto, tdpo])
 def test_eight_devices_equal_one(loss, backend, bigram):
     tx, batch = optax.sgd(1.0), _batch(loss, bigram)
-    one = _results(*_step(loss, bigram, tx)(_state(tx), batch))
+    one = _results(*_step(loss, bigram, tx)(_state(tx), batch, *_ref(loss)))
     mesh = make_mesh(ParallelConfig(backend=backend))
     assert mesh.size == 8
-    step = compile_step(_step(loss, bigram, tx, parts=2), mesh=mesh, backend=backend)
-    many = _results(*step(place(_state(tx), mesh, 'params'), batch))
+    step = compile_step(
+        _step(loss, bigram, tx, parts=2),
+        mesh=mesh,
+        backend=backend,
+        inputs=('params', 'batch') + ('params',) * len(_ref(loss)),
+    )
+    many = _results(*step(place(_state(tx), mesh, 'params'), batch, *_ref(loss)))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -342,6 +406,35 @@ def test_dpo_starts_at_log_two_and_learns(bigram):
     assert seen[-1]['rewards/accuracies'] == 1
     assert seen[-1]['loss'] < 0.5 and seen[-1]['rewards/margins'] > 0.5
     assert int(state.step) == 30 and step._cache_size() == 1
+
+
+def test_a_step_takes_the_reference_policy_or_its_sums(bigram):
+    tx, batch = optax.sgd(1.0), _pairs(bigram, with_reference=False)
+    given = _step(dpo, bigram, tx)(_state(tx), batch, REF)
+    known = _step(dpo, bigram, tx)(_state(tx), _referenced(batch, bigram))
+    for a, b in zip(
+        jax.tree.leaves(_results(*given)), jax.tree.leaves(_results(*known))
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_tdpo_starts_at_log_two_and_holds_the_kl_of_the_rejected_down(bigram):
+    """After as many steps as DPO the forward KL at rejected responses is smaller."""
+    tx, batch, kl = optax.sgd(0.5), _pairs(bigram, with_reference=False), {}
+    for loss, hp in ((dpo, {}), (tdpo, {'alpha': 5.0})):
+        step = functools.partial(
+            _step(loss, bigram, tx).func,
+            **{**_step(loss, bigram, tx).keywords, 'loss_hp': loss.HParams(**hp)},
+        )
+        step, state, first = jax.jit(step), _state(tx, REF), None
+        for _ in range(40):
+            state, metrics = step(state, batch, REF)
+            first = first or {n: float(m.value()) for n, m in metrics.items()}
+        assert first['loss'] == pytest.approx(np.log(2), rel=1e-6)
+        assert first['rewards/margins'] == pytest.approx(0, abs=1e-6)
+        seen = batch_logps(state.params, batch, REF, model=bigram, tokens=True)
+        kl[loss] = float(seen.tokens.kl.sum(-1)[:, 1].mean())
+    assert 0 < kl[tdpo] < 0.7 * kl[dpo]
 
 
 def test_a_tie_is_an_error(bigram):
@@ -414,6 +507,7 @@ def test_a_loss_of_ones_own(bigram):
         (ipo, 'singles', r'ipo is a loss on comparisons .* data are single responses'),
         (kto, 'pairs', r'kto is a loss on single responses.* data are comparisons'),
         (bco, 'pairs', r"a loss whose DATA is 'pairs'"),
+        (tdpo, 'pairs', r'tdpo looks at single tokens .* give it ref_params'),
         (dpo, 'no reference', r'dpo needs log-probabilities of a reference'),
         (aot, 'no reference', r'aot needs log-probabilities of a reference'),
         (kto, 'no mismatched', r'kto needs mismatched responses'),

@@ -157,6 +157,9 @@ def test_bad_fields():
     refuses(to_comparison, pair | dict(margin='2'), "margin is '2'", 'finite number')
     refuses(to_comparison, pair | dict(margin=float('nan')), 'margin is nan')
     refuses(to_comparison, pair | dict(margin=True), 'margin is True')
+    refuses(to_comparison, pair | dict(margin=-1e39), 'margin is -1e+39', 'scale it')
+    refuses(to_comparison, pair | dict(margin=10**400), 'margin is above 1e300')
+    refuses(to_comparison, pair | dict(gold_chosen='x'), "gold_chosen is 'x'")
     refuses(to_demonstration, dict(prompt='p', completion=''), "'completion' is empty")
     refuses(to_prompt, dict(prompt='p', reference=3), 'reference is a int')
     half = 'half a surrogate pair at character 2'

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from pyarrow import parquet
 
-from rlhf_jax.data import sources
+from rlhf_jax.data import raw, sources
 from rlhf_jax.data.sources import read, split_transcripts, stream
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -137,6 +137,81 @@ def test_bad_jsonl(write):
     fails(f'jsonl:{write("y.jsonl.gz", good)}', 'y.jsonl.gz is no whole gzip file')
 
 
+def test_a_bomb_stops_early(write, monkeypatch):
+    monkeypatch.setattr(raw, 'ALWAYS', 2**22)
+    packed = gzip.compress(b'{"prompt": "' + bytes(2**25))
+    read_pieces = []
+    whole = gzip.GzipFile.read
+    monkeypatch.setattr(
+        gzip.GzipFile,
+        'read',
+        lambda *a: read_pieces.append(whole(*a)) or read_pieces[-1],
+    )
+    path = write('x.jsonl.gz', packed)
+    fails(f'jsonl:{path}', f'{path} unpacks to more than', 'unpack it first')
+    assert sum(map(len, read_pieces)) < 2**24
+    # Monotonous data that is meant.
+    data = lines(*({'prompt': 'the same', 'completion': 'again'} for _ in range(9999)))
+    assert len(read(f'jsonl:{write("y.jsonl.gz", gzip.compress(data))}')) == 9999
+
+
+def test_a_parquet_bomb_stops_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, 'ALWAYS', 2**22)
+    path = tmp_path / 'x.parquet'
+    text = pa.array([0] * 5000).dictionary_encode()
+    text = pa.DictionaryArray.from_arrays(text.indices, pa.array(['so ' * 3000]))
+    parquet.write_table(pa.table({'prompt': text.cast(pa.string())}), path)
+    fails(f'parquet:{path}', 'x.parquet unpacks to more than')
+
+
+def test_records_that_are_nested_too_deep(write):
+    for depth in (101, 3000, 100_000):
+        text = '{"a": ' + '[' * depth + ']' * depth + '}'
+        path = write('x.jsonl', lines({'a': 1}) + text.encode())
+        fails(f'jsonl:{path}', f'{path}:2: nested more than 100 deep')
+    wide = lines({'a': [[1]] * 5000})
+    assert read(f'jsonl:{write("x.jsonl", wide)}')[0].fields == {'a': [[1]] * 5000}
+
+
+def test_a_number_of_thousands_of_digits(write):
+    path = write('x.jsonl', b'{"a": ' + b'9' * 5000 + b'}')
+    fails(f'jsonl:{path}', f'{path}:1: not JSON that can be read')
+
+
+def test_paths_that_cannot_be(tmp_path):
+    for kind in ('jsonl', 'parquet', 'text', 'hh'):
+        fails(f'{kind}:~nouser/x', "'~nouser/x' cannot be looked up", 'home directory')
+        fails(f'{kind}:{tmp_path}/{"x" * 999}', 'looked up (File name too long)')
+        fails(f'{kind}:{tmp_path}/a\0b', 'looked up (it holds a zero byte)')
+    fails('jsonl:/dev/null', 'is a device or a pipe')
+    file = tmp_path / 'file'
+    file.write_text('x')
+    fails(f'jsonl:{file}/below.jsonl', 'does not exist')
+
+
+@pytest.mark.parametrize('head', list(raw.BINARY))
+def test_a_binary_file_is_named(write, head):
+    fails(f'jsonl:{write("x.jsonl", head + bytes(99))}', 'x.jsonl is no text, but')
+
+
+def test_damaged_parquet(tmp_path):
+    path = tmp_path / 'x.parquet'
+    table = pa.table({'a': [f'text number {i}' for i in range(3000)]})
+    how = dict(use_dictionary=False, compression='none')
+    parquet.write_table(table, path, **how)
+    data = bytearray(path.read_bytes())
+    data[data.index(b'number 2000')] = 0xFF
+    path.write_bytes(data)
+    fails(f'parquet:{path}', f'{path}:2001: the row is damaged', 'Invalid UTF8')
+    parquet.write_table(table, path, write_page_checksum=True, **how)
+    data = bytearray(path.read_bytes())
+    data[data.index(b'number 2000')] = ord('m')  # still a text
+    path.write_bytes(data)
+    fails(f'parquet:{path}', f'{path} is no readable Parquet file', 'CRC')
+    path.write_bytes(data[: len(data) // 2])
+    fails(f'parquet:{path}', f'{path} is no readable Parquet file')
+
+
 def test_parquet(tmp_path, write):
     path = tmp_path / 'x.parquet'
     parquet.write_table(pa.table({'a': ['é', None], 'b': [1.5, 2.5]}), path)
@@ -237,6 +312,11 @@ def one():
 
 def broken():
     return {}[0]
+
+def deep():
+    row = {}
+    row['row'] = row
+    return [row]
 """
 
 
@@ -261,8 +341,8 @@ def test_python_function(tmp_path, monkeypatch):
     fails('python:my_record:rows', 'cannot be imported', "'my_record'")
     fails('python:my_records:one', 'gave a int', 'iterable of dicts')
     fails('python:my_records:numbers', 'my_records:numbers record 2: a int, not a dict')
-    with pytest.raises(KeyError):  # the function's own errors come as they are
-        read('python:my_records:broken')
+    fails('python:my_records:broken', 'failed with KeyError: 0', 'my_records.py:13')
+    fails('python:my_records:deep', 'my_records:deep record 1: nested more than 100')
 
 
 def test_a_stream_is_read_at_every_pass(tmp_path, write, monkeypatch):

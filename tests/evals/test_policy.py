@@ -7,13 +7,13 @@ import pytest
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.evals.policy import (
     Sampled,
-    Scored,
     distinct_bigrams,
     policy_report,
     row_statistics,
     sample_policy,
     win_rate,
 )
+from rlhf_jax.responses import Scored
 from rlhf_jax.types import PromptBatch
 
 

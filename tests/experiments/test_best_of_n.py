@@ -10,11 +10,11 @@ from experiments.best_of_n import draw, load, markdown, plot, report, rollouts
 
 def test_a_finished_run(finished, tmp_path):
     """Three samples of sixteen prompts: what they are, and a table of them."""
-    run, job, init = load(finished, None)
-    samples = draw(run, job, init, 3)
+    run, stage = load(finished, None)
+    job, samples = stage.evaluation, draw(run, stage, 3)
     assert [len(sampled.responses) for sampled in samples] == [16] * 3
     assert samples[0].responses != samples[1].responses
-    again = draw(run, job, init, 1)
+    again = draw(run, stage, 1)
     assert again[0].responses == samples[0].responses
     for sampled in samples:
         assert (sampled.lengths > 0).all() and (sampled.ref_logprobs < 0).all()

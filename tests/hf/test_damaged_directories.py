@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import hf
 from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.hf.schema import CHANGING
 from tests.hf.small_families import FAMILIES
 from tests.hf.small_tokenizers import byte_tokenizer
 from tests.hf.test_directories import INDEX, edit_json, make_config, make_params
@@ -97,6 +98,84 @@ def test_a_config_that_is_refused(exported, changes, message):
     edit_json(directory / 'config.json', **changes)
     with pytest.raises(ValueError, match=f'config.json: .*{message}'):
         hf.load_config(directory)
+
+
+LINEAR = {'rope_type': 'linear', 'factor': 2.0}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            {'rope_theta': 7.0, 'rope_parameters': {'rope_theta': 8.0}},
+            'rope_theta is 7.0, and rope_parameters.rope_theta is 8.0: two spellings',
+        ),
+        (
+            {'rope_scaling': LINEAR, 'rope_parameters': {'factor': 2.0}},
+            "rope_scaling.rope_type is 'linear', and rope_parameters.rope_type is 'def",
+        ),
+        (
+            {'rope_scaling': LINEAR, 'rope_parameters': {**LINEAR, 'factor': 3.0}},
+            'rope_scaling.factor is 2.0, and rope_parameters.factor is 3.0',
+        ),
+        (
+            {'rope_scaling': {**LINEAR, 'type': 'default'}, 'rope_parameters': None},
+            'two types that differ',
+        ),
+        (
+            {'rope_parameters': {'mrope_section': [1]}},
+            'mrope_section=.1., which is not',
+        ),
+        (
+            {'rope_parameters': {'full_attention': {}}},
+            'full_attention={}, which is not',
+        ),
+    ],
+)
+def test_rope_settings_that_contradict_each_other(exported, changes, message):
+    directory, config = exported
+    same = {'rope_theta': config.rope_theta, 'rope_scaling': LINEAR}
+    both = {'rope_theta': config.rope_theta, **LINEAR}
+    edit_json(directory / 'config.json', **{**same, 'rope_parameters': both})
+    assert hf.load_config(directory).rope_scaling.factor == 2
+    edit_json(directory / 'config.json', **{'rope_scaling': None, **changes})
+    with pytest.raises(ValueError, match=f'config.json: .*{message}'):
+        hf.load_config(directory)
+
+
+def test_windowed_layers_have_no_scaling(tmp_path):
+    for file in ('config.json', 'model.safetensors'):
+        shutil.copy(FIXTURES / 'gemma3' / file, tmp_path)
+    both = {'full_attention': {}, 'sliding_attention': LINEAR}
+    flat = {'rope_theta': None, 'rope_scaling': None, 'rope_local_base_freq': None}
+    edit_json(tmp_path / 'config.json', rope_parameters=both, **flat)
+    with pytest.raises(ValueError, match='sliding_attention=.* is not supported'):
+        hf.load_config(tmp_path)
+    edit_json(tmp_path / 'config.json', rope_parameters={'rope_theta': 5.0})
+    with pytest.raises(ValueError, match='must have full_attention and sliding_att'):
+        hf.load_config(tmp_path)
+
+
+@pytest.mark.parametrize('name', list(FAMILIES))
+def test_an_entry_that_changes_the_numbers_is_read_or_refused(name, tmp_path):
+    for file in ('config.json', 'model.safetensors'):
+        shutil.copy(FIXTURES / name / file, tmp_path)
+    path, before = tmp_path / 'config.json', hf.load_config(tmp_path)
+    entries = json.loads(path.read_text())
+    refused = []
+    for key in CHANGING:
+        harmless = () if name == 'gpt_neox' and 'rot' in key else CHANGING[key]
+        for value in (None, *harmless):
+            path.write_text(json.dumps({**entries, key: value}))
+            if key not in entries:
+                assert hf.load_config(tmp_path) == before, (key, value)
+        path.write_text(json.dumps({**entries, key: 0.625}))
+        try:
+            assert hf.load_config(tmp_path) != before, key
+        except ValueError as error:
+            refused.append(key)
+            assert key in str(error), (key, error)
+    assert {'logit_scale', 'clip_qkv', 'residual_multiplier'} <= set(refused)
 
 
 @pytest.mark.parametrize('text', ['[]', '3', 'null', '"x"', '', '[' * 10**5])

@@ -19,7 +19,7 @@ from experiments.table_world import (
 )
 from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
-from rlhf_jax.types import PPOState, TrainState
+from rlhf_jax.types import PPOState, Scores, TrainState
 
 BETA, TOTAL = 0.2, 400
 SGD = optax.sgd(1.0)
@@ -67,8 +67,7 @@ def prepared(params, rows, scores, baseline=None, *, hp, estimator):
         state(params),
         REF_PARAMS,
         rows,
-        scores,
-        baseline,
+        Scores(scores, baseline=baseline),
         model=POLICY,
         hp=hp,
         estimator=estimator,
@@ -87,7 +86,7 @@ def moved(params, rollout, *, hp):
 def ppo_prepared(params, values, rows, scores, *, hp):
     """The rollout of PPO."""
     start = state(params, values)
-    return prepare(start, REF_PARAMS, rows, scores, model=ACTORS, hp=hp)[0]
+    return prepare(start, REF_PARAMS, rows, Scores(scores), model=ACTORS, hp=hp)[0]
 
 
 @functools.partial(jax.jit, static_argnames='hp')

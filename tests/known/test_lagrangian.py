@@ -21,7 +21,7 @@ from rlhf_jax.algos.lagrangian import (
     LagrangianHParams,
     prepare_lagrangian,
 )
-from rlhf_jax.types import LagrangianState
+from rlhf_jax.types import LagrangianState, Scores
 from tests.known.exact import (
     BETA,
     CRITIC,
@@ -72,8 +72,7 @@ def test_at_the_constrained_optimum_no_token_has_an_advantage(lam):
         state,
         REF_PARAMS,
         generation(params, rows),
-        jnp.asarray(REWARD, jnp.float32),
-        costs,
+        Scores(jnp.asarray(REWARD, jnp.float32), {'cost': costs}),
         model=ActorCritics(POLICY, CRITIC, CRITIC),
         hp=ppo_hparams(lam=lam),
         constraint=constraint,

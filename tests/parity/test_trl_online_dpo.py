@@ -22,7 +22,7 @@ from rlhf_jax.algos.online_preference import (
     online_preference_step,
     prepare_pairs,
 )
-from rlhf_jax.types import Generation, TrainState
+from rlhf_jax.types import Generation, Scores, TrainState
 from tests.parity.trl_side import LATEST, TorchBigram
 
 torch = pytest.importorskip('torch')
@@ -61,9 +61,10 @@ def _ours(bigram, loss, table, ref, samples):
     )
     module, hp = preference.load(loss, 'loss'), OnlinePreferenceHParams()
     batch, before = prepare_pairs(
+        None,
         {'table': ref},
         generation,
-        jnp.float32(scores),
+        Scores(jnp.float32(scores)),
         model=bigram,
         hp=hp,
         loss=module,

@@ -40,6 +40,7 @@ from rlhf_jax.types import (
     Params,
     PPOState,
     Rollout,
+    Scores,
 )
 from tests.parity.trl_side import EOS, PAD, llama, tokenizer
 
@@ -299,7 +300,7 @@ def ours(iteration, directories, optimizer) -> OurRun:
     )
     reference = _load(directories['reference'], 'lm')
     rollout, prepared = prepare(
-        state, reference, generation, scores, model=model, hp=hp
+        state, reference, generation, Scores(scores), model=model, hp=hp
     )
     epochs = []
     for _ in range(2):

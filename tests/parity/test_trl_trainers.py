@@ -25,7 +25,14 @@ from rlhf_jax.algos.rm import RMHParams, rm_loss
 from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.models.heads import CausalLM, ScalarModel
-from rlhf_jax.types import Generation, OnlineState, PairBatch, Params, TokenBatch
+from rlhf_jax.types import (
+    Generation,
+    OnlineState,
+    PairBatch,
+    Params,
+    Scores,
+    TokenBatch,
+)
 from tests.parity.trl_side import PAD, llama, tokenizer
 
 torch = pytest.importorskip('torch')
@@ -241,7 +248,7 @@ def test_advantages(tmp_path, name):
         state,
         _load(tmp_path, 'lm'),
         generation,
-        jnp.float32(REWARDS),
+        Scores(jnp.float32(REWARDS)),
         model=model,
         hp=PolicyHParams(group_size=G, temperature=0.7, **hp),
         estimator=estimator,

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax import preference
-from rlhf_jax.types import PairLogps, SingleLogps
+from rlhf_jax.types import PairLogps, SingleLogps, TokenLogps
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/goldens'
 PAIRWISE = (
     'aot apo_down apo_zero cpo discopop dpo exo hinge ipo ld_dpo nca orpo r_dpo '
-    'robust_dpo simpo sppo'
+    'robust_dpo simpo sppo tdpo'
 ).split()
 SINGLE = ['bco', 'kto']
 
@@ -40,6 +40,13 @@ def _pairs():
         ref_shared_logps=jnp.array([[-11.0, -11], [-12.5, -6]]),
         lengths=jnp.array([[4.0, 10], [2, 20]]),
         weight=jnp.ones(2),
+        # Of two tokens each; the KL of the responses is (3, 1) and (1, 4).
+        tokens=TokenLogps(
+            mask=jnp.ones((2, 2, 2), bool),
+            logps=jnp.array([[[-4.0, -6], [-7, -7]], [[-6, -6], [-1, -10]]]),
+            ref_logps=jnp.array([[[-5.0, -6], [-7, -6]], [[-6, -6.5], [-2, -10]]]),
+            kl=jnp.array([[[1.0, 2], [0.5, 0.5]], [[1, 0], [3, 1]]]),
+        ),
     )
 
 
@@ -162,6 +169,9 @@ BY_HAND = [
     ('r_dpo', {'alpha': 0.05}, _nls(0.2 - 0.3), _nls(-0.05 - 0.9)),
     # The rejected ones are longer: d_l = 0 − 0.5·1 and 0 + 0.5·1.
     ('ld_dpo', {'alpha': 0.5}, _nls(0.15), _nls(0.0)),
+    # 0.1·(2 + 0.5·(3 − 1)) and 0.1·(−0.5 + 0.5·(1 − 4)); with α = 1 0.4 and −0.35.
+    ('tdpo', {}, _nls(0.3), _nls(-0.2)),
+    ('tdpo', {'alpha': 1.0, 'kl_gradient': 'both'}, _nls(0.4), _nls(-0.35)),
     # Margins (4, −1), the reference's (2, −0.5): sorted alike, (2, −0.5) between them.
     ('aot', {}, _nls(0.2), _nls(-0.05)),
 ]
@@ -289,6 +299,7 @@ AT_REFERENCE = {
     'nca': 2 * LOG2,
     'robust_dpo': LOG2,
     'sppo': 2 * 500.0**2,
+    'tdpo': LOG2,
 }
 
 
@@ -299,7 +310,11 @@ def test_the_identities_cover_every_loss_with_a_reference():
 @pytest.mark.parametrize('name', AT_REFERENCE)
 def test_the_policy_that_is_the_reference(name):
     batch = _pairs()
-    batch = batch.replace(ref_logps=batch.logps, ref_shared_logps=batch.shared_logps)
+    batch = batch.replace(
+        ref_logps=batch.logps,
+        ref_shared_logps=batch.shared_logps,
+        tokens=batch.tokens.replace(kl=jnp.zeros_like(batch.tokens.kl)),
+    )
     per_row, rewards = _run(name, batch)
     np.testing.assert_allclose(per_row, AT_REFERENCE[name], rtol=1e-6)
     np.testing.assert_array_equal(rewards, 0)
@@ -320,6 +335,7 @@ def test_what_reduces_to_dpo():
         ('ld_dpo', {'alpha': 1.0}),
         ('r_dpo', {'alpha': 0.0}),
         ('robust_dpo', {'label_smoothing': 0.0}),
+        ('tdpo', {'alpha': 0.0}),
     ]:
         np.testing.assert_allclose(_run(name, _pairs(), **hp)[0], dpo, rtol=1e-5)
     forward, _ = _run('dpo', _pairs(), divergence='forward_kl')
@@ -386,6 +402,25 @@ def test_gradient_against_finite_differences(name, hp):
                 slopes[place] = (up - down) / 2e-6
             assert np.any(slopes), f'{name} does not depend on {field}'
             np.testing.assert_allclose(gradient[field], slopes, rtol=1e-5, atol=1e-8)
+
+
+def test_whose_kl_tdpo_trains():
+    """∂L/∂K is β·α·σ(−margin) times 1 of the rejected response, and −1 of the chosen
+    one, or 0 where its gradient is stopped; the same for each token.
+    """
+    batch, tdpo = _pairs(), _load('tdpo')
+
+    def total(kl, hp):
+        tokens = batch.tokens.replace(kl=kl)
+        return jnp.sum(tdpo.loss(batch.replace(tokens=tokens), hp)[0])
+
+    stopped = jax.grad(total)(batch.tokens.kl, tdpo.HParams())
+    slope = 0.05 * np.array([_sigmoid(-0.3), _sigmoid(0.2)])
+    np.testing.assert_array_equal(stopped[:, 0], 0)
+    np.testing.assert_allclose(stopped[:, 1], np.stack([slope, slope], 1), rtol=1e-5)
+    both = jax.grad(total)(batch.tokens.kl, tdpo.HParams(kl_gradient='both'))
+    np.testing.assert_allclose(both[:, 1], stopped[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(both[:, 0], -stopped[:, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize('name', [*PAIRWISE, *SINGLE])
@@ -467,6 +502,8 @@ def test_a_name_that_is_no_loss(name, message):
         ('discopop', {'tau': 1.0}),
         ('ipo', {'over': 'tokens'}),
         ('cpo', {'nll_over': 'tokens'}),
+        ('tdpo', {'kl_gradient': 'chosen'}),
+        ('tdpo', {'alpha': -0.5}),
     ],
 )
 def test_hyperparameters_out_of_range(name, hp):

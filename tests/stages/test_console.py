@@ -56,7 +56,7 @@ def test_it_is_said_before_anything_trains(tmp_path, capsys, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError('trains')
 
-    monkeypatch.setattr('rlhf_jax.stages.offline.train_language_model', refuse)
+    monkeypatch.setattr('rlhf_jax.stages.sft.train', refuse)
     with pytest.raises(RuntimeError, match='trains'):
         launch(config, tmp_path / 'run')
     line = f'10 demonstrations read from jsonl:{path}, 1 kept, 9 dropped as longer'

@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.algos.rm import RMHParams
-from rlhf_jax.config import section
 from rlhf_jax.main import launch
 from rlhf_jax.sample import load_part
-from rlhf_jax.stages.settings import RewardSettings
+from rlhf_jax.stages.kinds import stage
 from tests.small_config import config_file
 from tests.test_main import fails, never_compiled  # noqa: F401
 
@@ -52,9 +50,8 @@ def get_config(records, **cost):
     """Cost and ppo_lagrangian, in few steps from fresh models."""
     config = config_file('ppo_lagrangian').get_config('smoke')
     config.stages = ('cost', 'ppo_lagrangian')
-    config.cost = section(
-        RewardSettings,
-        RMHParams,
+    config.cost = stage(
+        'reward_model',
         **{
             'init': 'scratch',
             'train': records,

@@ -13,7 +13,6 @@ import pytest
 from rlhf_jax import checkpoint, hf
 from rlhf_jax.algos.ensemble import member_seed
 from rlhf_jax.algos.rm import RMHParams, rm_step
-from rlhf_jax.config import build
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.tokenizer import stage_tokenizer
 from rlhf_jax.export import export
@@ -22,8 +21,8 @@ from rlhf_jax.optim import make_optimizer
 from rlhf_jax.rewards import ensemble_scores
 from rlhf_jax.sample import load_part, sample
 from rlhf_jax.sharding import ParallelConfig, make_mesh
-from rlhf_jax.stages.run import Run, load_scalar
-from rlhf_jax.stages.settings import RewardSettings
+from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.sources import load_scalar
 from rlhf_jax.types import TrainState
 from tests.small_config import get_config
 
@@ -114,7 +113,7 @@ def test_a_member_is_a_run_of_its_own(trained, finished, member):
     model, params = load_scalar(run, config.rm.init, key, 'reward')
     _, policy = load_part(finished, 'sft', 'policy')
     jax.tree.map(np.testing.assert_array_equal, params['backbone'], policy['backbone'])
-    settings = build(config.rm, RewardSettings, RMHParams)[0]
+    settings = run.settings('rm')[0]
     tx = make_optimizer(settings.optim, 4)
     state = TrainState(
         step=jnp.int32(0), rng=key, params=params, opt_state=tx.init(params)
@@ -172,8 +171,8 @@ def test_samples_show_the_mean_of_the_members(trained, finished, tmp_path):
     workdir = tmp_path / 'run'
     shutil.copytree(trained, workdir)
     prompt = 'the mayor opened a bridge\n\nTL;DR:'
-    [(text, _, score)] = sample(workdir, 'ppo', prompt, num=1, max_new_tokens=4)
-    assert isinstance(text, str) and np.isfinite(score)
+    [(text, _, scores)] = sample(workdir, 'ppo', prompt, num=1, max_new_tokens=4)
+    assert isinstance(text, str) and np.isfinite(scores['rm'])
 
 
 @pytest.mark.parametrize(

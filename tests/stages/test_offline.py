@@ -30,7 +30,9 @@ def job():
     settings = OfflineSettings(
         init='scratch', train='none', eval='none', batch_size=16, buckets=(12,)
     )
-    return types.SimpleNamespace(stage='sft', settings=settings, num_steps=3, hp=None)
+    return types.SimpleNamespace(
+        stage='sft', settings=settings, num_steps=3, hp=None, members=1
+    )
 
 
 def test_rates_are_worked_out_before_the_first_step(run, job, token_batch, monkeypatch):

@@ -12,8 +12,8 @@ from rlhf_jax import checkpoint
 from rlhf_jax.main import launch
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.sample import sample
-from rlhf_jax.stages import online
-from tests.small_config import config_file
+from rlhf_jax.stages import rollouts
+from tests.small_config import ROOT, config_file
 from tests.test_main import fails, never_compiled  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -21,7 +21,10 @@ pytestmark = pytest.mark.usefixtures('one_device')
 
 def get_config(name, **values):
     """Four rollouts of a small fresh policy; the reward is a function of the texts."""
-    config = config_file(name).get_config('smoke')
+    if (ROOT / 'configs' / f'{name}.py').exists():
+        config = config_file(name).get_config('smoke')
+    else:
+        config = config_file('policy_gradient').get_config(f'name={name},smoke')
     stage = config.stages[-1]
     config.stages = (stage,)
     settings = config[stage]
@@ -105,6 +108,15 @@ def test_every_method_learns_something(tmp_path, name):
     first, second = rows(tmp_path)
     assert first['policy/grad_norm'] > 0 and second['objective/kl'] != 0
     assert ('rollout/draws' in first) == (name == 'dapo')
+
+
+def test_several_rewards_are_normalised_by_themselves(tmp_path):
+    rewards = {'letters': {'fn': f'{__name__}:letters'}}
+    rewards['equal'] = {'fn': f'{__name__}:mostly_equal', 'weight': -2.0}
+    launch(get_config('gdpo', rewards=rewards, num_rollouts=2), tmp_path)
+    first, second = rows(tmp_path)
+    assert first['policy/grad_norm'] > 0 and second['objective/kl'] != 0
+    assert {'reward/letters', 'reward/equal'} <= first.keys()
 
 
 def test_continuous_batching_writes_the_same_samples(grpo, all_devices, tmp_path):
@@ -239,7 +251,7 @@ def test_a_rollout_that_teaches_nothing_is_counted_and_moves_nothing(tmp_path):
 
 def test_the_rows_of_a_draw_are_its_useful_groups_first():
     class Stub:
-        job = method = run = None
+        pass
 
     scores = np.array([0.0, 0, 1, 2, 5, 5, 3, 4])
     generation = jax.tree.map(
@@ -247,12 +259,11 @@ def test_the_rows_of_a_draw_are_its_useful_groups_first():
         {'ended': np.ones(8, bool), 'response_mask': np.ones((8, 1), bool)},
     )
     stub = Stub()
-    stub.job = Stub()
-    stub.job.evaluation, stub.job.settings = Stub(), Stub()
-    stub.job.evaluation.weights, stub.job.shaping = {'a': 2.0}, ScoreHParams()
-    stub.job.settings.max_new_tokens = 1
-    drawn = online.Scored(type('G', (), generation), {'a': scores})
-    differ = online._Rollouts._differ(stub, drawn, 2)
+    stub.settings = Stub()
+    stub.weights, stub.shaping = {'a': 2.0}, ScoreHParams()
+    stub.settings.max_new_tokens = 1
+    drawn = rollouts.Sampled(type('G', (), generation), {'a': scores})
+    differ = rollouts.Rollouts._differ(stub, drawn, 2)
     np.testing.assert_array_equal(differ, [False, True, False, True])
 
 
@@ -296,10 +307,13 @@ def test_a_rollout_can_be_learned_from_twice(tmp_path):
         ('grpo', {'rewards': {}}, ['config.policy_gradient.rewards is empty']),
         ('grpo', {'init': 'rm'}, ['config.policy_gradient.init', 'rm']),
         ('online_dpo', {'name': 'kto'}, ["name='kto'", 'single responses', "'dpo'"]),
+        ('online_dpo', {'name': 'tdpo'}, ["name='tdpo'", 'single tokens', "'dpo'"]),
         ('online_dpo', {'group_size': 1}, ['group_size=1', '2 or more']),
         ('online_dpo', {'num_minibatches': 16}, ['batch_size/group_size', '16']),
         ('expert_iteration', {'keep': 3}, ['keep=3 of group_size=2', '1 to 2']),
         ('expert_iteration', {'keep': 2}, ['keep=2', 'selects nothing']),
+        ('gdpo', {'score_clip': 1.0}, ['score_clip=1.0', "name='gdpo' normalises"]),
+        ('maxrl', {}, ["name='maxrl'", 'kl_coef=0.2', 'kl_loss_coef']),
         ('grpo', {'ref_mix': 0.0}, ['ref_mix=0.0', '(0, 1]']),
         ('grpo', {'overlong_buffer': 9}, ['overlong_buffer', 'max_new_tokens=8']),
     ],

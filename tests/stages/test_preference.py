@@ -239,6 +239,19 @@ def test_kto_learns_from_single_responses(all_devices, tmp_path, data):
         assert 'train.ref_mismatched_logps' in file
 
 
+def test_a_loss_on_tokens_runs_the_reference_in_every_step(all_devices, tmp_path):
+    config = get_config(loss='tdpo', num_steps=3, num_microbatches=2, batch_size=16)
+    config.preference.alpha = 2.0
+    report = launch(config, tmp_path)['stages']['preference']
+    table = [row for row in rows(tmp_path) if 'train/loss' in row]
+    assert table[0]['train/loss'] == pytest.approx(math.log(2), abs=1e-5)
+    assert table[0]['train/rewards/chosen'] == pytest.approx(0, abs=1e-5)
+    assert table[-1]['train/loss'] != pytest.approx(math.log(2), abs=1e-4)
+    assert not (tmp_path / 'preference' / 'reference.npz').exists()
+    assert report['pairs'] == 32 and report['loss_settings']['alpha'] == 2.0
+    assert report['margin'] != 0 and report['kl'] > 0
+
+
 def test_a_loss_of_ones_own_named_over_that_of_the_config(tmp_path):
     report = launch(get_config(name='tests.own_loss', beta=3.0), tmp_path)
     told = report['stages']['preference']['loss_settings']

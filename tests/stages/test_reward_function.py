@@ -5,7 +5,7 @@ import pytest
 
 from rlhf_jax.data.examples import Counts, Dataset
 from rlhf_jax.data.formats import Prompt
-from rlhf_jax.evals.policy import Responses
+from rlhf_jax.responses import Responses
 from rlhf_jax.stages.reward_function import check_function, score_by_function
 from rlhf_jax.stages.settings import RewardSource
 from rlhf_jax.types import Generation, PromptBatch

@@ -13,17 +13,17 @@ from rlhf_jax.config import section
 from rlhf_jax.data import tiny_tldr
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.joining import decode_behind
-from rlhf_jax.evals.policy import Responses
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
 from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.responses import Responses
 from rlhf_jax.rewards import combine_steps, reward_model_scores
 from rlhf_jax.sample import load_part
 from rlhf_jax.sharding import ParallelConfig
-from rlhf_jax.stages.reward_model import load_reward_model
-from rlhf_jax.stages.run import Run, check_single_score, load_scalar
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.scoring import check_reward, make_scorers, step_batch, text_batch
 from rlhf_jax.stages.settings import ModelSettings, RewardSource, StepReading
+from rlhf_jax.stages.sources import check_single_score, load_scalar, resolve
 from rlhf_jax.types import Generation, PromptBatch
 from tests.small_config import config_file
 
@@ -229,8 +229,8 @@ def test_what_is_said_must_fit_the_scores(run, workdirs, kind, source, message):
 
 def test_a_critic_has_one_score(run, workdirs):
     with pytest.raises(ValueError, match='a critic has one'):
-        check_single_score(run, 'config.ppo.critic', str(workdirs('ratings') / 'rm'))
-    check_single_score(run, 'config.ppo.critic', str(workdirs('steps') / 'rm'))
+        check_single_score(resolve(run, str(workdirs('ratings') / 'rm')), 'critic')
+    check_single_score(resolve(run, str(workdirs('steps') / 'rm')), 'critic')
 
 
 # ------------------------------------------------------------------- export and import
@@ -288,11 +288,11 @@ def test_a_wrong_setting_is_told(tmp_path, tokenizer, kind, settings, message):
     config = rm_config(kind, **settings)
     run = Run(tmp_path, config, sharding.make_mesh(ParallelConfig()), tokenizer)
     with pytest.raises(ValueError, match=message):
-        load_reward_model(run, 'rm')
+        run.kind('rm').load(run, 'rm', *run.settings('rm'))
 
 
 def test_a_loss_of_a_users_own(tmp_path, tokenizer):
     config = rm_config('rankings', loss='tests.own_reward_loss', width=0.5)
     run = Run(tmp_path, config, sharding.make_mesh(ParallelConfig()), tokenizer)
-    job = load_reward_model(run, 'rm')
+    job = run.kind('rm').load(run, 'rm', *run.settings('rm'))
     assert job.loss_hp.width == 0.5 and job.loss.__name__ == 'tests.own_reward_loss'

@@ -6,8 +6,9 @@ from rlhf_jax import checkpoint, hf, sharding
 from rlhf_jax.config import section
 from rlhf_jax.data.tokenizer import word_tokenizer
 from rlhf_jax.sharding import ParallelConfig
-from rlhf_jax.stages.run import Run, model_config
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import ModelSettings
+from rlhf_jax.stages.sources import resolve
 
 
 def test_a_model_knows_which_of_its_ids_have_tokens(tmp_path, config, policy_params):
@@ -17,9 +18,9 @@ def test_a_model_knows_which_of_its_ids_have_tokens(tmp_path, config, policy_par
     tokenizer = word_tokenizer([])  # 256 bytes and two special tokens
     run = Run(tmp_path, settings, mesh, tokenizer)
     assert len(tokenizer) > config.vocab_size
-    assert model_config(run, str(tmp_path / 'model')).num_tokens is None
+    assert resolve(run, str(tmp_path / 'model')).config().num_tokens is None
     tokenizer.get_vocab = lambda: {'a': 0, 'b': 41}  # 42 of the 64 ids
-    found = model_config(run, str(tmp_path / 'model'))
+    found = resolve(run, str(tmp_path / 'model')).config()
     assert found.num_tokens == 42
     # It goes along with the model, and not into what others read.
     checkpoint.save_params(

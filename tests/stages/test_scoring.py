@@ -18,13 +18,13 @@ from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.data.pipeline import load_comparisons
 from rlhf_jax.data.tokenizer import frame
-from rlhf_jax.evals.policy import Responses
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
+from rlhf_jax.responses import Responses
 from rlhf_jax.rewards import ScoreHParams, reward_model_scores, weighted_sum
 from rlhf_jax.sample import sample
 from rlhf_jax.sharding import ParallelConfig
-from rlhf_jax.stages.online import Scored, shape_and_prepare
+from rlhf_jax.stages.rollouts import Sampled, shape_and_prepare
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.scoring import check_reward, make_scorers, text_batch
 from rlhf_jax.stages.settings import ModelSettings, RewardSource
@@ -74,6 +74,10 @@ def too_few(prompts, responses):
 
 def not_a_number(prompts, responses):
     return [float('nan') if 'cat' in text else 0 for text in responses]
+
+
+def too_large(prompts, responses):
+    return [1e30 if 'cat' in response else 1.0 for response in responses]
 
 
 def refuses(prompts, responses):
@@ -307,16 +311,16 @@ def test_scores_of_a_function_reach_the_rollout(
     models = ActorCritic(bigram, token_scores)
     hp = PPOHParams(lam=1.0, whiten_advantages=False)
 
-    def prepared(state, ref_params, generation, judged, axis_name):
-        assert judged.baseline is None and judged.each.keys() == {'length', 'gold', 'b'}
+    def prepared(state, ref_params, generation, scores, axis_name):
+        assert scores.baseline is None and scores.each.keys() == {'length', 'gold', 'b'}
         how = {'model': models, 'hp': hp, 'axis_name': axis_name}
-        return prepare(state, ref_params, generation, judged.total, **how)
+        return prepare(state, ref_params, generation, scores, **how)
 
     scores = {'length': scored.scores, 'gold': np.full(SIZE, 7.0), 'b': np.ones(SIZE)}
     rollout, metrics, moments = shape_and_prepare(
         state,
         params['policy'],
-        Scored(responses.generation, scores),
+        Sampled(responses.generation, scores),
         None,
         prepare=prepared,
         weights={'length': 2.0, 'b': -1.0},
@@ -362,6 +366,7 @@ def test_a_function_sees_the_real_rows_alone(run, responses):
         ('too_few', ['shape [13]', '14 responses', 'one number per response']),
         ('no_array', ['shape []', '14 responses']),
         ('not_a_number', ['gave nan', 'cat', 'prompt', 'finite']),
+        ('too_large', ['gave 1e+30', 'cat', 'float32 can square; scale it']),
         ('refuses', ["failed with KeyError: 'cats'", 'prompt', 'cat']),
         ('refuses_many', ['RuntimeError: one at a time', '14 responses together']),
     ],
@@ -529,7 +534,7 @@ def test_a_run_with_a_tokenizer_for_its_reward_model(own_tokenizer, tmp_path):
         assert line['rewards_after']['words'] == counted
         assert np.isfinite(line['gold_after'])
     written = sample(tmp_path, 'ppo', 'ARTICLE: a\n\nTL;DR:', num=2, max_new_tokens=4)
-    assert all(np.isfinite(score) for _, _, score in written)
+    assert all(np.isfinite(scores['rm']) for _, _, scores in written)
     export(tmp_path, 'rm', tmp_path / 'out')
     table = json.loads((tmp_path / 'out' / 'tokenizer.json').read_text())
     assert table['model']['vocab']['[SEP]'] == 1

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf_jax.main import launch
-from rlhf_jax.stages.watching import PATIENCE, Watch
+from rlhf_jax.stages.watching import PATIENCE, Watch, why_not_finite
 from tests.small_config import get_config
 
 
@@ -60,3 +60,21 @@ def test_a_run_in_which_nothing_ends_fails_and_says_so(finished, tmp_path, capsy
     rows = list(map(json.loads, (tmp_path / 'ppo' / 'metrics.jsonl').open()))
     assert {row['objective/scores'] for row in rows} == {-1.0}
     assert len({row['objective/proxy_reward'] for row in rows}) > 1
+
+
+def test_a_reward_that_is_too_large_is_named_in_place_of_the_learning_rate():
+    told = why_not_finite({'objective/kl': float('nan'), 'train/loss': 1e30})
+    assert told.startswith('Lower the learning rate')
+    rewards = {'objective/scores_max': float('inf'), 'reward/short': -1e25}
+    told = why_not_finite({'objective/kl': float('nan'), **rewards})
+    assert told.startswith('reward/short is -1e+25, beyond ±1e+18')
+
+
+def test_a_run_whose_weighted_reward_is_too_large_says_so(tmp_path):
+    config = get_config('1')
+    config.ppo.rewards.rm.weight = 1e35
+    with pytest.raises(ValueError) as caught:
+        launch(config, tmp_path)
+    message = str(caught.value)
+    assert 'ppo: ' in message and 'not finite at step 1' in message
+    assert 'beyond ±1e+18' in message and 'lower the weights of the rewards' in message

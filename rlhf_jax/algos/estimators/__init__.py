@@ -9,7 +9,12 @@ own:
 * ``AGGREGATION``: how its paper sums the tokens of the loss up, a name of
   ``ops.policy_loss.aggregate``: what holds unless ``PolicyHParams.aggregation`` is set;
 * ``kept(outcomes)``, where a prompt may be left out of the loss: [P] bool;
-* ``WANTS_BASELINE = True``, where ``outcomes.baseline`` must be there.
+* ``WANTS_BASELINE = True``, where ``outcomes.baseline`` must be there;
+* ``WANTS_SCORES = True``, where the single rewards must be there by name,
+  ``outcomes.scores`` and ``outcomes.weights``; what would change their sum and not
+  them (scaling, a clip, a fixed score) is then refused;
+* ``KL_IN_REWARD = False``, where a KL penalty in the rewards would be taken for a part
+  of the task: ``kl_coef`` above 0 is then refused.
 
 Read ``grpo.py`` next, then ``algos/policy_gradient.py``.
 """
@@ -25,7 +30,9 @@ from rlhf_jax.types import Array, Outcomes
 
 
 class Estimator(Protocol):
-    """The names of an estimator; ``kept`` and ``WANTS_BASELINE`` may be absent."""
+    """The names of an estimator; those of the module docstring that are not here may be
+    absent.
+    """
 
     __name__: str
     AGGREGATION: Aggregation

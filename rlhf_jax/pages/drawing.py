@@ -1,14 +1,14 @@
 """How the report page draws: curves over training steps, panels, SVG out.
 
-``plots.py`` says what each stage shows; read it next. Nothing here touches pyplot,
-whose current figure is module-level state.
+The pages say what each kind of stage shows; read ``page.py`` next. Nothing here touches
+pyplot, whose current figure is module-level state.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -242,3 +242,9 @@ def not_logged(rows: Rows, metrics: Sequence[str]) -> list[str]:
     """A sentence naming the metrics without a point, if there are rows at all."""
     missing = [metric for metric in metrics if not len(series(rows, metric)[0])]
     return [f'Not in metrics.jsonl: {", ".join(missing)}.'] if rows and missing else []
+
+
+def drawn(draw: Callable[..., Any], *arguments: Any) -> Any:
+    """What a page draws, in the style of the report."""
+    with matplotlib.rc_context(STYLE):
+        return draw(*arguments)
