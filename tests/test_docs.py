@@ -172,3 +172,14 @@ def test_links_lead_somewhere(path):
         assert target.exists(), f'{path.relative_to(ROOT)} links to {link}'
         if anchor:
             assert anchor in _anchors(target), f'{path.name}: no heading {anchor}'
+
+
+def test_the_tree_of_the_readme_is_that_of_the_package():
+    tree = _text(ROOT / 'README.md').split('## The tree')[1]
+    paths = [*(ROOT / 'rlhf_jax').iterdir(), *(ROOT / 'rlhf_jax' / 'stages').iterdir()]
+    names = {path.stem for path in paths} - {'__init__', '__pycache__', 'py'}
+    quiet = {'console', 'out_of_memory', 'profiling', 'watching'}  # what is said
+    missing = {name for name in names - quiet if not re.search(rf'\b{name}\b', tree)}
+    assert not missing
+    for name in re.findall(r'^ {6}(\w+(?:/|\.py)) ', tree, re.M):
+        assert (ROOT / 'rlhf_jax' / name).exists(), f'the tree names {name}'
