@@ -4,6 +4,18 @@ This file stands at the bottom of the package: it imports nothing from it, and
 everything else imports it. Letters: ``B`` sequences, ``T`` tokens, ``P`` pairs, ``V``
 vocabulary. Read ``algos/sft.py`` next, the smallest complete use of what stands here.
 
+Words, of one meaning each:
+
+* reference policy: frozen (or slowly moving), KL and preference losses compare with it;
+* reference answer: the known right answer that comes with a prompt;
+* sampler: draws responses from a policy; rollout: one batch of them, ready to train on;
+* score: a number for a response; gold reward: judges, and is never trained on;
+* verdict: pass, fail or unknown, of a stage in the report;
+* training step: one call of a step function; reasoning step: a part of a response;
+* unpaired: a response labelled desirable or not, by itself; pair: chosen and rejected;
+* record: an entry of a data file; row: an entry of a batch;
+* stage: a named part of a run; kind: the module that says what a stage does.
+
 Conventions that hold everywhere:
 
 * ``mask`` is bool and True where a token is real. Padding is told by the mask alone,
@@ -96,7 +108,7 @@ class StepBatch:
     tokens: Array  # [B, T] int32, right-padded
     mask: Array  # [B, T] bool
     step_mask: Array  # [B, T] bool, the last token of every step
-    right: Array  # [B, T] bool, the verdict, where step_mask is True
+    right: Array  # [B, T] bool, the step is right, where step_mask is True
     weight: Array  # [B] float32, 0 for rows that only fill up a batch
 
 
@@ -119,7 +131,7 @@ class PreferencePairs:
 
 @struct.dataclass(kw_only=True)
 class PreferenceSingles:
-    """Responses with a verdict for ``preference_step``.
+    """Unpaired responses, each desirable or not, for ``preference_step``.
 
     ``mismatched`` holds, for losses that want it (KTO), the prompt of every row with
     the response of another one, which is what its ``loss_mask`` counts. The reference
@@ -129,7 +141,7 @@ class PreferenceSingles:
     tokens: Array  # [P, T] int32
     mask: Array  # [P, T] bool
     response_mask: Array  # [P, T] bool, response tokens, EOS included
-    desirable: Array  # [P] bool, the verdict
+    desirable: Array  # [P] bool
     weight: Array  # [P] float32, 0 for rows that only fill up a batch
     mismatched: TokenBatch | None = None  # P rows
     ref_logps: Array | None = None  # [P] float32
@@ -142,7 +154,7 @@ class PreferenceSingles:
 class TokenLogps:
     """What a preference loss sees of single tokens, where it asks for them: arrays as
     the tokens of the batch, [P, 2, T] or [P, T], 0 where ``mask`` is False. Texts are
-    where they were or moved to the right, each in its order.
+    where they were, or right-aligned.
     """
 
     mask: Array  # bool, response tokens; none of a row that fills up a batch
@@ -182,7 +194,7 @@ class PairLogps:
 
 @struct.dataclass(kw_only=True)
 class SingleLogps:
-    """What a preference loss on single responses sees of ``PreferenceSingles``; the
+    """What a preference loss on unpaired responses sees of ``PreferenceSingles``; the
     mismatched responses only in its ``context``.
     """
 
@@ -215,8 +227,8 @@ class PromptBatch:
 
 @struct.dataclass(kw_only=True)
 class Generation:
-    """Prompts with the responses a policy wrote: ``T`` = prompt bucket + response
-    length.
+    """Prompts with the responses sampled from a policy: ``T`` = prompt bucket +
+    response length.
     """
 
     tokens: Array  # [B, T] int32: left-padded prompt, right-padded response
@@ -269,8 +281,9 @@ class Outcomes:
 
 @struct.dataclass(kw_only=True)
 class Rollout:
-    """One batch of experience: everything that ``ppo_step`` or ``policy_step`` needs,
-    computed once per rollout. The critic's fields are None where there is no critic.
+    """One batch of sampled responses with everything that ``ppo_step`` or
+    ``policy_step`` needs, computed once. The critic's fields are None where there is no
+    critic.
     """
 
     tokens: Array  # [B, T] int32
@@ -292,8 +305,8 @@ class Rollout:
 
 @struct.dataclass(kw_only=True)
 class LagrangianRollout:
-    """One batch of experience with costs, for ``lagrangian_step``. Both rollouts have
-    the policy's combined advantages; values and returns are those of their own critic.
+    """A rollout with costs, for ``lagrangian_step``. Both rollouts have the policy's
+    combined advantages; values and returns are those of their own critic.
     """
 
     reward: Rollout

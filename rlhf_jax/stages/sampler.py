@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.continuous_batching import generate_continuously
 from rlhf_jax.data.stops import eos_ids, token_bytes
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.rows import repeat_prompts
 from rlhf_jax.ops.stop_table import stop_table
-from rlhf_jax.pool import generate_pooled
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import SamplerSettings
 from rlhf_jax.types import Generation, Params, PRNGKey, PromptBatch
@@ -96,7 +96,7 @@ def make_sampler(
     draw = functools.partial(generate, **parts)
     if settings.decode_rows is not None:
         draw = functools.partial(
-            generate_pooled, **parts, num_rows=settings.decode_rows
+            generate_continuously, **parts, num_rows=settings.decode_rows
         )
     compiled = run.compile(
         lambda params, batch, *rest: draw(params, batch.tokens, batch.mask, *rest),

@@ -1,7 +1,7 @@
 """Warnings during a stage that samples: nothing is left to learn from.
 
 ``loop.run_loop`` asks after every rollout and prints what is said; the report's page
-(``pages/policy.py``) says the same when the stage ends. Read ``online_job.py``
+(``pages/policy.py``) says the same when the stage ends. Read ``rollouts.py``
 next.
 """
 
