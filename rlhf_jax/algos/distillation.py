@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
+import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algos.estimators import rloo
@@ -27,6 +28,7 @@ from rlhf_jax.ops.masked import masked_sum
 from rlhf_jax.ops.rows import in_groups
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
+    Array,
     Generation,
     Metrics,
     OnlineState,
@@ -134,13 +136,7 @@ def prepare_distillation(
     kl = sampled_kl(generation, teacher_logprobs, 'k1')
     advantages = -kl
     if hp.group_size > 1:
-        rewards = token_rewards(scores.total, kl, response, 0.0)
-        outcomes = Outcomes(
-            rewards=in_groups(rewards, hp.group_size),
-            mask=in_groups(response, hp.group_size),
-        )
-        compared = rloo.advantages(outcomes, rloo.HParams(), axis_name)
-        advantages += compared.reshape(response.shape)
+        advantages += _compared(scores, response, hp, axis_name)
     rewards = token_rewards(scores.total, kl, response, 1.0)
     metrics = objective_metrics(
         generation, ref_logprobs, scores.total, rewards, response
@@ -157,6 +153,19 @@ def prepare_distillation(
         aggregation=hp.aggregation,
     )
     return rollout, reduce_metrics(metrics, axis_name)
+
+
+def _compared(
+    scores: Scores, response: Array, hp: DistillationHParams, axis_name: str | None
+) -> Array:
+    """RLOO's advantages [B, T] of the scores, 0 outside the response."""
+    rewards = token_rewards(scores.total, jnp.zeros(response.shape), response, 0.0)
+    outcomes = Outcomes(
+        rewards=in_groups(rewards, hp.group_size),
+        mask=in_groups(response, hp.group_size),
+    )
+    advantages = rloo.advantages(outcomes, rloo.HParams(), axis_name)
+    return advantages.reshape(response.shape)
 
 
 def distillation_step(

@@ -71,8 +71,13 @@ def _draw(stage: str, rows: Rows, evaluation: Json) -> tuple[list[Plot], list[st
     caption = 'It falls to 0 where the policy has become the teacher.'
     title = 'Distance from the teacher'
     plots = draw_panels(f'{stage}-teacher', title, rows, TEACHER_PANELS, caption)
-    more, absent = pages.draw_online(stage, rows, evaluation)
-    return plots + more, absent
+    if any('objective/proxy_reward' in row for row in rows):
+        more, absent = pages.draw_online(stage, rows, evaluation)
+        return plots + more, absent
+    # Scores are 0 everywhere.
+    rows = [{k: v for k, v in row.items() if k != 'objective/scores'} for row in rows]
+    more, _ = pages.draw_online(stage, rows, evaluation)
+    return plots + more, ['There are no rewards: the teacher alone decides.']
 
 
 PAGE = dataclasses.replace(
