@@ -22,8 +22,8 @@ from rlhf_jax.files import named_path
 
 # Settings that are dicts: new names may stand below them. What else is new there is
 # refused when the dataclasses are built (``config.build``).
-LONGEST = 200  # characters of the name of a flag
 OPEN = ('rewards', 'args', 'heads')
+LONGEST = 200  # characters of the name of a flag
 SETTING = re.compile(r'--?(?:no)?config\.([^=]+)(?:=(.*))?', re.S)
 
 

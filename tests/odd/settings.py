@@ -178,7 +178,7 @@ def odd_configs(rng: random.Random, folder: Path) -> Case:
             value = odd_setting(rng)
             try:
                 section[last] = value
-            except (TypeError, ValueError, KeyError):
+            except (TypeError, ValueError, KeyError, OverflowError):
                 section[last] = None
                 value = None
             about = f'{key}={value!r:.80}'
