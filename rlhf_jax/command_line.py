@@ -128,6 +128,8 @@ def check_place(value: Any, where: str) -> None:
 
 def _check_filled(config: ConfigDict, where: str) -> None:
     for name in config.keys():
+        if not isinstance(name, str):
+            raise ValueError(f'{where}: the key {name!r} is no name')
         try:
             value = config[name]
         except config_dict.RequiredValueError as error:

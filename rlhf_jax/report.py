@@ -70,6 +70,8 @@ REQUIRED_IN_BINS = {
     'calibration': ('predicted', 'observed', 'count'),
 }
 
+# What numbers, lists or texts in the place of others end in.
+_ODD = (TypeError, LookupError, AttributeError, ArithmeticError, ValueError)
 # Shown on the page.
 MAX_SAMPLES, MAX_COMPARED = 4, 12
 LONG_PROMPT = 240  # characters; a longer prompt is folded
@@ -115,6 +117,8 @@ def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
                 f'{place} is no JSON ({error}); {delete_line(path, i)}'
             ) from error
         _require(row, required, place, delete_line(path, i))
+        if 'step' in required:
+            _require_numbers(row, place, delete_line(path, i))
         rows.append(_finite(row))
     return rows
 
@@ -128,6 +132,14 @@ def _require(row: Any, keys: tuple[str, ...], where: str, mend: str) -> None:
             f'{where} lacks {", ".join(missing)}; it has '
             f'{", ".join(row) or "nothing"}; {mend}'
         )
+
+
+def _require_numbers(row: Any, where: str, mend: str) -> None:
+    """Refuses an object with something else than numbers; null is a missing one."""
+    for name, value in row.items() if isinstance(row, dict) else [('it', row)]:
+        is_one = isinstance(value, float | None) or type(value) is int
+        if not is_one or (type(value) is int and value.bit_length() > 63):
+            raise ValueError(f'{where}: {name} is {value!r:.80}, not a number; {mend}')
 
 
 def _read_evaluation(stage: str, folder: Path) -> Json | None:
@@ -154,7 +166,10 @@ def _read_stage(
     evaluation = _read_evaluation(stage, folder)
     done = _read_json(folder / 'done.json', remake(folder))
     if done is not None:
-        _require(done, ('steps', 'seconds'), str(folder / 'done.json'), remake(folder))
+        place = str(folder / 'done.json')
+        _require(done, ('steps', 'seconds'), place, remake(folder))
+        _require_numbers({'steps': done['steps']}, place, remake(folder))
+        _require_numbers(done['seconds'], place, remake(folder))
     keys = ('before', 'after') if stage in COMPARED else ('response',)
     samples = []
     if stage in TITLES:
@@ -184,6 +199,18 @@ def check_files(workdir: Path, stages: Sequence[str]) -> None:
 
 
 # ---------------------------------------------------------------------------- assembly
+
+
+def _checked_view(stage: str, folder: Path) -> Json:
+    try:
+        return _stage_view(stage, folder)
+    except _ODD as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(
+            f'{folder / "eval.json"} or samples.jsonl beside it holds what no run '
+            f'writes ({type(error).__name__}: {error}); {remake(folder)}'
+        ) from error
 
 
 def _stage_view(stage: str, folder: Path) -> Json:
@@ -384,7 +411,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Json:
             f'{path} does not exist; --workdir must name the directory of a run'
         )
     _require(run, ('config',), str(path), remake_config(path))
-    views = [_stage_view(stage, workdir / stage) for stage in _stages(workdir)]
+    views = [_checked_view(stage, workdir / stage) for stage in _stages(workdir)]
     report = _report(views, run)
     page = _page(workdir.resolve().name, report, views, run)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)

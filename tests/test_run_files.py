@@ -126,7 +126,8 @@ def test_what_a_stage_took(workdir, harm, never_compiled):  # noqa: F811
 @pytest.mark.parametrize('line', [b'{"st', b'\xff', b'[1]', b'{"a": 1}', b'\0\0\0'])
 def test_rows(workdir, name, line, never_compiled):  # noqa: F811
     path = workdir / 'sft' / name
-    row = b'{"step": 1, "prompt": "a", "response": "b"}'
+    rows = {'metrics.jsonl': b'{"step": 1}'}
+    row = rows.get(name, b'{"prompt": "a", "response": "b"}')
     path.write_bytes(row + b'\n' + line + b'\n' + row + b'\n')
     message = told(workdir, f'{path}:2')
     assert f'sed -i 2d {path}' in message
