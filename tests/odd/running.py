@@ -14,7 +14,7 @@ from typing import Any
 SIZE = 100  # inputs of a chunk
 # Chunks of every kind.
 CHUNKS = {
-    'records': 36,
+    'records': 37,
     'files': 10,
     'specs': 4,
     'configs': 12,
@@ -24,7 +24,7 @@ CHUNKS = {
     'stops': 2,
     'settings': 8,
     'flags': 4,
-    'runs': 3,
+    'runs': 2,
     'checkpoints': 2,
 }
 SEED = 28
