@@ -52,9 +52,12 @@ def makers() -> dict[str, Any]:
 
 def prepare() -> None:
     """What a process sets before it reads odd inputs."""
+    import huggingface_hub
+
     from rlhf_jax.data import template_limits
 
     template_limits.SECONDS, template_limits.MEMORY = 0.5, 2**27
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def run_chunk(kind: str, chunk: int) -> tuple[collections.Counter[str], list[str]]:

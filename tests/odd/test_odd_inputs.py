@@ -10,6 +10,7 @@ N``, which prints what went wrong and how many were told, accepted, …
 
 import random
 
+import huggingface_hub
 import pytest
 
 from rlhf_jax.data import template_limits
@@ -22,7 +23,7 @@ JOBS = [(kind, chunk) for kind, count in CHUNKS.items() for chunk in range(count
 @pytest.mark.odd
 @pytest.mark.parametrize(('kind', 'chunk'), JOBS)
 def test_no_traceback_no_hang_and_every_error_with_its_place(kind, chunk, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(template_limits, 'SECONDS', 0.5)
     monkeypatch.setattr(template_limits, 'MEMORY', 2**27)
     counts, failures = run_chunk(kind, chunk)
