@@ -135,6 +135,23 @@ def test_rows(workdir, name, line, never_compiled):  # noqa: F811
     launch(small(), workdir)
 
 
+@pytest.mark.parametrize(
+    ('name', 'text'),
+    [
+        ('metrics.jsonl', '{"step": 1, "train/loss": "low"}\n'),
+        ('metrics.jsonl', '{"step": true}\n'),
+        ('done.json', '{"steps": "x", "seconds": {}}'),
+        ('done.json', '{"steps": 1, "seconds": {"train": [1]}}'),
+        ('done.json', '{"steps": 1, "seconds": 3}'),
+        ('eval.json', '{"loss": "x", "loss_before": [], "tokens": {}}'),
+    ],
+)
+def test_what_is_no_number(workdir, name, text, never_compiled):  # noqa: F811
+    (workdir / 'report.html').unlink(missing_ok=True)
+    (workdir / 'sft' / name).write_text(text)
+    told(workdir, workdir / 'sft' / name)
+
+
 def test_missing_rows_of_a_finished_stage(workdir, never_compiled):  # noqa: F811
     path = workdir / 'sft' / 'metrics.jsonl'
     path.unlink()
