@@ -50,10 +50,10 @@ def _refuse(*_: Any, **__: Any) -> None:
 @contextlib.contextmanager
 def nothing_compiles() -> Iterator[None]:
     """Ends its body where a stage would begin to compile."""
-    from rlhf_jax.stages import run
-
-    both = {'compile_step': _refuse, 'init_sharded': _refuse}
-    with contextlib.suppress(Compiled), mock.patch.multiple(run, **both):
+    places = ('run.compile_step', 'sources.init_sharded')
+    with contextlib.suppress(Compiled), contextlib.ExitStack() as stack:
+        for place in places:
+            stack.enter_context(mock.patch(f'rlhf_jax.stages.{place}', _refuse))
         yield
 
 
