@@ -52,7 +52,7 @@ def makers() -> dict[str, Any]:
 
 def prepare() -> None:
     """What a process sets before it reads odd inputs."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     from rlhf_jax.data import template_limits
 

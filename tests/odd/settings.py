@@ -22,10 +22,10 @@ from tests.small_config import ROOT, config_file
 
 RECIPES = (
     'quickstart',
-    'grpo',
-    'dapo',
-    'remax',
-    'reinforce_pp',
+    'policy_gradient:name=grpo',
+    'policy_gradient:name=dapo',
+    'policy_gradient:name=remax',
+    'policy_gradient:name=reinforce_pp',
     'preference',
     'online_dpo',
     'expert_iteration',
@@ -75,7 +75,8 @@ def data() -> str:
 
 @functools.cache
 def _recipe(name: str) -> ConfigDict:
-    config = config_file(name).get_config('smoke')
+    name, _, method = name.partition(':')
+    config = config_file(name).get_config(f'smoke,{method}')
     config.tokenizer = 'tests.odd.settings:tokenizer'
     for stage in config.stages:
         section = config[stage]
@@ -84,7 +85,7 @@ def _recipe(name: str) -> ConfigDict:
                 section[key] = data()
         if section.init == 'tiny':
             section.init = 'scratch'
-        if stage == 'rm' and 'references' in section:
+        if 'references' in section:
             section.references = data()
         for source in (section.get('gold'), section.get('cost')):
             if source is not None:
