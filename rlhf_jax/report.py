@@ -94,7 +94,9 @@ def _require(row: Any, keys: tuple[str, ...], where: str, mend: str) -> None:
 
 def _require_numbers(row: Any, where: str, mend: str) -> None:
     """Refuses an object with something else than numbers; null is a missing one."""
-    for name, value in row.items() if isinstance(row, dict) else [('it', row)]:
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: {row!r:.80} is no object of numbers; {mend}')
+    for name, value in row.items():
         is_one = isinstance(value, float | None) or type(value) is int
         if not is_one or (type(value) is int and value.bit_length() > 63):
             raise ValueError(f'{where}: {name} is {value!r:.80}, not a number; {mend}')

@@ -286,3 +286,9 @@ def test_what_is_not_set_is_none_and_can_be_set_on_the_command_line():
         section(unset(Loss)).kind = 3  # typed: of the literals
     with pytest.raises(ValueError, match="'bet' is no setting here; did you mean"):
         section(unset(Loss), bet=1)
+
+
+@pytest.mark.parametrize('name', ['kl_coef', 'num_minibatches'])
+def test_an_integer_that_nothing_can_hold(name):
+    with pytest.raises(ValueError, match=f'config.ppo.{name} is beyond'):
+        build({name: 10**400}, PPOHParams, where='config.ppo')

@@ -60,7 +60,7 @@ def odd_runs(rng: random.Random, folder: Path) -> Case:
     if chance < 0.3 and (copy / 'rm' / 'done.json').is_file():
         (copy / 'rm' / 'done.json').unlink()
         about += ', rm to be resumed'
-    elif chance < 0.9 and (copy / 'report.html').is_file():
+    elif chance < 0.7 and (copy / 'report.html').is_file():
         (copy / 'report.html').unlink()
         about += ', to be reported'
     sampled = rng.random() < 0.2
