@@ -232,8 +232,8 @@ def _check_top_level(config: Any) -> None:
     for name in config:
         if name not in TOP_LEVEL and not isinstance(config[name], ConfigDict | None):
             raise ValueError(
-                f'config.{name} is neither a stage nor a setting of the run'
-                f'{nearest(name, TOP_LEVEL)}'
+                f'config.{name}={config[name]!r} is no setting of the run'
+                f'{nearest(name, TOP_LEVEL)}; the settings of a stage are a section'
             )
     check_sections(config)
     seed = config.seed

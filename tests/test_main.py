@@ -100,8 +100,8 @@ def test_a_full_disk(tmp_path, monkeypatch):
     ('key', 'value', 'parts'),
     [
         ('pppo', {}, ['config.pppo.kind', 'no kind of stage', "did you mean 'ppo'"]),
-        ('sede', 3, ['config.sede is neither a stage', "did you mean 'seed'"]),
-        ('stages', ('sft', 'rn'), ["names 'rn', but config.rn is not set", "'rm'"]),
+        ('sede', 3, ['config.sede=3 is no setting', "did you mean 'seed'"]),
+        ('stages', ('sft', 'rn'), ["names 'rn', but config.rn is not set", 'rm, sft']),
         ('stages', ('rm', 'sft'), ["config.rm.init='sft' does not come before rm"]),
         ('stages', (), ['config.stages is empty', "'ppo'"]),
         ('stages', ('sft',), ["sft.init='pretrain'", 'neither among', 'nor finished']),
@@ -115,7 +115,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('tokenizer', 'os:chdir', ["tokenizer='os:chdir' fails: TypeError"]),
         ('metrics', 'jsonl', ["config.metrics='jsonl': it should be a tuple"]),
         ('parallel', None, ['config.parallel=None: it should be a section']),
-        ('sft', 3, ['config.sft=3: the settings of a stage are a section']),
+        ('sft', 3, ['the settings of a stage are a section']),
         ('sft.init', 'rm', ["config.sft.init='rm'", 'does not come before']),
         ('sft.init', 'pretrian', ['pretrian']),
         ('ppo.rewards.rm.model', 'sft', ['config.ppo.rewards.rm', 'no trained score']),
@@ -161,7 +161,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ('tokenizer', '/nowhere', ['/nowhere', 'cannot be loaded']),
         ('pretrain.on_bad', 'skp', ['on_bad', 'skp', 'skip']),
         ('sft.packing', 'first', ["config.sft.packing='first'", "'best_fit'"]),
-        ('rm.packing', 'best_fit', ["config.rm.packing='best_fit'", 'is unknown']),
+        ('rm.packing', 'best_fit', ["config.rm.packing='best_fit'", 'is no setting']),
         ('rm.sort_batches', 1, ['config.rm.sort_batches=1', 'use 2 or more']),
     ],
 )

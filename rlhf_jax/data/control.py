@@ -8,7 +8,6 @@ the chat template writes itself is not touched. Read ``loading.py`` next.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -58,6 +57,9 @@ def check_control_tokens(
     if pattern is None:
         return record, False
     names = [name for name in (*READ, *TOLD) if name in record.fields]
+    texts = [text for name in names for text in _texts(record.fields[name])]
+    if pattern.search('\0'.join(texts)) is None:  # the usual case, by one search
+        return record, False
     has_messages = any(_has_messages(record.fields[name]) for name in names)
     if not has_messages:  # a template is told nothing
         names = [name for name in names if name in READ]
@@ -99,17 +101,15 @@ def _has_messages(value: Any) -> bool:
     return False
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any) -> list[str]:
     """All texts in a field; names of keys and of roles are none."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            if name != 'role':
-                yield from _texts(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
+        return [value]
+    if isinstance(value, dict):
+        value = [part for name, part in value.items() if name != 'role']
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    return []
 
 
 def _escaped(value: Any, pattern: re.Pattern[str]) -> Any:

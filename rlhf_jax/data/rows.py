@@ -56,7 +56,7 @@ def text_rows(
     """
     _, eos = frame(tokenizer)
     ends = {eos, *ends_of(tokenizer).ids}
-    texts = [[text for _, text in _texts(record)] for record in records]
+    texts = [_texts(record) for record in records]
     prompts = open_prompts(
         tokenizer,
         [row[0] for row in texts],
@@ -90,7 +90,14 @@ def _unusable(
     record: Any, prompt: list[int], ids: list[list[int]], answers: list[list[int]]
 ) -> BadRecord:
     """What is wrong with a row, a text of which has no tokens or those of another."""
-    names = [name for name, _ in _texts(record)]
+    names = []
+    for name in record.PARTS:
+        part = getattr(record, name)
+        if isinstance(part, str):
+            names.append(name)
+        else:
+            there = [i for i, text in enumerate(part) if text is not None]
+            names += [f'{name}[{i}]' for i in there]
     if not all([prompt, *ids]):
         empty = names[[prompt, *ids].index([])]
         return BadRecord(f'{record.where}: {empty!r} gives no tokens')
@@ -99,17 +106,13 @@ def _unusable(
     return BadRecord(f'{record.where}: {" and ".join(alike)} give equal tokens')
 
 
-def _texts(record: Any) -> Iterator[tuple[str, str]]:
-    """The texts of a record with their names; a list of texts is several, less what
-    is None in it.
-    """
-    for name in record.PARTS:
-        part = getattr(record, name)
-        if isinstance(part, str):
-            yield name, part
-        else:
-            texts = [(f'{name}[{i}]', text) for i, text in enumerate(part)]
-            yield from (named for named in texts if named[1] is not None)
+def _texts(record: Any) -> list[str]:
+    """The texts of a record; a list of texts is several, less what is None in it."""
+    parts = [getattr(record, name) for name in record.PARTS]
+    if all(isinstance(part, str) for part in parts):
+        return parts
+    lists = [[part] if isinstance(part, str) else part for part in parts]
+    return [text for part in lists for text in part if text is not None]
 
 
 def in_pieces(
@@ -137,7 +140,7 @@ def _pieces(records: Iterable[Any]) -> Iterator[list[Any]]:
     piece, size = [], 0
     for record in records:
         piece.append(record)
-        size += sum(len(text) for _, text in _texts(record))
+        size += sum(map(len, _texts(record)))
         if size >= PIECE:
             yield piece
             piece, size = [], 0
