@@ -50,8 +50,9 @@ def main(argv: list[str]) -> None:
     # What imports, token ids and traced programs hold is no garbage, but Python would
     # search all of it again and again while a run starts.
     gc.set_threshold(50_000, 20, 20)
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = flags.FLAGS.workdir
     try:
+        workdir = files.named_path(workdir)
         launch(flags.FLAGS.config, workdir, flags.FLAGS.profile)
     except ValueError as error:
         _stop(error, str(error))

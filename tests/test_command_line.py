@@ -97,6 +97,7 @@ def test_a_section_that_is_off_is_put_on(ppo):
         ('--config.ppo.rewards.rm.wight=2', "wight is unknown; did you mean 'weight'?"),
         ('--config.ppo.rewards.short.f=a:b', 'config.ppo.rewards.short.f is unknown'),
         ('--config.ppo.rewards.short', "there is no 'short'"),
+        (f'--{"x" * 5000}', 'x… is no flag'),
         ('--config=nowhere.py', "No such file or directory: 'nowhere.py'"),
     ],
 )

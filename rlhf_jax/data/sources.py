@@ -18,6 +18,7 @@ is told by ``formats.py``; read it next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -342,6 +343,8 @@ def _read_rows(call: str, rows: Iterable[Any]) -> Iterator[SourceRecord]:
             row = _unwrapped(row)
         except RecursionError as error:
             raise _too_deep(where) from error
+        except TypeError as error:
+            raise ValueError(f'{where}: {error}') from error
         _check_depth(row, where)
         yield SourceRecord(row, where)
     if not number:
@@ -366,11 +369,17 @@ def _read_tfds(rest: str, spec: str) -> Iterator[SourceRecord]:
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         known = ''
         found = not isinstance(error, tfds.core.DatasetNotFoundError)
-        if found and dataset.isidentifier():
-            configs = tfds.builder_cls(dataset).builder_configs
-            known = f'; its configs are {", ".join(configs)}'
+        with contextlib.suppress(tfds.core.DatasetNotFoundError):
+            if found and dataset.isidentifier():
+                configs = tfds.builder_cls(dataset).builder_configs
+                known = f'; its configs are {", ".join(configs)}'
         raise ValueError(f'data spec {spec!r}: TFDS has no {name!r}{known}') from error
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # of the network, the disk, or the set's own code
+        raise ValueError(
+            f'data spec {spec!r}: TFDS cannot prepare it: {failure(error)}'
+        ) from error
     try:
         source = builder.as_data_source(split=split)
     except ValueError as error:
@@ -388,10 +397,16 @@ def _read_tfds(rest: str, spec: str) -> Iterator[SourceRecord]:
 
 
 def _unwrapped(value: Any) -> Any:
-    """NumPy scalars, which rows of pandas hold, as Python's own."""
+    """NumPy scalars, which rows of pandas hold, as Python's own; TypeError for what no
+    JSON could say so that it would be read again.
+    """
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        raise TypeError('a number of thousands of digits')
     if isinstance(value, dict):
+        if odd := [name for name in value if not isinstance(name, str)]:
+            raise TypeError(f'the key {odd[0]!r} is no text')
         return {name: _unwrapped(part) for name, part in value.items()}
     return [_unwrapped(part) for part in value] if type(value) is list else value
 

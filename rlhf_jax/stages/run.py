@@ -126,6 +126,11 @@ def load_run_tokenizer(config: ConfigDict) -> Any:
     for stage, section in config.items():
         if not (isinstance(section, ConfigDict) and 'extra_eos_ids' in section):
             continue
+        if not isinstance(section.extra_eos_ids, tuple | list):
+            raise ValueError(
+                f'config.{stage}.extra_eos_ids={section.extra_eos_ids!r}: use a tuple '
+                'of ids'
+            )
         for token in section.extra_eos_ids:
             if token not in known:
                 raise ValueError(

@@ -7,6 +7,7 @@ Training, evaluation and the stage that writes samples down use it alike. Read
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,15 +49,10 @@ def check_sampler(run: Run, where: str, settings: SamplerSettings) -> None:
             where the rows would not stand on one device.
     """
     _check_decode_rows(run, where, settings.decode_rows)
-    try:
-        stops_of(run.tokenizer, settings)
-    except ValueError as error:
-        shown = repr(settings.stop_sequences)
-        shown = shown if len(shown) < 200 else f'{shown[:200]}…'
-        raise ValueError(f'{where}.stop_sequences={shown}: {error}') from error
+    stops_of(run.tokenizer, where, settings.stop_sequences)
 
 
-def stops_of(tokenizer: Any, settings: SamplerSettings) -> np.ndarray | None:
+def stops_of(tokenizer: Any, where: str, stops: Sequence[str]) -> np.ndarray | None:
     """Stop strings over the tokens of a tokenizer, see ``ops/stop_table.py``; None
     where there are none.
 
@@ -64,17 +60,20 @@ def stops_of(tokenizer: Any, settings: SamplerSettings) -> np.ndarray | None:
         ValueError: one is empty or no text, they are too long, or the tokenizer does
             not write its texts token by token.
     """
-    if not settings.stop_sequences:
+    if not stops:
         return None
-    texts = [text.encode() for text in settings.stop_sequences]
-    return stop_table(token_bytes(tokenizer), texts)
+    try:
+        return stop_table(token_bytes(tokenizer), [text.encode() for text in stops])
+    except ValueError as error:
+        shown = f'{stops!r}' if len(str(stops)) < 200 else f'{str(stops)[:200]}…'
+        raise ValueError(f'{where}.stop_sequences={shown}: {error}') from error
 
 
 def stop_rules(run: Run, settings: SamplerSettings, temperature: float) -> Sampling:
     """The sampling parameters of a stage: its stop strings over the tokens, all EOS
     ids.
     """
-    table = stops_of(run.tokenizer, settings)
+    table = stops_of(run.tokenizer, 'settings', settings.stop_sequences)
     return sampling(
         eos_ids=eos_ids(run.tokenizer),
         temperature=temperature,

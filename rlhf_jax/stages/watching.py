@@ -33,8 +33,9 @@ class Watch:
         Args:
             values: the metrics of a rollout.
         """
-        low, high = values['objective/scores_min'], values['objective/scores_max']
-        self.flat = self.flat + 1 if low == high else 0
+        low = values.get('objective/scores_min')  # None without rewards
+        is_flat = low is not None and low == values['objective/scores_max']
+        self.flat = self.flat + 1 if is_flat else 0
         ended = values['rollout/ended']
         self.endless = self.endless + 1 if ended < FEW_END else 0
         found = []
