@@ -116,7 +116,7 @@ class StepBatch:
 class PreferencePairs:
     """Comparisons for ``preference_step``: on the second axis, index 0 is the chosen
     and index 1 the rejected text. The reference fields are what ``reference_logps``
-    returned, or None for a loss without a reference.
+    returned, or None for a loss without a reference policy.
     """
 
     tokens: Array  # [P, 2, T] int32
@@ -175,7 +175,7 @@ class PairLogps:
     shared_logps: Array  # [P, 2] float32
     lengths: Array  # [P, 2] float32, tokens of the responses, ≥ 1
     weight: Array  # [P] float32
-    ref_logps: Array | None = None  # [P, 2] float32, the same of the reference
+    ref_logps: Array | None = None  # [P, 2] float32, the same of the reference policy
     ref_shared_logps: Array | None = None  # [P, 2] float32
     tokens: TokenLogps | None = None  # [P, 2, T], for a loss with ``TOKENS``
     # [P] each: what the loss's own ``context`` said of the whole batch
@@ -203,7 +203,7 @@ class SingleLogps:
     desirable: Array  # [P] bool
     weight: Array  # [P] float32
     mismatched_logps: Array | None = None  # [P] float32, of another row's response
-    ref_logps: Array | None = None  # [P] float32, the same of the reference
+    ref_logps: Array | None = None  # [P] float32, the same of the reference policy
     ref_mismatched_logps: Array | None = None  # [P] float32
     tokens: TokenLogps | None = None  # [P, T], for a loss with ``TOKENS``
     # [P] each: what the loss's own ``context`` said of the whole batch
@@ -371,7 +371,7 @@ class OnlineState(TrainState):
 
     score_moments: RunningMoments | None = None  # of the scores before shaping
     # Like params['policy'] both; see algos/anchors.py.
-    ref_params: Params | None = None  # a reference that follows the policy
+    ref_params: Params | None = None  # a reference policy that follows the policy
     ema_params: Params | None = None  # the running average of the policy
 
 

@@ -1,4 +1,4 @@
-"""Two copies of the policy that follow it: a reference that moves, and its average.
+"""Copies of the policy that follow it: a moving reference policy, and an average.
 
 Both live in the state beside the parameters (``OnlineState``), so that they are saved
 with it. Start them as copies of the policy; ``move_anchors`` runs once after every
@@ -21,7 +21,7 @@ from rlhf_jax.types import OnlineState
 class AnchorHParams:
     """Hyperparameters of ``move_anchors``; both anchors are off by default."""
 
-    # the reference moves after every so many
+    # the reference policy moves after every so many
     ref_sync_rollouts: Annotated[int | None, at_least(1)] = None
     # α; 1 is the policy itself (TRL: 0.6, every 512 steps)
     ref_mix: Annotated[float, Range(0, 1, open_low=True)] = 1.0
@@ -33,14 +33,14 @@ class AnchorHParams:
 
 
 def move_anchors(state: OnlineState, hp: AnchorHParams) -> OnlineState:
-    """Moves the reference and the average after a step.
+    """Moves the reference policy and the average after a step.
 
     π_ref ← α·π + (1 − α)·π_ref after every ``ref_sync_rollouts``-th rollout;
     π_avg ← d·π_avg + (1 − d)·π after each of them. All are parameters.
 
     Source: Gorbatovski et al. 2024 (TR-DPO), arXiv 2404.09656; ``sync_ref_model`` of
     TRL. Average: Polyak & Juditsky 1992.
-    Deviations: none; the KL penalty is measured from wherever the reference is, so that
+    Deviations: none; the KL penalty is to the reference policy as it moves, so that
     ``objective/kl`` no longer says how far the policy is from where it began.
 
     Args:

@@ -100,7 +100,8 @@ def prepare_pairs(
         ``rollout/equal_groups``, the share of prompts without a pair).
 
     Raises:
-        ValueError: rows that do not divide into groups, or a loss on singles.
+        ValueError: rows that do not divide into groups, or a loss on unpaired
+            responses.
     """
     grouped, metrics = score_groups(
         ref_params,
@@ -163,8 +164,8 @@ def online_preference_step(
         and ``policy/grad_norm``; ``policy/updates`` counts the updates).
 
     Raises:
-        ValueError: rows that do not divide into the minibatches, a loss on singles, or
-            no reference fields where the loss needs them.
+        ValueError: rows that do not divide into the minibatches, a loss on unpaired
+            responses, or no reference fields where the loss needs them.
     """
     how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
 

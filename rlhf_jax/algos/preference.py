@@ -140,11 +140,11 @@ def reference_logps(
 
     Args:
         params: of the frozen reference policy.
-        batch: pairs or singles; singles may have mismatched responses.
-        model: of the reference, static.
+        batch: pairs or unpaired responses, which may have mismatched ones.
+        model: of the reference policy, static.
 
     Returns:
-        ``ref_logps`` and, of pairs, ``ref_shared_logps`` [P, 2]; of singles [P], with
+        ``ref_logps`` and, of pairs, ``ref_shared_logps`` [P, 2]; of unpaired [P], with
         ``ref_mismatched_logps`` [P] where there are any. Float32, nats; independent of
         the padding and of the other rows.
     """
@@ -167,7 +167,8 @@ def batch_logps(
 
     Args:
         params: of the policy.
-        batch: pairs or singles, with reference fields where the loss needs them.
+        batch: pairs or unpaired responses, with reference fields where the loss needs
+            them.
         ref_params: of the frozen reference policy, which then runs here; None where the
             batch has its sums, or the loss needs none.
         model: of both, static.
@@ -287,10 +288,11 @@ def implicit_rewards(
     """What a policy claims of the responses: the rewards that its loss reports.
 
     Returns:
-        [P, 2] of pairs, [P] of singles, float32.
+        [P, 2] of pairs, [P] of unpaired responses, float32.
 
     Raises:
-        ValueError: pairs given to a loss on singles or the reverse, or no reference.
+        ValueError: pairs given to a loss on unpaired responses or the reverse, or no
+            reference policy.
     """
     check_batch(loss, batch, ref_params)
     how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
@@ -327,7 +329,8 @@ def preference_loss(
         error.
 
     Raises:
-        ValueError: pairs given to a loss on singles or the reverse, or no reference.
+        ValueError: pairs given to a loss on unpaired responses or the reverse, or no
+            reference policy.
     """
     check_batch(loss, batch, ref_params)
     tokens = wants_tokens(loss)
@@ -373,7 +376,7 @@ def preference_step(
             fields where the loss needs them.
         ref_params: of the frozen reference policy, for a loss that looks at single
             tokens, and instead of reference fields for any other; it then runs in the
-            step. None for the fields, or for a loss without a reference.
+            step. None for the fields, or for a loss without a reference policy.
         model: the policy, static.
         tx: the optimizer, static.
         hp: hyperparameters of the step, static.
@@ -385,7 +388,8 @@ def preference_step(
         (new state, metrics: see :func:`preference_loss`, and ``grad_norm``).
 
     Raises:
-        ValueError: pairs given to a loss on singles or the reverse, or no reference.
+        ValueError: pairs given to a loss on unpaired responses or the reverse, or no
+            reference policy.
     """
     how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
     context = batch_context(

@@ -1,6 +1,6 @@
 """What every online algorithm does with the responses of a policy before it learns.
 
-Log-probabilities of a policy and of its reference, their KL, and the ``objective/…``
+Log-probabilities of policy and reference policy, their KL, and the ``objective/…``
 metrics. Read ``algos/updates.py`` next.
 """
 
@@ -223,7 +223,7 @@ def response_cuts(rollout: Rollout, count: int) -> Cuts | None:
 
 
 def sampled_kl(generation: Generation, ref_logprobs: Array, kind: KLEstimator) -> Array:
-    """KL of the sampling policy from the reference, [B, T] nats; 0 outside the
+    """KL of the sampling policy from the reference policy, [B, T] nats; 0 outside the
     response.
     """
     kl = kl_estimate(generation.logprobs, ref_logprobs, kind)
@@ -246,7 +246,7 @@ def objective_metrics(
 
     Args:
         generation: the responses.
-        ref_logprobs: [B, T] of the reference, 0 outside the response.
+        ref_logprobs: [B, T] of the reference policy, 0 outside the response.
         scores: [B] reward units, shaped.
         rewards: [B, T] score and KL penalty.
         places: [B, T] bool, where rewards stand.

@@ -47,7 +47,8 @@ def surrogate_loss(
         temperature: of the policy.
         objective: the loss of a token from its ratio and its advantage.
         ratio_level: whether every token has a ratio of its own.
-        kl_coef: c_KL; k3 keeps the gradient of the KL estimate a pull to the reference.
+        kl_coef: c_KL; k3 keeps the gradient of the KL estimate a pull to the
+            reference policy.
         entropy_coef: c_H.
         aggregation: how tokens are summed up.
         length: tokens, for the aggregation ``'fixed_length'``.

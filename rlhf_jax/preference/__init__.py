@@ -6,7 +6,7 @@ A loss is a module with these names, in this package or in a file of the user's 
 * ``REFERENCE``: whether it needs the log-probabilities of a reference policy;
 * ``HParams``: a frozen dataclass, all of whose fields have defaults;
 * ``loss(batch, hp)``: the loss of every row [P] float32, and the implicit rewards
-  ([P, 2] of pairs, [P] of singles) that are reported;
+  ([P, 2] of pairs, [P] of unpaired responses) that are reported;
 * ``context(batch, hp)``, where a row's loss depends on the other rows: numbers by name,
   [P] each, from the *whole* batch, without a gradient; ``loss`` finds them in
   ``batch.context``, and their means are reported under the same names;

@@ -2,7 +2,7 @@
 
 L_i = −(1 − ε)·log σ(u) − ε·log σ(−u),   u = β·(m_(i) − m_ref(i))
 
-m = log π(y_w) − log π(y_l), m_ref is that of the reference, (i) the i-th smallest of
+m = log π(y_w) − log π(y_l), m_ref is the reference policy's, (i) the i-th smallest of
 the batch. The policy's margins are to be larger than the reference's as a distribution
 (first-order stochastic dominance), not each than its own.
 

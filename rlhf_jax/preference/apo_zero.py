@@ -2,7 +2,8 @@
 
 L = 1 − σ(r_w) + σ(r_l),   r = β·(log π − log π_ref)
 
-Chosen responses become more likely and rejected ones less, each against the reference.
+Chosen responses become more likely, and rejected ones less, than under the reference
+policy.
 
 Source: D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7.
 """

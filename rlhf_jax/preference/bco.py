@@ -1,4 +1,4 @@
-"""Binary classifier optimisation: single responses, told apart by their reward.
+"""Binary classifier optimisation: unpaired responses, told apart by their reward.
 
 L = −log σ(r − δ)  for a desirable response,  −log σ(δ − r)  for an undesirable one
 r = β·(log π − log π_ref),   δ = mean of r

@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation: DPO without a reference, and a likelihood term.
+"""Contrastive preference optimisation: DPO without a reference policy, plus likelihood.
 
 L = −log σ(β·(log π(y_w) − log π(y_l))) − c·log π(y_w)
 

@@ -3,8 +3,8 @@
 u = β·(f′(d_w) − f′(d_l));   L = −(1 − ε)·log σ(u) − ε·log σ(−u)
 
 d is log π − log π_ref of the chosen (w) and the rejected (l) response, summed over its
-tokens, and f′ the derivative of the divergence that holds the policy to the reference,
-up to a constant that cancels:
+tokens, and f′ the derivative of the divergence from the reference policy, up to a
+constant that cancels:
 
     reverse_kl  d        js     log 2 + log σ(d)
     forward_kl  1 − e⁻ᵈ  alpha  (1 − e⁻ᵅᵈ)/α, between the two KLs for 0 < α < 1

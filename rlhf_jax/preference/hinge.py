@@ -1,4 +1,4 @@
-"""The hinge loss on log-ratios: sequence likelihood calibration with a reference.
+"""The hinge loss on log-ratios: SLiC with a reference policy.
 
 L = max(0, 1 − β·(d_w − d_l))
 
@@ -6,7 +6,7 @@ d is log π − log π_ref of the response.
 
 Source: Liu et al. 2023 (RSO), arXiv 2309.06657; SLiC: Zhao et al. 2023, arXiv
 2305.10425.
-Deviations: SLiC itself puts the hinge on log π without a reference and adds a
+Deviations: SLiC itself puts the hinge on log π without a reference policy and adds a
 likelihood term on the target; this is the normalised form of RSO, as in TRL.
 """
 

@@ -1,4 +1,4 @@
-"""Kahneman–Tversky optimisation: single responses, each good or bad.
+"""Kahneman–Tversky optimisation: unpaired responses, each good or bad.
 
 L = λ_D·(1 − σ(β·(d − z)))  for a desirable response
 L = λ_U·(1 − σ(β·(z − d)))  for an undesirable one

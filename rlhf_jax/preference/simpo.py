@@ -1,4 +1,4 @@
-"""SimPO: mean log-probabilities against a margin, without a reference.
+"""SimPO: mean log-probabilities against a margin, without a reference policy.
 
 L = −log σ(β·(log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ)
 

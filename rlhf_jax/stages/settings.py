@@ -1,4 +1,4 @@
-"""What a run and its stages can be told, beside the hyperparameters of the steps.
+"""Settings of a run and of its stages, beside the hyperparameters of the steps.
 
 Defaults stand here and in the ``…HParams`` of ``algos``, and nowhere else;
 ``config.section`` lays them out for the command line. Read ``stages/run.py`` next.
@@ -17,7 +17,7 @@ LENGTHS = Range(1, ascending=True)  # of buckets, in tokens
 
 
 class _Marker(str):
-    """What a text names; see ``stages/kinds.py``."""
+    """Marks a text that names a model or data; see ``stages/kinds.py``."""
 
 
 # 'scratch', a stage of this run, another run's stage folder, a Hugging Face model.
@@ -28,7 +28,7 @@ DataSpec = Annotated[str, _Marker('data')]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The model of ``init='scratch'``, and how any model is computed."""
+    """The model of ``init='scratch'``, and how every model is computed."""
 
     preset: str = 'micro'  # models/presets.py
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations
@@ -54,11 +54,11 @@ class OfflineLoopSettings(LoopSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordSettings:
-    """Which records of its data a stage takes."""
+    """What becomes of records that are too long, bad, or spell a control token."""
 
     overlong: Literal['drop', 'truncate'] = 'drop'  # both are counted and reported
     on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
-    # Of records that spell a control token; None: refused in messages, else allowed
+    # A record that spells a control token; None: refused in messages, else allowed
     control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
 
 
@@ -75,8 +75,8 @@ class OfflineSettings(RecordSettings):
     num_epochs: Annotated[float | None, above(0)] = None  # or this
     # static lengths in tokens; the last is the limit
     buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
-    # Batches whose rows are sorted by length together, so that shorter buckets suffice
-    # for most; None leaves rows of any lengths in a batch
+    # So many batches are sorted by length together, so that most fit a shorter bucket;
+    # None: rows are batched in any order
     sort_batches: Annotated[int | None, at_least(2)] = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loop: OfflineLoopSettings = dataclasses.field(default_factory=OfflineLoopSettings)
@@ -95,8 +95,8 @@ class SFTSettings(OfflineSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSettings(OfflineSettings):
-    """The stage that trains a reward model. What its loss can be told stands beside
-    these settings, with None for the loss's own default; see ``config.unset``.
+    """A reward model. The settings of its loss stand beside these; None is the loss's
+    own default, see ``config.unset``.
     """
 
     # A module of rlhf_jax.reward_losses, or package.module; it says which data it needs
@@ -157,26 +157,26 @@ class SamplerSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What a policy is measured on when its stage ends."""
+    """The evaluation of a policy when its stage ends."""
 
     eval_prompts: DataSpec  # held out
     gold: RewardSource | None = None  # scores the responses, and is never optimised
-    base: ModelName | None = None  # a language model; how likely are they to it?
+    base: ModelName | None = None  # a language model; it scores their likelihood
     eval_batch_size: Annotated[int, at_least(1)] = 128
-    num_samples: Annotated[int, at_least(0)] = 16  # before/after samples written down
+    num_samples: Annotated[int, at_least(0)] = 16  # before and after, samples.jsonl
     # the report's bar for the lower end of the interval
     expected_win_rate: Annotated[float, between(0, 1)] = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceSettings(OfflineSettings, SamplerSettings, EvaluationSettings):
-    """The preference stage. What its loss can be told stands beside these settings,
-    with None for the loss's own default; see ``config.unset``.
+    """Preference optimisation on fixed data. The settings of its loss stand beside
+    these; None is the loss's own default, see ``config.unset``.
     """
 
     name: str  # of the loss: a module of rlhf_jax.preference, or package.module
     temperature: Annotated[float, above(0)] = 1.0  # of the samples at the end
-    # By name; what they say of the samples at the end is reported.
+    # By name; they score the samples at the end, for the report
     rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
 
 
@@ -196,7 +196,7 @@ class OnlineSettings(RecordSettings, SamplerSettings, EvaluationSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOSettings(OnlineSettings):
-    """The ppo stage."""
+    """PPO."""
 
     # What the critic starts from: a reward model (of an ensemble its first member), or
     # a policy
@@ -205,13 +205,13 @@ class PPOSettings(OnlineSettings):
     ptx: DataSpec | None = None  # demonstrations or text for ppo.ptx_coef
     ptx_form: Literal['demonstrations', 'text'] = 'demonstrations'
     ptx_buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
-    # times a rollout is prepared anew and trained on
+    # times that every rollout is prepared and trained on
     rollout_passes: Annotated[int, at_least(1)] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LagrangianSettings(PPOSettings):
-    """The ppo_lagrangian stage."""
+    """PPO under a constraint on a cost."""
 
     cost: RewardSource  # of a response, above 0 where it does harm; weighs nothing
     cost_critic: ModelName  # what the second critic starts from
@@ -219,20 +219,20 @@ class LagrangianSettings(PPOSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyGradientSettings(OnlineSettings):
-    """The policy_gradient stage. What its estimator can be told stands beside these
-    settings, with None for the estimator's own default; see ``config.unset``.
+    """Policy gradients. The settings of the estimator stand beside these; None is the
+    estimator's own default, see ``config.unset``.
     """
 
     name: str  # of the estimator: a module of algos/estimators, or package.module
-    # Prompts whose responses all score the same are replaced by others, from so many
-    # draws at most (DAPO's dynamic sampling); 1 takes what comes.
+    # DAPO's dynamic sampling: prompts whose responses all score the same are replaced
+    # by others, in so many draws at most; 1: never.
     max_draws: Annotated[int, at_least(1)] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlinePreferenceSettings(OnlineSettings):
-    """The online_preference stage. What its loss can be told stands beside these
-    settings, with None for the loss's own default; see ``config.unset``.
+    """A preference loss on the policy's own samples. The settings of the loss stand
+    beside these; None is the loss's own default, see ``config.unset``.
     """
 
     name: str = 'dpo'  # of the loss: a module of rlhf_jax.preference, or package.module
