@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         'distillation',
         **settings,
         teacher=arg.teacher or f'{run}ppo',
+        expected_win_rate=0.75,  # that of the quickstart
         num_epochs=2,
         num_minibatches=2,
     )
