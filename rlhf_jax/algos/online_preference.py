@@ -30,11 +30,11 @@ from rlhf_jax.preference import PreferenceLoss
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Generation,
+    JudgedBatch,
     Mean,
     Metrics,
     OnlineState,
     Params,
-    PreferencePairs,
     Scores,
     TrainState,
     reduce_metrics,
@@ -73,7 +73,7 @@ def prepare_pairs(
     hp: OnlinePreferenceHParams,
     loss: PreferenceLoss,
     axis_name: str | None = None,
-) -> tuple[PreferencePairs, Metrics]:
+) -> tuple[JudgedBatch, Metrics]:
     """The best and the worst response to every prompt as a comparison.
 
     y_w = y_argmax score, y_l = y_argmin score; weight 0 where both scores are equal
@@ -100,7 +100,8 @@ def prepare_pairs(
         ``rollout/equal_groups``, the share of prompts without a pair).
 
     Raises:
-        ValueError: rows that do not divide into groups, or a loss on singles.
+        ValueError: rows that do not divide into groups, or a loss on unpaired
+            responses.
     """
     grouped, metrics = score_groups(
         ref_params,
@@ -118,7 +119,7 @@ def prepare_pairs(
         jnp.stack(ends, axis=-1),
         hp.group_size,
     )
-    pairs = PreferencePairs(
+    pairs = JudgedBatch(
         tokens=tokens,
         mask=mask,
         response_mask=response_mask,
@@ -133,7 +134,7 @@ def prepare_pairs(
 
 def online_preference_step(
     state: TrainState,
-    batch: PreferencePairs,
+    batch: JudgedBatch,
     *,
     model: CausalLM,
     tx: optax.GradientTransformation,
@@ -163,13 +164,13 @@ def online_preference_step(
         and ``policy/grad_norm``; ``policy/updates`` counts the updates).
 
     Raises:
-        ValueError: rows that do not divide into the minibatches, a loss on singles, or
-            no reference fields where the loss needs them.
+        ValueError: rows that do not divide into the minibatches, a loss on unpaired
+            responses, or no reference fields where the loss needs them.
     """
     how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
 
     def update(
-        params: Params, opt_state: Any, minibatch: PreferencePairs
+        params: Params, opt_state: Any, minibatch: JudgedBatch
     ) -> tuple[Params, Any, Metrics]:
         parts = {'num_microbatches': hp.num_microbatches, 'axis_name': axis_name}
         context = batch_context(params['policy'], minibatch, **how, **parts)
