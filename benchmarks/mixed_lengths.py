@@ -3,9 +3,10 @@
     python -m benchmarks.mixed_lengths
 
 Every token ends its response with the same chance, so lengths are geometric up to the
-limit. Three ways write the same samples: all rows at once, a few rows at a time in
-plain batches, and a pool behind as few rows (``decode_rows``). They take turns, and
-times are printed as ratios to the plain batches, beside the tokens that were decoded.
+limit. Three ways give the same samples: all rows at once, a few rows at a time in plain
+batches, and continuous batching with as few rows (``decode_rows``). They take turns,
+and times are printed as ratios to the plain batches, beside the tokens that were
+decoded.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from benchmarks.sizes import MODELS
 def ways(model: rj.CausalLM, rows: int, limit: int) -> dict:
     """name → compiled function of (params, prompts, mask, row ids, key, how)."""
     plain = functools.partial(rj.generate, model=model, max_new_tokens=limit)
-    pool = functools.partial(
-        rj.generate_pooled, model=model, max_new_tokens=limit, num_rows=rows
+    continuous = functools.partial(
+        rj.generate_continuously, model=model, max_new_tokens=limit, num_rows=rows
     )
 
     def in_batches(params, tokens, mask, ids, key, how):
@@ -35,7 +36,7 @@ def ways(model: rj.CausalLM, rows: int, limit: int) -> dict:
 
     return {
         f'batches of {rows}': jax.jit(in_batches),
-        f'pool of {rows}': jax.jit(pool),
+        f'continuous, {rows} rows': jax.jit(continuous),
         'all rows at once': jax.jit(plain),
     }
 

@@ -74,7 +74,7 @@ def pretraining(smoke: bool) -> ConfigDict:
         num_steps=20 if smoke else 1400,
         batch_size=8 if smoke else 16,
         buckets=(112,),
-        # Muon seemed to learn copying in fewer steps than AdamW: docs/recipes.md.
+        # Muon seemed to learn copying in fewer steps than AdamW.
         optim=dict(
             name='muon',
             learning_rate=2e-2,

@@ -38,6 +38,7 @@ from rlhf_jax.algos.preference import (
 from rlhf_jax.algos.rm import RMHParams, rm_step
 from rlhf_jax.algos.rollout import response_logprobs
 from rlhf_jax.algos.sft import SFTHParams, sft_step
+from rlhf_jax.continuous_batching import generate_continuously
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel, start_from
@@ -50,7 +51,6 @@ from rlhf_jax.ops.best_of_n import (
 from rlhf_jax.ops.kl import kl_estimate, token_kl
 from rlhf_jax.ops.rows import in_groups, pad_left, pad_right, repeat_prompts
 from rlhf_jax.ops.stop_table import stop_table
-from rlhf_jax.pool import generate_pooled
 from rlhf_jax.rewards import (
     ScoreHParams,
     combine_members,
@@ -123,7 +123,7 @@ __all__ = [
     'estimators',
     'expert_iteration_step',
     'generate',
-    'generate_pooled',
+    'generate_continuously',
     'implicit_rewards',
     'in_groups',
     'initial_log_lambda',

@@ -22,8 +22,8 @@ from rlhf_jax.files import named_path
 
 # Settings that are dicts: new names may stand below them. What else is new there is
 # refused when the dataclasses are built (``config.build``).
-LONGEST = 200  # characters of the name of a flag
 OPEN = ('rewards', 'args', 'heads')
+LONGEST = 200  # characters of the name of a flag
 SETTING = re.compile(r'--?(?:no)?config\.([^=]+)(?:=(.*))?', re.S)
 
 
@@ -122,6 +122,8 @@ def check_place(value: Any, where: str) -> None:
 
 def _check_filled(config: ConfigDict, where: str) -> None:
     for name in config.keys():
+        if not isinstance(name, str):
+            raise ValueError(f'{where}: the key {name!r} is no name')
         try:
             value = config[name]
         except config_dict.RequiredValueError as error:

@@ -23,7 +23,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from rlhf_jax.ranges import check_fields
+from rlhf_jax.ranges import LARGEST_INTEGER, check_fields
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -174,6 +174,8 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, bool) != (kind is bool):
             continue  # Python's True is an int, a setting's is not
         if kind is float and isinstance(value, (int, float)):
+            if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+                raise ValueError(f'{where} is beyond ±2⁶³; use a smaller number')
             return float(value)
         if isinstance(kind, type) and isinstance(value, kind):
             return value

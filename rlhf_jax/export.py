@@ -18,6 +18,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from rlhf_jax.files import named_path
 from rlhf_jax.types import Params
 
 
@@ -100,14 +101,14 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     try:
         export(
-            Path(values.workdir),
+            named_path(values.workdir),
             values.stage,
-            Path(values.out),
+            named_path(values.out),
             values.part,
             values.max_shard_mb,
             values.member,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
     print(f'wrote {values.out}')

@@ -2,8 +2,8 @@
 
 Temperature, top-k, top-p, the EOS ids and the stop strings are *traced* values:
 changing them compiles nothing, while there are as many ids and strings of about the
-same length. Every row has a key of its own, so a sample depends
-neither on the neighbours in its batch nor on the size of the batch. Read ``pool.py``
+same length. Every row has a key of its own, so a sample depends neither on the
+neighbours in its batch nor on the size of the batch. Read ``continuous_batching.py``
 next.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax.models.heads import CausalLM, join_kernels, take_apart
+from rlhf_jax.models.heads import CausalLM, fuse_projections, unstack_layers
 from rlhf_jax.models.transformer import KVCache, grow, repeat_rows
 from rlhf_jax.ops.logprobs import logits_fn
 from rlhf_jax.types import Array, Generation, Params, PRNGKey
@@ -256,16 +256,16 @@ def _draw_next(loop: _Loop, logits: Array, keys: PRNGKey, how: Sampling) -> _Loo
 
 
 def for_decoding(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
-    """The model that the loop over tokens runs, and its parameters.
+    """The model that decodes, and its parameters.
 
-    Unrolled layers are taken apart: cut out of their stack they would be copied at
-    every token. Products of the same input are joined. Of a prompt the last layer then
-    attends from the last token alone, which is all that is read; scanned layers are all
-    alike, and run for every token.
+    Unrolled layers are unstacked, because slicing them out of the stack would copy them
+    at every token; their projections are fused, and in a prompt the last layer attends
+    from the last token alone, the only one that is read. Scanned layers stay as they
+    are, and run for every token.
     """
     if not model.config.is_unrolled:
         return model, params
-    return join_kernels(*take_apart(model.clone(last=1), params, 0))
+    return fuse_projections(*unstack_layers(model.clone(last=1), params, 0))
 
 
 def head_of(model: CausalLM, params: Params, rows: int) -> Callable[[Array], Array]:

@@ -50,8 +50,9 @@ def main(argv: list[str]) -> None:
     # What imports, token ids and traced programs hold is no garbage, but Python would
     # search all of it again and again while a run starts.
     gc.set_threshold(50_000, 20, 20)
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = flags.FLAGS.workdir
     try:
+        workdir = files.named_path(workdir)
         launch(flags.FLAGS.config, workdir, flags.FLAGS.profile)
     except ValueError as error:
         _stop(error, str(error))
@@ -148,11 +149,12 @@ def _run_stages(
     from rlhf_jax import checkpoint
     from rlhf_jax.config import build
     from rlhf_jax.data import clock
+    from rlhf_jax.data.sources import NotWritten
     from rlhf_jax.data.tokenizer import check_saved, save_tokenizer
     from rlhf_jax.metrics import check_writers
     from rlhf_jax.sharding import ParallelConfig, make_mesh
     from rlhf_jax.stages import out_of_memory
-    from rlhf_jax.stages.order import check_order, waits_for
+    from rlhf_jax.stages.order import check_order
     from rlhf_jax.stages.run import Run, finish, load_run_tokenizer
 
     check_writers(tuple(config.metrics))
@@ -169,7 +171,10 @@ def _run_stages(
         checkpoint.check_result(folder)
     # Everything is read and checked before the first stage compiles anything; but for
     # the records that a stage of this run has still to write.
-    jobs = {s: _load(run, s) for s in unfinished if not waits_for(run, s, unfinished)}
+    jobs = {}
+    for stage in unfinished:
+        with contextlib.suppress(NotWritten):
+            jobs[stage] = _load(run, stage)
     # Only now does the directory belong to this config: after a corrected mistake in
     # the data or the batch size it can be used again.
     if not (workdir / 'config.json').exists():
@@ -228,8 +233,8 @@ def _check_top_level(config: Any) -> None:
     for name in config:
         if name not in TOP_LEVEL and not isinstance(config[name], ConfigDict | None):
             raise ValueError(
-                f'config.{name} is neither a stage nor a setting of the run'
-                f'{nearest(name, TOP_LEVEL)}'
+                f'config.{name}={config[name]!r} is no setting of the run'
+                f'{nearest(name, TOP_LEVEL)}; the settings of a stage are a section'
             )
     check_sections(config)
     seed = config.seed

@@ -13,6 +13,7 @@ import math
 import typing
 from typing import Any
 
+LARGEST_INTEGER = 2**63 - 1
 # Of rewards, ratings and margins: float32 holds the sum of the squares of many.
 LARGEST_SCORE = 1e18
 
@@ -84,6 +85,8 @@ def check(value: Any, hint: Any, where: str) -> None:
     for number in values:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
+        if isinstance(number, int) and abs(number) > LARGEST_INTEGER:
+            raise ValueError(f'{where} is beyond ±2⁶³; use a smaller number')
         if not math.isfinite(number):
             raise ValueError(f'{where}={value!r} is not finite; use a number')
         if allowed is not None and number not in allowed:

@@ -30,6 +30,8 @@ REQUIRED_IN_BINS = {
     'by_length_difference': ('lo', 'hi', 'count', 'accuracy'),
     'calibration': ('predicted', 'observed', 'count'),
 }
+# What numbers, lists or texts in the place of others end in.
+_ODD = (TypeError, LookupError, AttributeError, ArithmeticError, ValueError)
 LONG_PROMPT = 240  # characters; a longer prompt is folded on the page
 
 
@@ -73,6 +75,8 @@ def _read_rows(path: Path, required: tuple[str, ...]) -> list[Json]:
                 f'{place} is no JSON ({error}); {delete_line(path, i)}'
             ) from error
         _require(row, required, place, delete_line(path, i))
+        if 'step' in required:
+            _require_numbers(row, place, delete_line(path, i))
         rows.append(_finite(row))
     return rows
 
@@ -86,6 +90,14 @@ def _require(row: Any, keys: tuple[str, ...], where: str, mend: str) -> None:
             f'{where} lacks {", ".join(missing)}; it has '
             f'{", ".join(row) or "nothing"}; {mend}'
         )
+
+
+def _require_numbers(row: Any, where: str, mend: str) -> None:
+    """Refuses an object with something else than numbers; null is a missing one."""
+    for name, value in row.items() if isinstance(row, dict) else [('it', row)]:
+        is_one = isinstance(value, float | None) or type(value) is int
+        if not is_one or (type(value) is int and value.bit_length() > 63):
+            raise ValueError(f'{where}: {name} is {value!r:.80}, not a number; {mend}')
 
 
 def _page_of(config: Json, stage: str) -> Page:
@@ -113,7 +125,10 @@ def _read_stage(
     evaluation = _read_evaluation(page, folder)
     done = _read_json(folder / 'done.json', remake(folder))
     if done is not None:
-        _require(done, ('steps', 'seconds'), str(folder / 'done.json'), remake(folder))
+        place = str(folder / 'done.json')
+        _require(done, ('steps', 'seconds'), place, remake(folder))
+        _require_numbers({'steps': done['steps']}, place, remake(folder))
+        _require_numbers(done['seconds'], place, remake(folder))
     samples = _read_rows(folder / 'samples.jsonl', page.sample_keys)
     return rows, evaluation, done, samples
 
@@ -140,6 +155,18 @@ def check_files(workdir: Path, config: Json) -> None:
 
 
 # ---------------------------------------------------------------------------- assembly
+
+
+def _checked_view(stage: str, page: Page, folder: Path) -> Json:
+    try:
+        return _stage_view(stage, page, folder)
+    except _ODD as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(
+            f'{folder / "eval.json"} or samples.jsonl beside it holds what no run '
+            f'writes ({type(error).__name__}: {error}); {remake(folder)}'
+        ) from error
 
 
 def _stage_view(stage: str, page: Page, folder: Path) -> Json:
@@ -292,7 +319,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Json:
     _require(run, ('config',), str(path), remake_config(path))
     config = run['config'] or {}
     views = [
-        _stage_view(stage, _page_of(config, stage), workdir / stage)
+        _checked_view(stage, _page_of(config, stage), workdir / stage)
         for stage in _stages(workdir, config)
     ]
     report = _report(views, run)

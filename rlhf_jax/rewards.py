@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models.heads import ScalarModel, apply_to_last
-from rlhf_jax.ops.masked import at_last, ended_together, masked_mean
+from rlhf_jax.ops.masked import at_last, masked_mean, right_align
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import Array, Params, RunningMoments
 
@@ -64,8 +64,8 @@ def reward_model_scores(
     """Scores whole texts: a decoder is read at its last real token, an encoder at its
     first.
 
-    The texts of a decoder are turned until they end together, so that its last layer
-    runs for one token of each.
+    The texts of a decoder are right-aligned, so that its last layer runs for one token
+    of each.
 
     Args:
         params: of the reward model.
@@ -80,7 +80,7 @@ def reward_model_scores(
     if model.config.attention == 'bidirectional':
         values = model.apply({'params': params}, tokens, mask)
         return values[jnp.arange(len(values)), jnp.argmax(mask, -1)]
-    tokens, mask = (ended_together(x, mask) for x in (tokens, mask))
+    tokens, mask = (right_align(x, mask) for x in (tokens, mask))
     return apply_to_last(model, params, tokens, mask, 1)[:, 0]
 
 

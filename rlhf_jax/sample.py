@@ -31,6 +31,7 @@ from rlhf_jax.data.chat import rendered
 from rlhf_jax.data.joining import decode_behind, open_prompts
 from rlhf_jax.data.stops import eos_ids
 from rlhf_jax.data.tokenizer import stage_tokenizer
+from rlhf_jax.files import named_path
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.rewards import ensemble_scores, reward_model_scores
@@ -174,8 +175,9 @@ def main(argv: list[str]) -> None:
     """The command; see the module docstring."""
     logging.set_verbosity(logging.WARNING)  # Orbax reports every read at INFO
     values = flags.FLAGS
-    workdir, console = Path(values.workdir), Console()
+    console = Console()
     try:
+        workdir = named_path(values.workdir)
         if (stage := values.stage) is None:
             policies = finished_stages(workdir, 'policy')
             if not policies:
@@ -204,7 +206,7 @@ def main(argv: list[str]) -> None:
                 label = ', '.join(f'{name} {x:+.3f}' for name, x in scores.items())
                 label = label or 'no reward model'
                 console.print(f'{label}{mark}: {text}', markup=False)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
 
@@ -215,9 +217,14 @@ def _known(workdir: Path, stage: str) -> list[tuple[str, bool | None]]:
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise ValueError(f'no stage of {workdir} has a samples.jsonl; give --prompt')
-    with path.open(encoding='utf-8') as file:  # a line ends at a line feed alone
-        rows = [json.loads(line) for line in itertools.islice(file, 3)]
-    return [(row['prompt'], row.get('templated')) for row in rows]
+    try:
+        with path.open(encoding='utf-8') as file:  # a line ends at a line feed alone
+            rows = [json.loads(line) for line in itertools.islice(file, 3)]
+        return [(row['prompt'], row.get('templated')) for row in rows]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f'{path} is damaged ({type(error).__name__}: {error}); give --prompt'
+        ) from error
 
 
 def run() -> None:
@@ -229,10 +236,11 @@ def run() -> None:
     flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
     flags.DEFINE_string('stage', None, 'Stage with a policy; the last by default.')
     flags.DEFINE_string('prompt', None, 'Text to continue.')
-    flags.DEFINE_integer('num', 2, 'Samples per prompt.')
-    flags.DEFINE_integer('max_new_tokens', 48, 'Longest response, in tokens.')
-    flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
-    flags.DEFINE_float('top_p', None, 'Nucleus; off by default.')
+    flags.DEFINE_integer('num', 2, 'Samples per prompt.', lower_bound=1)
+    text = 'Longest response, in tokens.'
+    flags.DEFINE_integer('max_new_tokens', 48, text, lower_bound=1)
+    flags.DEFINE_float('temperature', 1.0, '0 is greedy.', lower_bound=0)
+    flags.DEFINE_float('top_p', None, 'Nucleus; off by default.', 1e-9, 1)
     flags.DEFINE_integer('seed', 0, 'Of the samples.')
     app.run(main)
 

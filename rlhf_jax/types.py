@@ -4,6 +4,18 @@ This file stands at the bottom of the package: it imports nothing from it, and
 everything else imports it. Letters: ``B`` sequences, ``T`` tokens, ``P`` pairs, ``V``
 vocabulary. Read ``algos/sft.py`` next, the smallest complete use of what stands here.
 
+Words, of one meaning each:
+
+* reference policy: frozen (or slowly moving), KL and preference losses compare with it;
+* reference answer: the known right answer that comes with a prompt;
+* sampler: draws responses from a policy; rollout: one batch of them, ready to train on;
+* score: a number for a response; gold reward: judges, and is never trained on;
+* verdict: pass, fail or unknown, of a stage in the report;
+* training step: one call of a step function; reasoning step: a part of a response;
+* unpaired: a response labelled desirable or not, by itself; pair: chosen and rejected;
+* record: an entry of a data file; row: an entry of a batch;
+* stage: a named part of a run; kind: the module that says what a stage does.
+
 Conventions that hold everywhere:
 
 * ``mask`` is bool and True where a token is real. Padding is told by the mask alone,
@@ -92,12 +104,12 @@ class JudgedBatch:
 class TokenLogps:
     """What a preference loss sees of single tokens, where it asks for them: arrays as
     the tokens of the batch, [P, 2, T] or [P, T], 0 where ``mask`` is False. Texts are
-    where they were or moved to the right, each in its order.
+    where they were, or right-aligned.
     """
 
     mask: Array  # bool, response tokens; none of a row that fills up a batch
     logps: Array  # float32, log π of each token
-    ref_logps: Array | None = None  # float32, the same of the reference
+    ref_logps: Array | None = None  # float32, the same of the reference policy
     # float32, KL(π_ref ‖ π) between what both say of this token, over the vocabulary
     kl: Array | None = None
 
@@ -165,8 +177,8 @@ class PromptBatch:
 
 @struct.dataclass(kw_only=True)
 class Generation:
-    """Prompts with the responses a policy wrote: ``T`` = prompt bucket + response
-    length.
+    """Prompts with the responses sampled from a policy: ``T`` = prompt bucket +
+    response length.
     """
 
     tokens: Array  # [B, T] int32: left-padded prompt, right-padded response
@@ -219,8 +231,9 @@ class Outcomes:
 
 @struct.dataclass(kw_only=True)
 class Rollout:
-    """One batch of experience: everything that ``ppo_step`` or ``policy_step`` needs,
-    computed once per rollout. The critic's fields are None where there is no critic.
+    """One batch of sampled responses with everything that ``ppo_step`` or
+    ``policy_step`` needs, computed once. The critic's fields are None where there is no
+    critic.
     """
 
     tokens: Array  # [B, T] int32
@@ -242,8 +255,8 @@ class Rollout:
 
 @struct.dataclass(kw_only=True)
 class LagrangianRollout:
-    """One batch of experience with costs, for ``lagrangian_step``. Both rollouts have
-    the policy's combined advantages; values and returns are those of their own critic.
+    """A rollout with costs, for ``lagrangian_step``. Both rollouts have the policy's
+    combined advantages; values and returns are those of their own critic.
     """
 
     reward: Rollout

@@ -22,9 +22,23 @@ TEXTS = [
     *sorted((ROOT / 'docs').rglob('*.md')),
 ]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+PACKAGES = 'rlhf_jax configs experiments benchmarks examples'.split()
+SOURCES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob('*.py'))]
+REPOSITORY = [
+    *ROOT.glob('*'),
+    *(
+        path
+        for name in (*PACKAGES, 'docs', 'tests')
+        for path in (ROOT / name).rglob('*')
+    ),
+]
+# Names that stand for others, and pages that a program writes.
+PLACEHOLDERS = {'NAME.py', 'NAME.md', 'X.py', 'file.py'}
+PLACEHOLDERS |= {'phases.md', 'tables.md', 'compare.md'}
 SOURCE = re.compile(r'arXiv\s\d{4}\.\d{4,5}')
 CODE = re.compile(r'^```.*?^```|^ {4}.*?$|`[^`\n]*`', re.M | re.S)
 PYTHON = re.compile(r'^```python\n(.*?)^```', re.M | re.S)
+NAMED = re.compile(r'(?<![\w./:{}=-])((?:\w+/)*\w+\.(?:py|md))\b(?!:\w)')
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 
 
@@ -88,13 +102,34 @@ def test_a_page_that_a_config_names_is_there(path):
         assert (ROOT / name).exists(), f'{path.name} names {name}'
 
 
+def _named_files(path):
+    """Python files and pages that a text names, with or without their folders."""
+    names = set(NAMED.findall(_text(path)))
+    return {name for name in names if name.split('/')[-1] not in PLACEHOLDERS}
+
+
+def test_files_that_pages_and_docstrings_name_are_there():
+    there = [path for path in REPOSITORY if path.suffix in ('.py', '.md')]
+    there = {f'/{path.relative_to(ROOT)}' for path in there}
+    found = {path: _named_files(path) for path in [*TEXTS, *SOURCES]}
+    assert sum(map(len, found.values())) > 400
+    missing = [
+        f'{path.relative_to(ROOT)} names {name}'
+        for path, names in found.items()
+        for name in names
+        if not any(file.endswith(f'/{name}') for file in there)
+    ]
+    assert not missing
+
+
 def test_contributing_names_files_that_are_there():
     text = _text(ROOT / 'CONTRIBUTING.md')
     names = set(re.findall(r'`((?:rlhf_jax|tests|configs|docs|\.ci)/[\w/.]*)`', text))
     assert len(names) > 15
     for name in names:
-        name = name.replace('NAME', '__init__' if 'rlhf_jax' in name else 'quickstart')
-        assert (ROOT / name).exists(), f'CONTRIBUTING.md names {name}'
+        file = ROOT / name
+        file = file.parent if file.stem == 'NAME' else file
+        assert file.exists(), f'CONTRIBUTING.md names {name}'
 
 
 WITH_PYTHON = [path for path in TEXTS if PYTHON.search(path.read_text('utf-8'))]
@@ -137,3 +172,14 @@ def test_links_lead_somewhere(path):
         assert target.exists(), f'{path.relative_to(ROOT)} links to {link}'
         if anchor:
             assert anchor in _anchors(target), f'{path.name}: no heading {anchor}'
+
+
+def test_the_tree_of_the_readme_is_that_of_the_package():
+    tree = _text(ROOT / 'README.md').split('## The tree')[1]
+    paths = [*(ROOT / 'rlhf_jax').iterdir(), *(ROOT / 'rlhf_jax' / 'stages').iterdir()]
+    names = {path.stem for path in paths} - {'__init__', '__pycache__', 'py'}
+    quiet = {'console', 'out_of_memory', 'profiling', 'watching'}  # what is said
+    missing = {name for name in names - quiet if not re.search(rf'\b{name}\b', tree)}
+    assert not missing
+    for name in re.findall(r'^ {6}(\w+(?:/|\.py)) ', tree, re.M):
+        assert (ROOT / 'rlhf_jax' / name).exists(), f'the tree names {name}'

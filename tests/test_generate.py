@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algos.rollout import policy_logprobs
+from rlhf_jax.continuous_batching import generate_continuously
 from rlhf_jax.generate import draw_from, generate, sample_tokens, sampling
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops import logprobs
 from rlhf_jax.ops.stop_table import stop_table
-from rlhf_jax.pool import generate_pooled
 
 V = 8  # vocabulary of the table policies
 # Token t is followed by t + 1 with near certainty: 0 → 1 → 2 → … → 7 → 0.
@@ -274,7 +274,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_written(
     params = {**policy_params, 'lm_head': jnp.asarray(head)}
     parts = {'model': model, 'max_new_tokens': 12}
     rest = (jnp.asarray(rows), KEY, sampling(eos_ids=[], **how))
-    for function in (generate, functools.partial(generate_pooled, num_rows=3)):
+    for function in (generate, functools.partial(generate_continuously, num_rows=3)):
         out = jax.jit(functools.partial(function, **parts))(params, tokens, mask, *rest)
         written = np.asarray(out.tokens)[np.asarray(out.response_mask)]
         assert written.max() < 40 and len(set(written.tolist())) > 3
@@ -345,7 +345,7 @@ def test_a_large_vocabulary_read_by_its_tokens_changes_nothing(
     tokens, mask = prompts[:2]
     params = jax.jit(model.init)(jax.random.PRNGKey(0), tokens, mask)['params']
     args = (params, tokens, mask, jnp.arange(len(tokens)), KEY, sampling(eos_ids=[]))
-    for function in (generate, functools.partial(generate_pooled, num_rows=3)):
+    for function in (generate, functools.partial(generate_continuously, num_rows=3)):
         expected = jax.jit(functools.partial(function, **parts))(*args)
         with monkeypatch.context() as context:
             context.setattr(logprobs, 'LARGE_VOCABULARY', 1)
@@ -360,7 +360,7 @@ def test_responses_beyond_learned_positions_are_refused(config, prompts):
     tokens, mask, _ = prompts
     rest = (tokens, mask, jnp.arange(4), KEY, sampling(eos_ids=[]))
     params = jax.eval_shape(CausalLM(learned).init, KEY, tokens, mask)['params']
-    for function in (generate, functools.partial(generate_pooled, num_rows=2)):
+    for function in (generate, functools.partial(generate_continuously, num_rows=2)):
         run = functools.partial(function, model=CausalLM(learned))
         fits = jax.eval_shape(functools.partial(run, max_new_tokens=6), params, *rest)
         assert fits.tokens.shape == (4, 11)

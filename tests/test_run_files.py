@@ -126,12 +126,30 @@ def test_what_a_stage_took(workdir, harm, never_compiled):  # noqa: F811
 @pytest.mark.parametrize('line', [b'{"st', b'\xff', b'[1]', b'{"a": 1}', b'\0\0\0'])
 def test_rows(workdir, name, line, never_compiled):  # noqa: F811
     path = workdir / 'sft' / name
-    row = b'{"step": 1, "prompt": "a", "response": "b"}'
+    rows = {'metrics.jsonl': b'{"step": 1}'}
+    row = rows.get(name, b'{"prompt": "a", "response": "b"}')
     path.write_bytes(row + b'\n' + line + b'\n' + row + b'\n')
     message = told(workdir, f'{path}:2')
     assert f'sed -i 2d {path}' in message
     mend(message)
     launch(small(), workdir)
+
+
+@pytest.mark.parametrize(
+    ('name', 'text'),
+    [
+        ('metrics.jsonl', '{"step": 1, "train/loss": "low"}\n'),
+        ('metrics.jsonl', '{"step": true}\n'),
+        ('done.json', '{"steps": "x", "seconds": {}}'),
+        ('done.json', '{"steps": 1, "seconds": {"train": [1]}}'),
+        ('done.json', '{"steps": 1, "seconds": 3}'),
+        ('eval.json', '{"loss": "x", "loss_before": [], "tokens": {}}'),
+    ],
+)
+def test_what_is_no_number(workdir, name, text, never_compiled):  # noqa: F811
+    (workdir / 'report.html').unlink(missing_ok=True)
+    (workdir / 'sft' / name).write_text(text)
+    told(workdir, workdir / 'sft' / name)
 
 
 def test_missing_rows_of_a_finished_stage(workdir, never_compiled):  # noqa: F811

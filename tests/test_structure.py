@@ -17,7 +17,7 @@ LADDER = [
     'preference reward_losses',
     'models',
     'generate rewards',
-    'pool responses',
+    'continuous_batching responses',
     'algos',
     'evals',
 ]

@@ -1,8 +1,9 @@
 """Exact gradients over microbatches and devices.
 
-A loss is a *sum* with a *weight*. Sums, weights and gradients of sums are added over
-microbatches and devices, and divided once, by the global weight; a mean of means would
-weigh a token by the company it keeps. Read ``algos/sft.py`` next.
+A loss function returns a *sum* and its *weight*: how much was summed up, in tokens or
+pairs. Weights and gradients of sums are added over microbatches and devices, and the
+gradient is divided by the total weight once, at the end. A mean of the means of
+microbatches would differ from that where their weights do. Read ``algos/sft.py`` next.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LossFn = Callable[[Params, Any], tuple[Array, Array, Metrics]]
 
 
 class Cuts(NamedTuple):
-    """What spares rows that end early the places behind their end."""
+    """Length buckets: a microbatch is cut to the shortest size that holds its rows."""
 
     lengths: Array  # [B] int32, places that each row needs
     sizes: tuple[int, ...]  # places of a microbatch, ascending; the last holds all rows
@@ -62,8 +63,8 @@ def microbatches(batch: Any, count: int) -> Any:
 
 
 def sort_by_length(batch: Any, lengths: Array, count: int) -> Any:
-    """The rows in an order of which :func:`microbatches` makes microbatches of rows
-    about equally long, the shortest first. Every row stays on its device.
+    """Orders the rows so that :func:`microbatches` puts rows of similar length into the
+    same microbatch, the shortest first. Every row stays on its device.
 
     Args:
         batch: a pytree whose leaves have the rows in front.
@@ -97,8 +98,9 @@ def mean_gradient(
         batch: a pytree whose leaves have the rows in front.
         num_microbatches: gradients are accumulated over this many parts, one at a time.
         axis_name: mapped device axis, None outside ``pmap``.
-        cuts: sorts the rows by length, and runs every microbatch at the first size that
-            holds its rows; one compiled form each. None for whole rows.
+        cuts: length buckets: rows are sorted by length, and every microbatch is cut to
+            the shortest size that holds its rows. Each size is compiled. None for whole
+            rows.
 
     Returns:
         (gradient like ``params``, metrics reduced over everything).

@@ -126,13 +126,13 @@ def check_estimator(estimator: Estimator, hp: PolicyHParams) -> None:
     """Refuses hyperparameters that do not go with an estimator.
 
     Raises:
-        ValueError: a KL penalty in the reward of an estimator that divides by rewards.
+        ValueError: a KL penalty in a reward that has to be 0 or 1.
     """
-    if hp.kl_coef > 0 and not getattr(estimator, 'KL_IN_REWARD', True):
+    if hp.kl_coef > 0 and getattr(estimator, 'WANTS_SUCCESS', False):
         raise ValueError(
             f'kl_coef={hp.kl_coef} puts a KL penalty into the reward, and this '
-            'estimator takes the mean reward for a rate of success; use kl_coef=0, and '
-            'kl_loss_coef for a KL in the loss'
+            'estimator takes the mean reward of a prompt for the rate of success; use '
+            'kl_coef=0, and kl_loss_coef for a KL in the loss'
         )
 
 

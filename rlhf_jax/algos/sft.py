@@ -14,7 +14,7 @@ from rlhf_jax.algos.gradients import apply_gradient, mean_gradient
 from rlhf_jax.algos.rollout import policy_logprobs, policy_states
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.logprobs import logprob_sum
-from rlhf_jax.ops.masked import ended_together
+from rlhf_jax.ops.masked import right_align
 from rlhf_jax.ranges import at_least
 from rlhf_jax.types import Array, Last, Mean, Metrics, Params, TokenBatch, TrainState
 
@@ -31,8 +31,8 @@ class SFTHParams:
 def counted_tokens(batch: TokenBatch) -> tuple[Array, Array, Array, Array]:
     """The texts of a batch, and which of their tokens are in a loss.
 
-    With ``response_length`` the texts are turned until they end together, so that the
-    last layer and the head run for that many places of each.
+    With ``response_length`` the texts are right-aligned, so that the last layer and the
+    head run for that many places of each.
 
     Args:
         batch: sequences; a token at position 0 has nothing before it and never counts.
@@ -51,9 +51,7 @@ def counted_tokens(batch: TokenBatch) -> tuple[Array, Array, Array, Array]:
                 f'response_length={batch.response_length} with segments: a packed row '
                 'has several responses; use response_length=None'
             )
-        tokens, counted, mask = (
-            ended_together(x, mask) for x in (tokens, counted, mask)
-        )
+        tokens, counted, mask = (right_align(x, mask) for x in (tokens, counted, mask))
     # A token is predicted only from a real one: behind left padding the first has none.
     predicted = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
     if batch.segments is not None:  # nor from another document

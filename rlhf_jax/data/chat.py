@@ -156,7 +156,8 @@ def split(
     if completion.endswith(ends.closing.text + ends.closing.rest):
         completion = completion.removesuffix(ends.closing.rest)
     closed = completion.rstrip()
-    is_closed = closed.endswith(tuple(tokenizer.convert_ids_to_tokens(ends.ids)))
+    known = (tokenizer.convert_ids_to_tokens(token) for token in ends.ids)
+    is_closed = closed.endswith(tuple(token for token in known if token))
     return prompt, closed if is_closed else completion
 
 

@@ -19,9 +19,9 @@ from rlhf_jax.data.columns import Growing, GrowingTable, Packed, packed
 from rlhf_jax.data.control import ControlTokens, check_control_tokens, spelling
 from rlhf_jax.data.examples import Counts, Dataset, Example, JudgedExample, Origin
 from rlhf_jax.data.formats import BadRecord, Judged
-from rlhf_jax.data.kept import encode_kept, tokenizer_mark
 from rlhf_jax.data.rows import Row, in_pieces
 from rlhf_jax.data.sources import SourceRecord
+from rlhf_jax.data.token_cache import encode_cached, tokenizer_mark
 from rlhf_jax.data.tokenizer import frame, truncate
 
 Overlong = Literal['drop', 'truncate']
@@ -111,7 +111,7 @@ def load_records(
     if (limit := limits.length) < least:
         raise ValueError(f'a limit of {limit} tokens is too short; use ≥ {least}')
     left = _Left(limits)
-    encoder = functools.partial(encode_kept, mark=tokenizer_mark(tokenizer))
+    encoder = functools.partial(encode_cached, mark=tokenizer_mark(tokenizer))
     examples, origins, prompts = GrowingTable(), Growing(), []
     records = _converted(sources, tokenizer, limits, convert, left)
     tokenised = in_pieces(records, lambda piece: rows(piece, tokenizer, encoder))

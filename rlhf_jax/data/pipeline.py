@@ -36,7 +36,6 @@ from rlhf_jax.data.examples import (
     response_lengths,
 )
 from rlhf_jax.data.formats import BadRecord
-from rlhf_jax.data.kept import encode_kept, tokenizer_mark
 from rlhf_jax.data.loading import (
     Limits,
     OnBad,
@@ -48,6 +47,7 @@ from rlhf_jax.data.loading import (
 from rlhf_jax.data.rows import Row, conversation_rows, in_pieces, text_rows
 from rlhf_jax.data.sources import Stream, stream
 from rlhf_jax.data.stops import eos_ids as eos_ids
+from rlhf_jax.data.token_cache import encode_cached, tokenizer_mark
 from rlhf_jax.data.tokenizer import bos_ids, opened
 from rlhf_jax.data.tokenizer import check_vocabulary as check_vocabulary
 
@@ -86,7 +86,7 @@ def load_texts(
     documents = (formats.to_text(record, tokenizer) for record in stream(spec))
 
     def tokenise(records: list[formats.Text]) -> list[list[int]]:
-        return encode_kept(tokenizer, [record.text for record in records], mark)
+        return encode_cached(tokenizer, [record.text for record in records], mark)
 
     for record, ids in in_pieces(documents, tokenise):
         if not ids:

@@ -10,12 +10,15 @@
                    as in a URL
 
 A file that does not exist may be one of a hub data set: ``hh:OWNER/NAME/FILE``.
-A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. What
-the fields mean is told by ``formats.py``; read it next.
+A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. Several
+specs with `` + `` between them are read one after the other. In a run ``stage:NAME`` is
+the file of records that a stage has written (``stages/run.py``). What the fields mean
+is told by ``formats.py``; read it next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -37,12 +40,17 @@ from rlhf_jax.data.raw import parquet_rows, text_lines
 from rlhf_jax.files import named_path
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
+AND = ' + '  # between data specs that are read one after the other
 SEPARATOR = '<|endoftext|>'  # between the documents of a text file
 DEEPEST = 100  # levels of lists and objects in a record
 TOGETHER = 1024  # records of TFDS are read so many at a time, which is faster
 
 # A spec ends in one: group 1 the rest, groups 2 and 3 the ends.
 SLICE = re.compile(r'(.*)\[(-?\d+%?)?:(-?\d+%?)?\]', re.DOTALL)
+
+
+class NotWritten(ValueError):
+    """The records of a stage, which it has still to write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +104,13 @@ def stream(spec: str) -> Stream:
         'hh': _read_hh,
         'text': _read_text,
     }
+    if AND in spec:
+        parts = [stream(part) for part in spec.split(AND)]
+        return Stream(lambda: itertools.chain.from_iterable(parts))
     kinds = (*readers, 'python', 'tfds')
     kind, colon, rest = spec.partition(':')
+    if kind == 'stage':
+        raise NotWritten(f'data spec {spec!r}: the stage has written no records')
     if not colon or not rest or kind not in kinds:
         hint = nearest(kind, kinds)
         raise ValueError(
@@ -330,6 +343,8 @@ def _read_rows(call: str, rows: Iterable[Any]) -> Iterator[SourceRecord]:
             row = _unwrapped(row)
         except RecursionError as error:
             raise _too_deep(where) from error
+        except TypeError as error:
+            raise ValueError(f'{where}: {error}') from error
         _check_depth(row, where)
         yield SourceRecord(row, where)
     if not number:
@@ -354,11 +369,17 @@ def _read_tfds(rest: str, spec: str) -> Iterator[SourceRecord]:
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         known = ''
         found = not isinstance(error, tfds.core.DatasetNotFoundError)
-        if found and dataset.isidentifier():
-            configs = tfds.builder_cls(dataset).builder_configs
-            known = f'; its configs are {", ".join(configs)}'
+        with contextlib.suppress(tfds.core.DatasetNotFoundError):
+            if found and dataset.isidentifier():
+                configs = tfds.builder_cls(dataset).builder_configs
+                known = f'; its configs are {", ".join(configs)}'
         raise ValueError(f'data spec {spec!r}: TFDS has no {name!r}{known}') from error
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # of the network, the disk, or the set's own code
+        raise ValueError(
+            f'data spec {spec!r}: TFDS cannot prepare it: {failure(error)}'
+        ) from error
     try:
         source = builder.as_data_source(split=split)
     except ValueError as error:
@@ -376,10 +397,16 @@ def _read_tfds(rest: str, spec: str) -> Iterator[SourceRecord]:
 
 
 def _unwrapped(value: Any) -> Any:
-    """NumPy scalars, which rows of pandas hold, as Python's own."""
+    """NumPy scalars, which rows of pandas hold, as Python's own; TypeError for what no
+    JSON could say so that it would be read again.
+    """
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        raise TypeError('a number of thousands of digits')
     if isinstance(value, dict):
+        if odd := [name for name in value if not isinstance(name, str)]:
+            raise TypeError(f'the key {odd[0]!r} is no text')
         return {name: _unwrapped(part) for name, part in value.items()}
     return [_unwrapped(part) for part in value] if type(value) is list else value
 

@@ -312,8 +312,8 @@ def _stored(path: Path) -> list[_Tensor]:
                 stored = file.get_slice(key)
                 shape = tuple(stored.get_shape())
                 tensors.append(_Tensor(path, key, shape, stored.get_dtype()))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f'{path} cannot be read: {error}') from error
+    except (OSError, SafetensorError, UnicodeError) as error:
+        raise ValueError(f'{str(path)!r} cannot be read: {error}') from error
     return tensors
 
 

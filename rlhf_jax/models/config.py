@@ -77,11 +77,11 @@ class TransformerConfig:
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
     remat: bool = False  # recompute each layer in the backward pass; not if unrolled
     scan_unroll: int = 1  # layers per iteration of the scan
-    # First layers whose parameters are stacked, None for all; models.heads.take_apart
-    # puts those of the others by themselves.
+    # The first so many layers have stacked parameters, None for all; the others are
+    # unstacked, see models.heads.unstack_layers.
     num_stacked: int | None = None
-    # One kernel for queries, keys and values, and one for gate and up, as
-    # models.heads.join_kernels puts them.
+    # Fused projections: one kernel for queries, keys and values, and one for gate and
+    # up, see models.heads.fuse_projections.
     joined: bool = False
 
     def __post_init__(self) -> None:

@@ -124,17 +124,19 @@ class ScalarHead(nn.Module):
 Model = TypeVar('Model', CausalLM, ScalarModel)
 
 
-def take_apart(model: Model, params: Params, num_stacked: int) -> tuple[Model, Params]:
-    """The same model, with the layers behind the first ones by themselves.
+def unstack_layers(
+    model: Model, params: Params, num_stacked: int
+) -> tuple[Model, Params]:
+    """The same model with its last layers unstacked: each has parameters of its own.
 
-    For a loop over tokens, where cutting the weights of a layer out of the stack at
-    every token reads and writes them once more; and for a last layer that is run for
-    fewer tokens than the others.
+    Decoding uses it, because slicing a layer's weights out of the stack copies them at
+    every token. :func:`apply_to_last` uses it, to run the last layer for fewer tokens
+    than the others.
 
     Args:
         model: with all layers stacked.
         params: of ``model``.
-        num_stacked: layers that stay in the stack.
+        num_stacked: the first so many layers stay stacked.
 
     Returns:
         (model, its parameters: ``backbone/layers_<i>`` beside ``backbone/layers``).
@@ -149,14 +151,14 @@ def take_apart(model: Model, params: Params, num_stacked: int) -> tuple[Model, P
     return model.clone(config=config), {**params, 'backbone': backbone}
 
 
-def join_kernels(model: Model, params: Params) -> tuple[Model, Params]:
-    """The same model, with one product where several take the same input: queries, keys
-    and values; gate and up.
+def fuse_projections(model: Model, params: Params) -> tuple[Model, Params]:
+    """The same model with fused projections: one matrix product for queries, keys and
+    values, and one for gate and up.
 
-    For a loop over tokens, where half of the columns cost hardly less than all.
+    Decoding uses it: for few rows, one wide product is faster than several narrow ones.
 
     Args:
-        model: with all layers by themselves (:func:`take_apart`).
+        model: with all layers unstacked (:func:`unstack_layers`).
         params: of ``model``.
 
     Returns:
@@ -164,7 +166,7 @@ def join_kernels(model: Model, params: Params) -> tuple[Model, Params]:
         ``gate_up_kernel`` [D, 2·F] in place of their parts; biases likewise).
     """
 
-    def join(part: Params, names: tuple[str, ...], axis: int) -> Params:
+    def fuse(part: Params, names: tuple[str, ...], axis: int) -> Params:
         part = dict(part)
         for kind in ('kernel', 'bias'):
             if f'{names[0]}_{kind}' in part:
@@ -175,9 +177,9 @@ def join_kernels(model: Model, params: Params) -> tuple[Model, Params]:
     backbone = dict(params['backbone'])
     for i in range(model.config.num_layers):
         layer = dict(backbone[f'layers_{i}'])
-        layer['attention'] = join(layer['attention'], ('query', 'key', 'value'), -2)
+        layer['attention'] = fuse(layer['attention'], ('query', 'key', 'value'), -2)
         if model.config.gated_mlp:
-            layer['mlp'] = join(layer['mlp'], ('gate', 'up'), -1)
+            layer['mlp'] = fuse(layer['mlp'], ('gate', 'up'), -1)
         backbone[f'layers_{i}'] = layer
     config = dataclasses.replace(model.config, joined=True)
     return model.clone(config=config), {**params, 'backbone': backbone}
@@ -186,10 +188,10 @@ def join_kernels(model: Model, params: Params) -> tuple[Model, Params]:
 def apply_to_last(
     model: Model, params: Params, tokens: Array, mask: Array, last: int | None
 ) -> Array:
-    """What a model says at the last places of sequences, [B, T] → [B, last, …].
+    """The outputs of a model at the last places of sequences, [B, T] → [B, last, …].
 
-    The head is run for them alone, and so is the last layer where layers are unrolled;
-    cut out of a stack of scanned ones it would be a copy of them all.
+    The head is run for these places alone. So is the last layer where layers are
+    unrolled; where they are scanned, slicing it out of the stack would copy them all.
 
     Args:
         model: a decoder.
@@ -202,7 +204,7 @@ def apply_to_last(
         return model.apply({'params': params}, tokens, mask)
     if not model.config.is_unrolled:
         return model.clone(last=last).apply({'params': params}, tokens, mask)
-    model, params = take_apart(model, params, model.config.num_layers - 1)
+    model, params = unstack_layers(model, params, model.config.num_layers - 1)
     # cuDNN has attention of even numbers of queries, and is not asked for a single one.
     more = last + last % 2 if last > 1 else last
     out = model.clone(last=more).apply({'params': params}, tokens, mask)

@@ -49,8 +49,8 @@ class Transformer(nn.Module):
 
     Parameters: ``embed/tokens`` [V, D] (and ``embed/positions``, ``embed/types``,
     ``embed/norm``), ``layers/…`` stacked [L, …], ``final_norm/scale`` [D] unless the
-    last layer ends in a norm. A last layer by itself (``models.heads.take_apart``) is
-    run for the ``last`` tokens alone.
+    last layer ends in a norm. An unstacked last layer (``models.heads.unstack_layers``)
+    is run for the ``last`` tokens alone.
     """
 
     config: TransformerConfig

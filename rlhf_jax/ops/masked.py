@@ -85,10 +85,9 @@ def last_index(mask: Array) -> Array:
     return jnp.max(jnp.where(mask, positions, 0), axis=-1)
 
 
-def ended_together(x: Array, mask: Array) -> Array:
-    """Rows turned round until the last True of each is at their end, [B, T] → [B, T].
-
-    What stood behind it comes to stand in front.
+def right_align(x: Array, mask: Array) -> Array:
+    """Right-aligns rows: rotates each until its last True is at its end, [B, T] → [B,
+    T]. What stood behind the last True comes to the front.
     """
     behind = mask.shape[-1] - 1 - last_index(mask)
     places = jnp.arange(mask.shape[-1], dtype=jnp.int32) - behind[..., None]

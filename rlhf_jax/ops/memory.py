@@ -1,6 +1,8 @@
-"""What a backward pass computes anew instead of keeping it, and when it begins to.
+"""Rematerialisation, and the order of operations in a backward pass, to save memory.
 
-Used by ``models/layers.py`` and ``models/transformer.py``.
+``recomputed`` is ``jax.checkpoint`` for one function; ``after`` keeps XLA from starting
+an operation early and holding its result. Used by ``models/layers.py`` and
+``models/transformer.py``.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from rlhf_jax.types import Array
 
 
 def after(tree: Any, signal: Array) -> Any:
-    """``tree``, for computations that are not to begin before ``signal`` is there.
+    """Returns ``tree``, but nothing computed from it starts before ``signal`` is known.
 
-    XLA's compiler for CPUs begins with whatever waits for nothing, and drops
-    optimization barriers before it orders a program. A sum with 0·signal it cannot
-    drop, because 0·∞ is not 0.
+    XLA's compiler for CPUs schedules operations without pending inputs first, and
+    removes optimization barriers before scheduling. So 0·signal is added there, which
+    XLA cannot remove, because 0·∞ is not 0.
 
     Args:
         tree: arrays.
@@ -36,8 +38,8 @@ def after(tree: Any, signal: Array) -> Any:
 
 
 def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
-    """``fn`` with a backward pass that is given the arguments alone, as
-    ``jax.checkpoint`` has it, and begins when its cotangent is there.
+    """``fn`` with remat: its backward pass keeps only the arguments, like that of
+    ``jax.checkpoint``, and recomputes the rest once its cotangent is known.
 
     Args:
         fn: of arrays or None.
@@ -61,8 +63,8 @@ def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
 def look_up(table: Array, indices: Array) -> Array:
     """Rows of a table, [V, D] and [...] integer → [..., D].
 
-    The zeros that its gradient is added to are made when the rest of the backward pass
-    is over. XLA's compiler for CPUs would make them first and keep them throughout.
+    The zeros that its gradient is added to are allocated at the end of the backward
+    pass. XLA's compiler for CPUs would allocate them first and hold them throughout.
     """
     return table[indices]
 

@@ -61,7 +61,7 @@ def has_gold(e: Json) -> bool:
     return any(e.get(key) is not None for key in keys)
 
 
-def _collapsed(e: Json) -> Verdict | None:
+def collapsed(e: Json) -> Verdict | None:
     """Fail: responses no longer end, or all have the same reward; None otherwise.
 
     Responses have to end where some did before, or where training marks down those
@@ -86,9 +86,9 @@ def verdict_of_policy(e: Json) -> Verdict:
 
     The lower end of the win rate's 95% interval is above ``expected_win_rate``, or ½
     where none is set. A gold reward without a win-rate interval is not judged. Nothing
-    passes when responses no longer end or all score the same (``_collapsed``).
+    passes when responses no longer end or all score the same (``collapsed``).
     """
-    if (collapse := _collapsed(e)) is not None:
+    if (collapse := collapsed(e)) is not None:
         return collapse
     ends = e.get('win_rate_interval')
     floor = e.get('expected_win_rate')
@@ -113,7 +113,7 @@ def verdict_of_preference(e: Json) -> Verdict:
     """
     if has_gold(e):
         return verdict_of_policy(e)
-    if (collapse := _collapsed(e)) is not None:
+    if (collapse := collapsed(e)) is not None:
         return collapse
     good = less(0.5, e['interval'][0])
     figure = f'implicit accuracy {fraction(e["accuracy"])} {interval(e["interval"])}'

@@ -193,7 +193,7 @@ def train_online(run: Run, job: Online) -> Result:
         ref_params,
         params['policy'],
         sample=rollouts.sampler,
-        scorers=rollouts.scorers,
+        scorers={**rollouts.scorers, **method.judges},
     )
     seconds['eval'] = time.monotonic() - clock
     extra = {data.counts.what: data for data, _ in method.streams}

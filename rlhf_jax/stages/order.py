@@ -42,11 +42,6 @@ def check_order(run: Run, unfinished: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def waits_for(run: Run, stage: str, unfinished: Sequence[str]) -> bool:
-    """Whether a stage reads records that an unfinished one has still to write."""
-    return any(name in unfinished for _, name in _records(run.config, stage))
-
-
 def in_order(config: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
     """The stages of a run, each after those that it reads from; otherwise as they
     come.
@@ -77,7 +72,7 @@ def _models(config: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str]]:
 def _records(config: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str]]:
     for part in _settings(config, stage):
         for place, spec in named(part, DataSpec):
-            if (name := records_of(spec)) is not None:
+            for name in records_of(spec):
                 yield place, name
 
 

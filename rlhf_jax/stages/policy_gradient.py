@@ -130,15 +130,22 @@ def _check_shaping(
     shaping: ScoreHParams,
     estimator: Estimator,
 ) -> None:
-    if not getattr(estimator, 'WANTS_SCORES', False):
-        return
-    for name in ('score_scaling', 'score_clip', 'missing_eos_score'):
+    """What is done to the sum of the rewards must leave what an estimator looks at."""
+    refused: dict[str, str] = {}
+    if getattr(estimator, 'WANTS_SCORES', False):
+        why = 'normalises each of the rewards by itself, and not their sum'
+        refused = dict.fromkeys(
+            ('score_scaling', 'score_clip', 'missing_eos_score'), why
+        )
+    if getattr(estimator, 'WANTS_SUCCESS', False):
+        why = 'needs a reward of 0 or 1, success or not'
+        refused |= dict.fromkeys((f.name for f in dataclasses.fields(shaping)), why)
+    for name, why in refused.items():
         value = getattr(shaping, name)
         if value is not None:
             raise ValueError(
-                f'{where}.{name}={value!r} changes the sum of the rewards, and '
-                f'{where}.name={settings.name!r} normalises each of them by itself; '
-                'use None, and missing_eos_penalty for responses that do not end'
+                f'{where}.{name}={value!r}: {where}.name={settings.name!r} {why}; use '
+                'None'
             )
 
 

@@ -66,7 +66,8 @@ class Method:
 
     state: OnlineState  # where it starts; ``params['policy']`` is the policy
     configs: dict[str, TransformerConfig]  # of every part of ``state.params``
-    # (state, ref_params, generation, Scores) -> (batch, metrics); once per rollout
+    # (state, ref_params, generation, Scores, *models) -> (batch, metrics); once per
+    # rollout
     prepare: Callable[..., tuple[Any, Metrics]]
     # (state, batch, *a batch of every stream) -> (state, metrics)
     step: Callable[..., tuple[OnlineState, Metrics]]
@@ -75,6 +76,10 @@ class Method:
     wants_baseline: bool = False  # see ``Scores``
     max_draws: int = 1  # see ``PolicyGradientSettings``
     passes: int = 1  # see ``PPOSettings.rollout_passes``
+    # Parameters of further models that ``prepare`` reads, frozen and on the mesh
+    models: tuple[Params, ...] = ()
+    # What scores the samples of the evaluation at the end alone, by name
+    judges: Mapping[str, Scorer] = dataclasses.field(default_factory=dict)
 
 
 class Sampled(NamedTuple):
@@ -312,7 +317,7 @@ def _iteration(rollouts: Rollouts, ref_params: Params) -> Any:
             shaping=rollouts.shaping,
             max_length=rollouts.settings.max_new_tokens,
         ),
-        inputs=('params', 'params', 'batch', 'batch'),
+        inputs=('params', 'params', 'batch', 'batch', 'params'),
         outputs=('batch', 'replicated', 'replicated'),
         donate=(),
     )
@@ -345,7 +350,9 @@ def _iteration(rollouts: Rollouts, ref_params: Params) -> Any:
         for update in updates:
             clock = time.monotonic()
             batch, before, moments = rollouts.timed(
-                'prepare', clock, ready(state, ref_params, samples, greedy)
+                'prepare',
+                clock,
+                ready(state, ref_params, samples, greedy, method.models),
             )
             if update is updates[0]:  # a score counts once
                 state = state.replace(score_moments=moments)
@@ -362,6 +369,7 @@ def shape_and_prepare(
     ref_params: Params,
     samples: Sampled,
     greedy: Sampled | None,
+    models: tuple[Params, ...] = (),
     *,
     prepare: Callable[..., tuple[Any, Metrics]],
     weights: dict[str, float],
@@ -372,13 +380,16 @@ def shape_and_prepare(
     """The weighted sum of the rewards, scaled and shaped, the batch that a method makes
     of it, and the moments of the scores for the state; a pure function to compile.
     Every score, the gold one included, becomes a metric, and so do their weighted sum
-    and the range of what is optimised.
+    and the range of what is optimised; without rewards scores are 0, and there is
+    neither.
     """
     scale = functools.partial(
         scale_scores, moments=state.score_moments, hp=shaping, axis_name=axis_name
     )
     shape = functools.partial(_shape, hp=shaping, max_length=max_length)
-    proxy = weighted_sum(samples.scores, weights)
+    proxy = jnp.zeros(samples.generation.ended.shape)
+    if weights:
+        proxy = weighted_sum(samples.scores, weights)
     total, moments = scale(proxy)
     total, baseline = shape(samples.generation, total), None
     if greedy is not None:
@@ -389,18 +400,21 @@ def shape_and_prepare(
     reference = ref_params if state.ref_params is None else state.ref_params
     scores = Scores(total, samples.scores, weights, baseline)
     batch, metrics = prepare(
-        state, reference, samples.generation, scores, axis_name=axis_name
+        state, reference, samples.generation, scores, *models, axis_name=axis_name
     )
     columns = {
         'objective/gold' if name == GOLD else f'reward/{name}': column
         for name, column in samples.scores.items()
     }
+    if weights:
+        columns['objective/proxy_reward'] = proxy
     named: Metrics = {
         name: Mean(jnp.sum(column), jnp.float32(column.shape[0]))
-        for name, column in {**columns, 'objective/proxy_reward': proxy}.items()
+        for name, column in columns.items()
     }
-    named['objective/scores_min'] = Min(jnp.min(total))
-    named['objective/scores_max'] = Max(jnp.max(total))
+    if weights:
+        named['objective/scores_min'] = Min(jnp.min(total))
+        named['objective/scores_max'] = Max(jnp.max(total))
     return batch, {**metrics, **reduce_metrics(named, axis_name)}, moments
 
 

@@ -20,6 +20,7 @@ from rlhf_jax import checkpoint, files
 from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.data.clock import save_date
 from rlhf_jax.data.examples import Dataset
+from rlhf_jax.data.sources import AND
 from rlhf_jax.data.stops import decide_ends
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.sharding import compile_step
@@ -77,11 +78,19 @@ class Run:
         return source_dir(self.workdir, self.config.stages, name)
 
     def data_spec(self, spec: str) -> str:
-        """A data spec with the file of a stage in place of ``stage:NAME``."""
-        if (match := _STAGE_DATA.fullmatch(spec)) is None:
-            return spec
-        folder = self.source_dir(match[1]) or Path(match[1])
-        return f'jsonl:{folder / RECORDS}{match[2] or ""}'
+        """A data spec with the file of a stage in place of every ``stage:NAME`` whose
+        records are written.
+        """
+
+        def of(part: str) -> str:
+            if (match := _STAGE_DATA.fullmatch(part)) is None:
+                return part
+            folder = self.source_dir(match[1])
+            if folder is None or not (folder / RECORDS).exists():
+                return part
+            return f'jsonl:{folder / RECORDS}{match[2] or ""}'
+
+        return AND.join(of(part) for part in spec.split(AND))
 
 
 def source_dir(workdir: Path, stages: tuple[str, ...], name: str) -> Path | None:
@@ -98,10 +107,10 @@ def _holds_result(folder: Path) -> bool:
     return any((folder / file).exists() for file in ('model.json', RECORDS))
 
 
-def records_of(spec: str) -> str | None:
-    """NAME of a data spec ``stage:NAME``; None for any other."""
-    match = _STAGE_DATA.fullmatch(spec)
-    return match and match[1]
+def records_of(spec: str) -> list[str]:
+    """Every NAME of a data spec ``stage:NAME``."""
+    matches = [_STAGE_DATA.fullmatch(part) for part in spec.split(AND)]
+    return [match[1] for match in matches if match is not None]
 
 
 def load_run_tokenizer(config: ConfigDict) -> Any:
@@ -117,6 +126,11 @@ def load_run_tokenizer(config: ConfigDict) -> Any:
     for stage, section in config.items():
         if not (isinstance(section, ConfigDict) and 'extra_eos_ids' in section):
             continue
+        if not isinstance(section.extra_eos_ids, tuple | list):
+            raise ValueError(
+                f'config.{stage}.extra_eos_ids={section.extra_eos_ids!r}: use a tuple '
+                'of ids'
+            )
         for token in section.extra_eos_ids:
             if token not in known:
                 raise ValueError(

@@ -7,6 +7,7 @@ Training, evaluation and the stage that writes samples down use it alike. Read
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.continuous_batching import generate_continuously
 from rlhf_jax.data.stops import eos_ids, token_bytes
 from rlhf_jax.generate import Sampling, generate, sampling
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.rows import repeat_prompts
 from rlhf_jax.ops.stop_table import stop_table
-from rlhf_jax.pool import generate_pooled
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import SamplerSettings
 from rlhf_jax.types import Generation, Params, PRNGKey, PromptBatch
@@ -48,15 +49,10 @@ def check_sampler(run: Run, where: str, settings: SamplerSettings) -> None:
             where the rows would not stand on one device.
     """
     _check_decode_rows(run, where, settings.decode_rows)
-    try:
-        stops_of(run.tokenizer, settings)
-    except ValueError as error:
-        shown = repr(settings.stop_sequences)
-        shown = shown if len(shown) < 200 else f'{shown[:200]}…'
-        raise ValueError(f'{where}.stop_sequences={shown}: {error}') from error
+    stops_of(run.tokenizer, where, settings.stop_sequences)
 
 
-def stops_of(tokenizer: Any, settings: SamplerSettings) -> np.ndarray | None:
+def stops_of(tokenizer: Any, where: str, stops: Sequence[str]) -> np.ndarray | None:
     """Stop strings over the tokens of a tokenizer, see ``ops/stop_table.py``; None
     where there are none.
 
@@ -64,17 +60,20 @@ def stops_of(tokenizer: Any, settings: SamplerSettings) -> np.ndarray | None:
         ValueError: one is empty or no text, they are too long, or the tokenizer does
             not write its texts token by token.
     """
-    if not settings.stop_sequences:
+    if not stops:
         return None
-    texts = [text.encode() for text in settings.stop_sequences]
-    return stop_table(token_bytes(tokenizer), texts)
+    try:
+        return stop_table(token_bytes(tokenizer), [text.encode() for text in stops])
+    except ValueError as error:
+        shown = f'{stops!r}' if len(str(stops)) < 200 else f'{str(stops)[:200]}…'
+        raise ValueError(f'{where}.stop_sequences={shown}: {error}') from error
 
 
 def stop_rules(run: Run, settings: SamplerSettings, temperature: float) -> Sampling:
     """The sampling parameters of a stage: its stop strings over the tokens, all EOS
     ids.
     """
-    table = stops_of(run.tokenizer, settings)
+    table = stops_of(run.tokenizer, 'settings', settings.stop_sequences)
     return sampling(
         eos_ids=eos_ids(run.tokenizer),
         temperature=temperature,
@@ -96,7 +95,7 @@ def make_sampler(
     draw = functools.partial(generate, **parts)
     if settings.decode_rows is not None:
         draw = functools.partial(
-            generate_pooled, **parts, num_rows=settings.decode_rows
+            generate_continuously, **parts, num_rows=settings.decode_rows
         )
     compiled = run.compile(
         lambda params, batch, *rest: draw(params, batch.tokens, batch.mask, *rest),

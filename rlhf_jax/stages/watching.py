@@ -1,7 +1,7 @@
 """Warnings during a stage that samples: nothing is left to learn from.
 
 ``loop.run_loop`` asks after every rollout and prints what is said; the report's page
-(``pages/policy.py``) says the same when the stage ends. Read ``online_job.py``
+(``pages/policy.py``) says the same when the stage ends. Read ``rollouts.py``
 next.
 """
 
@@ -33,8 +33,9 @@ class Watch:
         Args:
             values: the metrics of a rollout.
         """
-        low, high = values['objective/scores_min'], values['objective/scores_max']
-        self.flat = self.flat + 1 if low == high else 0
+        low = values.get('objective/scores_min')  # None without rewards
+        is_flat = low is not None and low == values['objective/scores_max']
+        self.flat = self.flat + 1 if is_flat else 0
         ended = values['rollout/ended']
         self.endless = self.endless + 1 if ended < FEW_END else 0
         found = []

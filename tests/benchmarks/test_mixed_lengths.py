@@ -16,7 +16,7 @@ def test_three_ways_are_compared_on_the_same_samples(monkeypatch, capsys):
     assert lines[0].startswith('8 responses: mean ') and 'longest' in lines[0]
     assert lines[2] == 'batches of 4: 1.00 × as fast as the batches (1.00–1.00)'
     assert [line.split(':')[0] for line in lines[3:]] == [
-        'pool of 4',
+        'continuous, 4 rows',
         'all rows at once',
     ]
 
@@ -26,13 +26,13 @@ def test_other_samples_are_no_comparison(monkeypatch):
 
     def wrong(model, rows, limit):
         ways = whole(model, rows, limit)
-        pool = ways[f'pool of {rows}']
-        ways[f'pool of {rows}'] = lambda params, tokens, *rest: pool(
+        right = ways[f'continuous, {rows} rows']
+        ways[f'continuous, {rows} rows'] = lambda params, tokens, *rest: right(
             params, tokens[::-1], *rest
         )
         return ways
 
     monkeypatch.setattr(mixed_lengths, 'ways', wrong)
     monkeypatch.setattr(sys, 'argv', ['mixed_lengths', *SMALL.split()])
-    with pytest.raises(SystemExit, match='pool of 4 wrote other samples'):
+    with pytest.raises(SystemExit, match='continuous, 4 rows wrote other samples'):
         mixed_lengths.main()

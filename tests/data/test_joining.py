@@ -15,7 +15,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import kept, pipeline, tiny_tldr
+from rlhf_jax.data import pipeline, tiny_tldr, token_cache
 from rlhf_jax.data.joining import decode_behind, find_joint, open_prompts
 from rlhf_jax.data.loading import Limits
 from rlhf_jax.data.reward_data import Wanted, load_judgements
@@ -279,10 +279,10 @@ def test_a_response_that_spells_a_control_token_does_not_write_it():
 
 def test_ids_that_are_kept_are_those_of_the_joined_texts(spec, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setattr(kept, 'LEAST', 0)
+    monkeypatch.setattr(token_cache, 'LEAST', 0)
     tokenizer = sentencepiece('prepend')
     # What a cache holds of the answers by themselves is not what is asked for.
-    kept.encode_kept(tokenizer, ['is it:', ' Yes.', ' No'])
+    token_cache.encode_cached(tokenizer, ['is it:', ' Yes.', ' No'])
     where = spec({'prompt': 'is it:', 'chosen': ' Yes.', 'rejected': ' No'})
     for _ in range(2):
         data = pipeline.load_comparisons(where, tokenizer, max_length=40)

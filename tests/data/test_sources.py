@@ -313,6 +313,12 @@ def one():
 def broken():
     return {}[0]
 
+def keys():
+    return [{'prompt': {7: 'x'}}]
+
+def digits():
+    return [{'margin': 10**5000}]
+
 def deep():
     row = {}
     row['row'] = row
@@ -342,6 +348,8 @@ def test_python_function(tmp_path, monkeypatch):
     fails('python:my_records:one', 'gave a int', 'iterable of dicts')
     fails('python:my_records:numbers', 'my_records:numbers record 2: a int, not a dict')
     fails('python:my_records:broken', 'failed with KeyError: 0', 'my_records.py:13')
+    fails('python:my_records:keys', 'keys record 1: the key 7 is no text')
+    fails('python:my_records:digits', 'record 1: a number of thousands of digits')
     fails('python:my_records:deep', 'my_records:deep record 1: nested more than 100')
 
 

@@ -17,6 +17,7 @@ from rlhf_jax.data.tokenizer import (
     stage_tokenizer,
 )
 from rlhf_jax.ops.stop_table import stop_table
+from rlhf_jax.stages.evaluation import stops_of
 from rlhf_jax.stages.run import load_run_tokenizer
 from tests.data.test_chat import CHATML, SPECIAL, STYLES, made, turns
 
@@ -230,3 +231,25 @@ def test_a_stop_string_is_found_inside_longer_tokens_and_across_tokens():
     assert end_of(llama, 'a.', 'b a. b') == 'b a.'
     assert end_of(llama, '.\n', 'a.\nb') == 'a.\n'
     assert end_of(llama, '</s>', 'a.</s>') == 'a.</s>'
+
+
+@pytest.mark.parametrize(
+    ('stops', 'message'),
+    [
+        (('',), 'an empty stop sequence would stop every response at once'),
+        (('a', '\ud800'), 'surrogates not allowed'),
+        (('x' * 999, 'ab'), 'the stop sequences have 1001 bytes; use at most 1000'),
+    ],
+)
+def test_stop_strings_that_cannot_be_are_told_with_their_setting(stops, message):
+    with pytest.raises(ValueError, match=f'config.ppo.stop_sequences=.*: .*{message}'):
+        stops_of(made(CHATML), 'config.ppo', stops)
+    assert stops_of(made(CHATML), 'config.ppo', ()) is None
+
+
+@pytest.mark.parametrize('ids', [-1, 2**31, 10**40, [2**40], '2', [True]])
+def test_ids_of_a_generation_config_that_are_none(tmp_path, ids):
+    made(CHATML).save_pretrained(tmp_path)
+    (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': ids}))
+    with pytest.raises(ValueError, match='generation_config.json: eos_token_id is'):
+        load_tokenizer(str(tmp_path))

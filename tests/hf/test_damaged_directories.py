@@ -242,6 +242,13 @@ def test_our_own_entries_damaged(tmp_path, ours):
         hf.load_params(out, config, head='scalar')
 
 
+def test_an_entry_of_a_tokenizer_that_is_no_setting(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    edit_json(tmp_path / 'tokenizer_config.json', model_max_length='long')
+    with pytest.raises(ValueError, match='an entry of its files is damaged .TypeError'):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize('file', ['tokenizer.json', 'tokenizer_config.json'])
 @pytest.mark.parametrize('text', ['', '{', '[]', '3', '{"model": 3}', 'cut'])
 def test_a_malformed_tokenizer(tmp_path, file, text):

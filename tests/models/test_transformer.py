@@ -17,10 +17,10 @@ from rlhf_jax.models.heads import (
     CausalLM,
     ScalarModel,
     apply_to_last,
+    fuse_projections,
     in_compute_dtype,
-    join_kernels,
     start_from,
-    take_apart,
+    unstack_layers,
 )
 from rlhf_jax.models.layers import MLP, Norm
 from rlhf_jax.ops.logprobs import token_logprobs
@@ -357,7 +357,7 @@ def test_joined_kernels_are_their_parts(config):
     tokens = np.random.default_rng(0).integers(0, 50, (2, 11)).astype(np.int32)
     mask = np.arange(11) >= np.array([[4], [0]])
     expected = model.apply({'params': params}, tokens, mask)
-    joined, in_one = join_kernels(*take_apart(model, params, 0))
+    joined, in_one = fuse_projections(*unstack_layers(model, params, 0))
     for i in range(config.num_layers):
         layer = in_one['backbone'][f'layers_{i}']
         assert layer['attention'].keys() & {'query_kernel', 'key_kernel'} == set()

@@ -1,7 +1,7 @@
 """Reads ten thousand odd inputs, the same at every call, and counts what comes of them.
 
-    JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 python -m tests.odd
-    JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 python -m tests.odd --kind templates --chunk 3
+    JAX_PLATFORMS=cpu python -m tests.odd
+    JAX_PLATFORMS=cpu python -m tests.odd --kind templates --chunk 3
 
 ``test_odd_inputs.py`` runs the same, as tests that are marked ``odd``.
 """

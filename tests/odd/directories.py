@@ -11,7 +11,7 @@ from rlhf_jax import hf
 from rlhf_jax.data import chat
 from rlhf_jax.data.stops import eos_ids, token_bytes
 from rlhf_jax.data.tokenizer import encode, load_tokenizer
-from rlhf_jax.stages.evaluation import stops_of
+from rlhf_jax.stages.sampler import stops_of
 from tests.data.test_chat import CHATML, GEMMA, LLAMA2, LLAMA3, MARKED, ZEPHYR, made
 from tests.hf.small_tokenizers import byte_tokenizer
 from tests.odd.cases import TEXTS, Case, changed, damaged, odd_value, write

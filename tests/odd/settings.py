@@ -50,10 +50,10 @@ def _refuse(*_: Any, **__: Any) -> None:
 @contextlib.contextmanager
 def nothing_compiles() -> Iterator[None]:
     """Ends its body where a stage would begin to compile."""
-    from rlhf_jax.stages import run
-
-    both = {'compile_step': _refuse, 'init_sharded': _refuse}
-    with contextlib.suppress(Compiled), mock.patch.multiple(run, **both):
+    places = ('run.compile_step', 'sources.init_sharded')
+    with contextlib.suppress(Compiled), contextlib.ExitStack() as stack:
+        for place in places:
+            stack.enter_context(mock.patch(f'rlhf_jax.stages.{place}', _refuse))
         yield
 
 
@@ -178,12 +178,12 @@ def odd_configs(rng: random.Random, folder: Path) -> Case:
             value = odd_setting(rng)
             try:
                 section[last] = value
-            except (TypeError, ValueError, KeyError):
+            except (TypeError, ValueError, KeyError, OverflowError):
                 section[last] = None
                 value = None
             about = f'{key}={value!r:.80}'
             shown = repr(value)
-    names = (*place, shown)
+    names = (*place, shown, 'nothing is left')
     return Case(f'config {about}', lambda: _launch(config, folder), names)
 
 
@@ -223,13 +223,8 @@ def odd_flags(rng: random.Random, folder: Path) -> Case:
             [value],
         )
     )
-    places = (
-        *(part[:60] for part in written),
-        key.split('.')[-1],
-        key,
-        'config',
-        value,
-    )
+    typed = (part.lstrip('-')[:60] for part in (*written, value))
+    places = (*typed, key.split('.')[-1], key, 'config')
     return Case(
         f'flags {written!s:.150}',
         lambda: _parse(written, folder),

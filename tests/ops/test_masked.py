@@ -7,10 +7,10 @@ import pytest
 
 from rlhf_jax.ops.masked import (
     at_last,
-    ended_together,
     last_index,
     masked_mean,
     masked_sum,
+    right_align,
     whiten,
 )
 
@@ -127,10 +127,10 @@ def test_the_last_true_of_every_row():
 def test_rows_that_end_together():
     x = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
     mask = jnp.array([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
-    turned = ended_together(x, mask)
+    turned = right_align(x, mask)
     expected = [[3, 4, 1, 2], [5, 6, 7, 8], [12, 9, 10, 11], [14, 15, 16, 13]]
     assert turned.tolist() == expected  # a row without any ends with its first
-    turned = ended_together(mask, mask)
+    turned = right_align(mask, mask)
     assert turned.astype(int).tolist() == [
         [0, 0, 1, 1],
         [0, 1, 0, 1],

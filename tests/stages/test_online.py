@@ -314,6 +314,11 @@ def test_a_rollout_can_be_learned_from_twice(tmp_path):
         ('expert_iteration', {'keep': 2}, ['keep=2', 'selects nothing']),
         ('gdpo', {'score_clip': 1.0}, ['score_clip=1.0', "name='gdpo' normalises"]),
         ('maxrl', {}, ["name='maxrl'", 'kl_coef=0.2', 'kl_loss_coef']),
+        (
+            'maxrl',
+            {'kl_coef': 0.0},
+            ['missing_eos_penalty=1.0', "name='maxrl' needs a reward of 0 or 1"],
+        ),
         ('grpo', {'ref_mix': 0.0}, ['ref_mix=0.0', '(0, 1]']),
         ('grpo', {'overlong_buffer': 9}, ['overlong_buffer', 'max_new_tokens=8']),
     ],

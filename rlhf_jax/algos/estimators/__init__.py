@@ -13,8 +13,8 @@ own:
 * ``WANTS_SCORES = True``, where the single rewards must be there by name,
   ``outcomes.scores`` and ``outcomes.weights``; what would change their sum and not
   them (scaling, a clip, a fixed score) is then refused;
-* ``KL_IN_REWARD = False``, where a KL penalty in the rewards would be taken for a part
-  of the task: ``kl_coef`` above 0 is then refused.
+* ``WANTS_SUCCESS = True``, where a reward has to be 1 for a success and else 0: a KL
+  penalty and other penalties in it are then refused.
 
 Read ``grpo.py`` next, then ``algos/policy_gradient.py``.
 """

@@ -23,7 +23,7 @@ from rlhf_jax.ops.advantages import group_deviations
 from rlhf_jax.types import Array, Outcomes
 
 AGGREGATION = 'sequence_sum'
-KL_IN_REWARD = False
+WANTS_SUCCESS = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""The token cache: ids of many texts, kept between starts in the user's cache folder.
+"""The token cache: the ids of large data, on disk in the user's cache folder.
 
-``loading.py`` reads a file in pieces of a few megabytes; the ids of each piece are a
-file here, which is found by a digest of the texts and the tokenizer, so that it is
-never that of other data: a changed record is tokenised anew with its piece, and what
-follows where the pieces move. Nothing is removed; the folder ``tokens`` of
-:func:`rlhf_jax.config.cache_dir` may be, at any time. Read ``rows.py`` next.
+``loading.py`` reads a file in pieces of a few megabytes, and the ids of each piece are
+cached in a file of their own. Its name is a digest of the texts and the tokenizer, so
+that a hit is never of other data. After a change of a record its piece is tokenised
+again, and so are later ones whose bounds have moved. Nothing is ever deleted; users may
+delete the folder ``tokens`` of :func:`rlhf_jax.config.cache_dir` at any time. Read
+``rows.py`` next.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.config import cache_dir
 from rlhf_jax.data.tokenizer import encode
 
-LEAST = 2**18  # characters together, from which on reading is worth a file
+LEAST = 2**18  # characters together; fewer are not worth a file
 
 
-def encode_kept(
+def encode_cached(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], mark: str | None = None
 ) -> list[list[int]]:
-    """What :func:`rlhf_jax.data.tokenizer.encode` gives, read where it was given
-    before; of few texts nothing is kept.
+    """:func:`rlhf_jax.data.tokenizer.encode` with a cache on disk; texts of fewer than
+    ``LEAST`` characters together are not cached.
 
     Args:
         tokenizer: a fast one.
@@ -40,7 +41,7 @@ def encode_kept(
         mark: :func:`tokenizer_mark` of the tokenizer, where it is known.
 
     Raises:
-        ValueError: what was kept cannot be read.
+        ValueError: a file of the cache cannot be read.
     """
     if sum(map(len, texts)) < LEAST:
         return encode(tokenizer, texts)
@@ -57,8 +58,8 @@ def encode_kept(
 
 
 def tokenizer_mark(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that the ids of a text depend on. Of a large vocabulary it takes
-    a tenth of a second.
+    """A digest of everything in a tokenizer that the ids of a text depend on; with a
+    large vocabulary it takes a tenth of a second.
     """
     kind = type(tokenizer)
     about = repr(

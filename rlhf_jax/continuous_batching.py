@@ -1,8 +1,8 @@
-"""Continuous batching: a pool of prompts behind a few rows that decode.
+"""Continuous batching: a few rows decode, and a row that is done takes the next prompt.
 
-A batch waits for its longest response. Here a row whose response has ended takes the
-next waiting prompt, inside the compiled loop. The samples are those of
-``generate.generate``. Read ``rewards.py`` next.
+``generate.generate`` runs a batch until its longest response has ended. Here a row
+whose response has ended takes the next waiting prompt, inside the compiled loop. Both
+give the same samples. Read ``rewards.py`` next.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Pool:
     ended: Array  # [N] bool
 
 
-def generate_pooled(
+def generate_continuously(
     params: Params,
     tokens: Array,
     mask: Array,
@@ -58,9 +58,9 @@ def generate_pooled(
 ) -> Generation:
     """Continues prompts as :func:`rlhf_jax.generate.generate` does, a few at a time.
 
-    All rows write the same slot at the same time. Behind the prompt the slots are a
-    ring of R, so that a row overwrites nothing of its own response, however late it
-    began. The prompts of all samples are run in front, in one batch.
+    All prompts are prefilled first, in one batch. At every token all rows write the
+    same slot of the cache. The R slots behind the prompt are a ring buffer, so that a
+    row never overwrites its own response, whenever it began.
 
     Args:
         params: of ``model``.
@@ -71,7 +71,7 @@ def generate_pooled(
         how: traced sampling parameters.
         model: the language model.
         max_new_tokens: R, static.
-        num_rows: S, samples that are written at the same time, static.
+        num_rows: S, samples that are decoded at the same time, static.
 
     Returns:
         A Generation of N rows and length P + R.

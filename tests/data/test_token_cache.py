@@ -1,10 +1,10 @@
-"""Token ids that are kept: the same ones, of the same texts and tokenizer alone."""
+"""The token cache: a hit gives the ids of the same texts and the same tokenizer."""
 
 import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import kept, pipeline, tiny_tldr
+from rlhf_jax.data import pipeline, tiny_tldr, token_cache
 from rlhf_jax.data.tokenizer import encode, word_tokenizer
 
 TEXTS = ['News of Anna.', '', ' Tom sold boats', 'ünï 日本語 🙂']
@@ -19,7 +19,7 @@ def tokenizer():
 def folder(tmp_path, monkeypatch):
     """The cache of these tests, in which everything is kept."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(kept, 'LEAST', 0)
+    monkeypatch.setattr(token_cache, 'LEAST', 0)
     return tmp_path / 'rlhf_jax' / 'tokens'
 
 
@@ -28,18 +28,18 @@ def no_tokenizing(monkeypatch):
     def fail(*_):
         raise AssertionError('tokenised again')
 
-    return lambda: monkeypatch.setattr(kept, 'encode', fail)
+    return lambda: monkeypatch.setattr(token_cache, 'encode', fail)
 
 
 def test_the_second_time_nothing_is_tokenised(tokenizer, folder, no_tokenizing):
     expected = encode(tokenizer, TEXTS)
     assert expected[1] == []
-    assert kept.encode_kept(tokenizer, TEXTS) == expected
+    assert token_cache.encode_cached(tokenizer, TEXTS) == expected
     no_tokenizing()
-    assert kept.encode_kept(tokenizer, TEXTS) == expected
+    assert token_cache.encode_cached(tokenizer, TEXTS) == expected
     assert len(list(folder.iterdir())) == 1
     with pytest.raises(AssertionError, match='tokenised again'):
-        kept.encode_kept(tokenizer, TEXTS[:-1])
+        token_cache.encode_cached(tokenizer, TEXTS[:-1])
 
 
 def test_other_texts_and_other_tokenizers_are_told_apart(tokenizer, folder):
@@ -49,7 +49,7 @@ def test_other_texts_and_other_tokenizers_are_told_apart(tokenizer, folder):
     asked = [(tokenizer, TEXTS), (tokenizer, moved), (shorter, TEXTS)]
     for _ in range(2):
         for one, texts in asked:
-            assert kept.encode_kept(one, texts) == encode(one, texts)
+            assert token_cache.encode_cached(one, texts) == encode(one, texts)
     assert len(list(folder.iterdir())) == len(asked)
 
 
@@ -58,7 +58,7 @@ def test_a_tokenizer_that_splits_special_tokens_is_another(folder):
     for split in (False, True):
         one = tiny_tldr.tokenizer()
         one.split_special_tokens = split
-        found.append(kept.encode_kept(one, texts))
+        found.append(token_cache.encode_cached(one, texts))
         assert found[-1] == encode(one, texts)
     assert found[0][0][-1] == 1 != found[1][0][-1]
 
@@ -67,21 +67,25 @@ def test_a_tokenizer_that_splits_special_tokens_is_another(folder):
 def test_ids_of_any_size(highest, folder):
     rows = [[highest, 1], [], [0, highest, 7]]
     path = folder / 'some.npz'
-    kept._save(path, rows)
-    assert kept._load(path) == rows
+    token_cache._save(path, rows)
+    assert token_cache._load(path) == rows
 
 
 def test_no_texts(tokenizer):
-    assert kept.encode_kept(tokenizer, []) == kept.encode_kept(tokenizer, []) == []
+    assert (
+        token_cache.encode_cached(tokenizer, [])
+        == token_cache.encode_cached(tokenizer, [])
+        == []
+    )
 
 
 def test_of_few_texts_nothing_is_kept(tokenizer, folder, monkeypatch):
     size = sum(map(len, TEXTS))
-    monkeypatch.setattr(kept, 'LEAST', size + 1)
-    assert kept.encode_kept(tokenizer, TEXTS) == encode(tokenizer, TEXTS)
+    monkeypatch.setattr(token_cache, 'LEAST', size + 1)
+    assert token_cache.encode_cached(tokenizer, TEXTS) == encode(tokenizer, TEXTS)
     assert not folder.exists()
-    monkeypatch.setattr(kept, 'LEAST', size)
-    kept.encode_kept(tokenizer, TEXTS)
+    monkeypatch.setattr(token_cache, 'LEAST', size)
+    token_cache.encode_cached(tokenizer, TEXTS)
     assert folder.exists()
 
 
@@ -89,7 +93,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_costs_nothing(tokenizer, fol
     folder.parent.mkdir()
     folder.write_text('a file where a folder should be')
     with pytest.warns(UserWarning, match=r'tokens/\w+\.npz: token ids cannot be kept'):
-        ids = kept.encode_kept(tokenizer, TEXTS)
+        ids = token_cache.encode_cached(tokenizer, TEXTS)
     assert ids == encode(tokenizer, TEXTS)
 
 
@@ -100,17 +104,17 @@ def test_what_is_written_is_whole_or_not_there(tokenizer, folder, monkeypatch):
 
     monkeypatch.setattr(np, 'savez', broken)
     with pytest.raises(KeyboardInterrupt):
-        kept.encode_kept(tokenizer, TEXTS)
+        token_cache.encode_cached(tokenizer, TEXTS)
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize('left', [slice(-40), slice(0), slice(40, None)])
 def test_a_damaged_file_is_named(left, tokenizer, folder):
-    kept.encode_kept(tokenizer, TEXTS)
+    token_cache.encode_cached(tokenizer, TEXTS)
     [path] = folder.iterdir()
     path.write_bytes(path.read_bytes()[left])
     with pytest.raises(ValueError, match=rf'{path.name} cannot be read .*; remove it'):
-        kept.encode_kept(tokenizer, TEXTS)
+        token_cache.encode_cached(tokenizer, TEXTS)
 
 
 @pytest.mark.parametrize('kind', ['texts', 'comparisons'])

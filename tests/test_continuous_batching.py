@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.continuous_batching import generate_continuously
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.stop_table import stop_table
-from rlhf_jax.pool import generate_pooled
 
 KEY = jax.random.PRNGKey(5)
 ENDS = list(range(0, 64, 6))  # about one token in six ends a response
@@ -39,7 +39,7 @@ def test_samples_are_those_of_the_plain_loop(policy, policy_params, prompts, num
     )
     lengths = expected.response_mask.sum(-1)
     assert len(set(lengths.tolist())) > 4  # rows end at different times
-    pooled = functools.partial(generate_pooled, **parts, num_rows=num_rows)
+    pooled = functools.partial(generate_continuously, **parts, num_rows=num_rows)
     same(jax.jit(pooled)(policy_params, *prompts, KEY, how), expected)
 
 
@@ -53,7 +53,7 @@ def test_windows_and_layers_apart(config, prompts):
     parts = {'model': model, 'max_new_tokens': 9}
     how = sampling(eos_ids=ENDS)
     expected = jax.jit(functools.partial(generate, **parts))(params, *prompts, KEY, how)
-    pooled = functools.partial(generate_pooled, **parts, num_rows=2)
+    pooled = functools.partial(generate_continuously, **parts, num_rows=2)
     same(jax.jit(pooled)(params, *prompts, KEY, how), expected)
 
 
@@ -65,7 +65,9 @@ def test_a_free_row_takes_the_next_prompt(counted):
     starts = jnp.array([[0], [6], [6], [6], [2], [6], [6], [6]])
     model, calls = counted
     run = jax.jit(
-        functools.partial(generate_pooled, model=model, max_new_tokens=10, num_rows=2)
+        functools.partial(
+            generate_continuously, model=model, max_new_tokens=10, num_rows=2
+        )
     )
     out = run(chain, starts, starts >= 0, jnp.arange(8), KEY, sampling(eos_ids=[7]))
     jax.block_until_ready(out)
@@ -81,7 +83,7 @@ def test_settings_that_cannot_be(policy, policy_params, prompts):
     tokens, mask, _ = prompts
     for rows, ids in ((0, 4), (2, 6)):
         with pytest.raises(ValueError, match=f'{ids} row ids of 4 prompts by {rows}'):
-            generate_pooled(
+            generate_continuously(
                 policy_params,
                 tokens,
                 mask,
