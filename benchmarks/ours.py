@@ -154,7 +154,7 @@ def rm(bench: Bench) -> None:
     """Pairs of equal length."""
     pairs, length = bench.work.batch, bench.work.length
     tokens = bench.tokens(pairs, 2, length)
-    batch = rj.PairBatch(
+    batch = rj.JudgedBatch(
         tokens=tokens,
         mask=np.ones_like(tokens, bool),
         margin=np.zeros(pairs, np.float32),
@@ -174,7 +174,7 @@ def dpo_work(bench: Bench) -> None:
     """
     work = bench.work
     tokens = bench.tokens(work.batch, 2, work.length)
-    batch = rj.PreferencePairs(
+    batch = rj.JudgedBatch(
         tokens=tokens,
         mask=np.ones_like(tokens, bool),
         response_mask=np.broadcast_to(

@@ -22,7 +22,7 @@ import optax
 from rlhf_jax import (
     ActorCritic,
     CausalLM,
-    PairBatch,
+    JudgedBatch,
     PPOHParams,
     PPOState,
     RMHParams,
@@ -63,7 +63,7 @@ for _ in range(5):
 
 # 2. A reward model that starts from the SFT model. Index 0 of a pair is the chosen one.
 pairs = ids.integers(3, config.vocab_size, (8, 2, 16)).astype(np.int32)
-comparisons = PairBatch(
+comparisons = JudgedBatch(
     tokens=pairs,
     mask=np.ones_like(pairs, bool),
     margin=np.zeros(8, np.float32),

@@ -60,94 +60,44 @@ class TokenBatch:
 
 
 @struct.dataclass(kw_only=True)
-class PairBatch:
-    """Comparisons: on the second axis, index 0 is the chosen and index 1 the rejected
-    text.
-    """
+class JudgedBatch:
+    """K responses to each of P prompts with what was said of them, for reward models
+    and preference losses. What a loss does not read may be None.
 
-    tokens: Array  # [P, 2, T] int32, right-padded
-    mask: Array  # [P, 2, T] bool
-    margin: Array  # [P] float32, demanded score difference; 0 where labellers gave none
-    weight: Array  # [P] float32, 0 for rows that only fill up a batch
+    ===================  =======  ====================================================
+    comparison           K = 2    the chosen text first; ``labels`` are None
+    ranking              K texts  ranks: 1 is the best, equal is a tie
+    rating               K = 1    the number that was given
+    response in steps    K = 1    at the last token of every step: 1 right, 0 wrong
+    unpaired response    K = 1    1 desirable, 0 not
+    ===================  =======  ====================================================
 
-    @property
-    def ranks(self) -> Array:
-        """[P, 2, 1] int32, as in ``RankingBatch``."""
-        return jnp.broadcast_to(jnp.array([[1], [2]]), (*self.tokens.shape[:2], 1))
-
-
-@struct.dataclass(kw_only=True)
-class RankingBatch:
-    """Up to K completions of each prompt in order, by one head or by several. A
-    completion that is not there has one token that counts nothing; one that has a rank
-    and no token is the virtual response, whose score is 0.
+    In a ranking, a completion that is not there has one token and no label; one that
+    has a label and no token is the virtual response, whose score is 0.
     """
 
     tokens: Array  # [P, K, T] int32, right-padded
     mask: Array  # [P, K, T] bool
-    ranks: Array  # [P, K, H] int32, 1 is best, equal is a tie, −1 is not ranked
-    margin: Array  # [P] float32, demanded score difference; 0 where labellers gave none
     weight: Array  # [P] float32, 0 for rows that only fill up a batch
-
-
-@struct.dataclass(kw_only=True)
-class RatingBatch:
-    """Texts with a number from a labeller, for one head or for several."""
-
-    tokens: Array  # [B, T] int32, right-padded
-    mask: Array  # [B, T] bool
-    ratings: Array  # [B, H] float32, 0 where there is none
-    rated: Array  # [B, H] bool
-    weight: Array  # [B] float32, 0 for rows that only fill up a batch
-
-
-@struct.dataclass(kw_only=True)
-class StepBatch:
-    """Texts in steps, each of which a labeller found right or not."""
-
-    tokens: Array  # [B, T] int32, right-padded
-    mask: Array  # [B, T] bool
-    step_mask: Array  # [B, T] bool, the last token of every step
-    right: Array  # [B, T] bool, the step is right, where step_mask is True
-    weight: Array  # [B] float32, 0 for rows that only fill up a batch
-
-
-@struct.dataclass(kw_only=True)
-class PreferencePairs:
-    """Comparisons for ``preference_step``: on the second axis, index 0 is the chosen
-    and index 1 the rejected text. The reference fields are what ``reference_logps``
-    returned, or None for a loss without a reference policy.
-    """
-
-    tokens: Array  # [P, 2, T] int32
-    mask: Array  # [P, 2, T] bool
-    response_mask: Array  # [P, 2, T] bool, response tokens, EOS included
-    weight: Array  # [P] float32, 0 for rows that only fill up a batch
-    ref_logps: Array | None = None  # [P, 2] float32, Σ log π_ref of the response
-    ref_shared_logps: Array | None = None  # [P, 2] float32, see ``PairLogps``
-    # As in TokenBatch
-    response_length: int | None = struct.field(pytree_node=False, default=None)
-
-
-@struct.dataclass(kw_only=True)
-class PreferenceSingles:
-    """Unpaired responses, each desirable or not, for ``preference_step``.
-
-    ``mismatched`` holds, for losses that want it (KTO), the prompt of every row with
-    the response of another one, which is what its ``loss_mask`` counts. The reference
-    fields are what ``reference_logps`` returned.
-    """
-
-    tokens: Array  # [P, T] int32
-    mask: Array  # [P, T] bool
-    response_mask: Array  # [P, T] bool, response tokens, EOS included
-    desirable: Array  # [P] bool
-    weight: Array  # [P] float32, 0 for rows that only fill up a batch
-    mismatched: TokenBatch | None = None  # P rows
-    ref_logps: Array | None = None  # [P] float32
-    ref_mismatched_logps: Array | None = None  # [P] float32
+    response_mask: Array | None = None  # [P, K, T] bool, response tokens, EOS included
+    labels: Array | None = None  # [P, K, H] float32, by head; of steps [P, K, T]
+    judged: Array | None = None  # like ``labels``, bool: where there is one
+    # [P] float32, demanded score difference; 0 where labellers gave none
+    margin: Array | None = None
+    # P rows: the prompt with the response to another one, which is what ``loss_mask``
+    # counts; for losses on unpaired responses (KTO)
+    mismatched: TokenBatch | None = None
+    # float32, what ``reference_logps`` returned, for a loss with a reference:
+    ref_logps: Array | None = None  # [P, K] Σ log π_ref of the response
+    ref_shared_logps: Array | None = None  # [P, 2], see ``PairLogps``
+    ref_mismatched_logps: Array | None = None  # [P]
     # As in TokenBatch; of the mismatched responses too
     response_length: int | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def desirable(self) -> Array:
+        """[P] bool, of unpaired responses."""
+        return self.labels[:, 0, 0] > 0
 
 
 @struct.dataclass(kw_only=True)
@@ -166,7 +116,7 @@ class TokenLogps:
 
 @struct.dataclass(kw_only=True)
 class PairLogps:
-    """What a pairwise preference loss sees of ``PreferencePairs``.
+    """What a pairwise preference loss sees of a ``JudgedBatch``.
 
     ``shared`` sums stop where the shorter response of the pair ends.
     """
@@ -193,8 +143,8 @@ class PairLogps:
 
 
 @struct.dataclass(kw_only=True)
-class SingleLogps:
-    """What a preference loss on unpaired responses sees of ``PreferenceSingles``; the
+class UnpairedLogps:
+    """What a preference loss on unpaired responses sees of a ``JudgedBatch``; the
     mismatched responses only in its ``context``.
     """
 

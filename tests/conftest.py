@@ -42,7 +42,7 @@ from rlhf_jax import sharding
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.models.transformer import KVCache
-from rlhf_jax.types import Generation, PairBatch, TokenBatch
+from rlhf_jax.types import Generation, JudgedBatch, TokenBatch
 from tests import small_config
 
 VOCABULARY = 64
@@ -176,7 +176,7 @@ def token_batch() -> TokenBatch:
 
 
 @pytest.fixture
-def pair_batch() -> PairBatch:
+def pair_batch() -> JudgedBatch:
     rng = np.random.default_rng(1)
     lengths = rng.integers(3, 11, size=(16, 2))
     mask = np.arange(10) < lengths[..., None]
@@ -184,7 +184,7 @@ def pair_batch() -> PairBatch:
     weight = np.ones(16, np.float32)
     weight[5] = 0
     margin = rng.uniform(0, 1, 16).astype(np.float32)
-    return PairBatch(tokens=tokens, mask=mask, margin=margin, weight=weight)
+    return JudgedBatch(tokens=tokens, mask=mask, margin=margin, weight=weight)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh
 from rlhf_jax.types import (
     Generation,
-    PairBatch,
+    JudgedBatch,
     PPOState,
     Rollout,
     Scores,
@@ -120,7 +120,7 @@ def step_of(name):
     if name == 'rm':
         pair, row = places(jnp.int32, 2, LENGTH), places(jnp.float32)
         real = places(bool, 2, LENGTH)
-        batch = PairBatch(tokens=pair, mask=real, margin=row, weight=row)
+        batch = JudgedBatch(tokens=pair, mask=real, margin=row, weight=row)
         fn = functools.partial(rm_step, model=SCALAR, tx=TX, hp=RMHParams())
         return fn, (train_state(TrainState, scalar), batch), *train
     if name == 'generate':

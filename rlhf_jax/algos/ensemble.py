@@ -19,7 +19,7 @@ import optax
 from rlhf_jax.algos.rm import RMHParams, rm_step
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.reward_losses import RewardLoss, bradley_terry
-from rlhf_jax.types import Metrics, PairBatch, Params, TrainState
+from rlhf_jax.types import JudgedBatch, Metrics, Params, TrainState
 
 
 def member_seed(seed: int, member: int) -> int:
@@ -40,7 +40,7 @@ def over_members(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.vmap(fn, in_axes=(0, None), out_axes=1)
 
 
-def stack_batches(batches: Sequence[PairBatch]) -> PairBatch:
+def stack_batches(batches: Sequence[JudgedBatch]) -> JudgedBatch:
     """One batch of every member as one: [P, M, …], on the host.
 
     The rows stay in front, so that they are split over devices like those of any other
@@ -52,12 +52,14 @@ def stack_batches(batches: Sequence[PairBatch]) -> PairBatch:
         around = [[(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])] for x in leaves]
         return np.stack([np.pad(x, p) for x, p in zip(leaves, around)], axis=1)
 
-    return jax.tree.map(stack, *batches)
+    # The longest response is a static number, which differs between buckets.
+    rows = (batch.replace(response_length=None) for batch in batches)
+    return jax.tree.map(stack, *rows)
 
 
 def ensemble_rm_step(
     state: TrainState,
-    batch: PairBatch,
+    batch: JudgedBatch,
     *,
     model: ScalarModel,
     tx: optax.GradientTransformation,
@@ -87,7 +89,7 @@ def ensemble_rm_step(
         (new state, metrics of ``rm_step``, averaged over the members).
     """
 
-    def one(params: Params, opt_state: Any, rows: PairBatch) -> tuple[Any, ...]:
+    def one(params: Params, opt_state: Any, rows: JudgedBatch) -> tuple[Any, ...]:
         member = state.replace(params=params, opt_state=opt_state)
         member, metrics = rm_step(
             member,

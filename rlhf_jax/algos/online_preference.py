@@ -30,11 +30,11 @@ from rlhf_jax.preference import PreferenceLoss
 from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Generation,
+    JudgedBatch,
     Mean,
     Metrics,
     OnlineState,
     Params,
-    PreferencePairs,
     Scores,
     TrainState,
     reduce_metrics,
@@ -73,7 +73,7 @@ def prepare_pairs(
     hp: OnlinePreferenceHParams,
     loss: PreferenceLoss,
     axis_name: str | None = None,
-) -> tuple[PreferencePairs, Metrics]:
+) -> tuple[JudgedBatch, Metrics]:
     """The best and the worst response to every prompt as a comparison.
 
     y_w = y_argmax score, y_l = y_argmin score; weight 0 where both scores are equal
@@ -119,7 +119,7 @@ def prepare_pairs(
         jnp.stack(ends, axis=-1),
         hp.group_size,
     )
-    pairs = PreferencePairs(
+    pairs = JudgedBatch(
         tokens=tokens,
         mask=mask,
         response_mask=response_mask,
@@ -134,7 +134,7 @@ def prepare_pairs(
 
 def online_preference_step(
     state: TrainState,
-    batch: PreferencePairs,
+    batch: JudgedBatch,
     *,
     model: CausalLM,
     tx: optax.GradientTransformation,
@@ -170,7 +170,7 @@ def online_preference_step(
     how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
 
     def update(
-        params: Params, opt_state: Any, minibatch: PreferencePairs
+        params: Params, opt_state: Any, minibatch: JudgedBatch
     ) -> tuple[Params, Any, Metrics]:
         parts = {'num_microbatches': hp.num_microbatches, 'axis_name': axis_name}
         context = batch_context(params['policy'], minibatch, **how, **parts)

@@ -27,21 +27,19 @@ from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.ranges import at_least
 from rlhf_jax.types import (
     Array,
+    JudgedBatch,
     Last,
     Mean,
     Metrics,
     PairLogps,
     Params,
-    PreferencePairs,
-    PreferenceSingles,
-    SingleLogps,
     TokenBatch,
     TokenLogps,
     TrainState,
+    UnpairedLogps,
 )
 
-Batch = PreferencePairs | PreferenceSingles
-Logps = PairLogps | SingleLogps
+Logps = PairLogps | UnpairedLogps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,15 @@ class PreferenceHParams:
 # -------------------------------------------------------------------- log-probabilities
 
 
-def _texts(batch: Batch) -> TokenBatch:
+# Fields of ``Logps`` that are [P] where the others have an entry for each response.
+PER_PROMPT = ('weight', 'mismatched_logps', 'ref_mismatched_logps')
+
+
+def _is_paired(batch: JudgedBatch) -> bool:
+    return batch.tokens.shape[1] == 2
+
+
+def _texts(batch: JudgedBatch) -> TokenBatch:
     """All texts of a batch, one below the other."""
     rows = (batch.tokens, batch.mask, batch.response_mask)
     tokens, mask, counted = (x.reshape(-1, x.shape[-1]) for x in rows)
@@ -66,7 +72,7 @@ def _texts(batch: Batch) -> TokenBatch:
 
 def _sums(
     params: Params,
-    batch: Batch,
+    batch: JudgedBatch,
     model: CausalLM,
     scored: tuple[Array, Array] | None = None,
 ) -> tuple[dict[str, Array], Array]:
@@ -81,7 +87,7 @@ def _sums(
     logprobs, counted = (x.reshape(shape) for x in scored)
     lengths = jnp.sum(counted, axis=-1)
     sums = {'logps': jnp.sum(logprobs, axis=-1)}
-    if isinstance(batch, PreferencePairs):
+    if _is_paired(batch):
         shorter = jnp.min(lengths, axis=-1)[:, None, None]
         shared = jnp.cumsum(counted, axis=-1) <= shorter
         sums['shared_logps'] = jnp.sum(jnp.where(shared, logprobs, 0), axis=-1)
@@ -93,7 +99,7 @@ def _sums(
 
 
 def _token_logps(
-    params: Params, batch: Batch, ref_params: Params | None, model: CausalLM
+    params: Params, batch: JudgedBatch, ref_params: Params | None, model: CausalLM
 ) -> TokenLogps:
     """Every token by itself, under the policy and the reference policy, if there is
     one.
@@ -133,18 +139,18 @@ def _token_logps(
 
 
 def reference_logps(
-    params: Params, batch: Batch, *, model: CausalLM
+    params: Params, batch: JudgedBatch, *, model: CausalLM
 ) -> dict[str, Array]:
     """The reference fields of a batch, to be computed once per example:
     ``batch.replace(**reference_logps(…))``.
 
     Args:
         params: of the frozen reference policy.
-        batch: pairs or unpaired responses, which may have mismatched ones.
-        model: of the reference policy, static.
+        batch: pairs or unpaired responses; these may have mismatched ones.
+        model: of the reference, static.
 
     Returns:
-        ``ref_logps`` and, of pairs, ``ref_shared_logps`` [P, 2]; of unpaired [P], with
+        ``ref_logps`` [P, K] and, of pairs, ``ref_shared_logps`` [P, 2]; with
         ``ref_mismatched_logps`` [P] where there are any. Float32, nats; independent of
         the padding and of the other rows.
     """
@@ -154,7 +160,7 @@ def reference_logps(
 
 def batch_logps(
     params: Params,
-    batch: Batch,
+    batch: JudgedBatch,
     ref_params: Params | None = None,
     *,
     model: CausalLM,
@@ -184,6 +190,8 @@ def batch_logps(
         batch = batch.replace(**{f'ref_{name}': x for name, x in known.items()})
     names = (field.name for field in dataclasses.fields(batch))
     refs = {name: getattr(batch, name) for name in names if name.startswith('ref_')}
+    if _is_paired(batch):
+        del refs['ref_mismatched_logps']
 
     def real(x: Array) -> Array:
         return jnp.where(batch.weight.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, -1.0)
@@ -198,23 +206,28 @@ def batch_logps(
         'lengths': jnp.maximum(lengths, 1).astype(jnp.float32),
         'weight': batch.weight,
     }
-    if isinstance(batch, PreferencePairs):
+    if _is_paired(batch):
         return PairLogps(**numbers)
-    return SingleLogps(**numbers, desirable=batch.desirable)
+    numbers = {  # one response to a prompt
+        name: x if name in PER_PROMPT else jax.tree.map(lambda y: y[:, 0], x)
+        for name, x in numbers.items()
+        if name != 'ref_shared_logps'
+    }
+    return UnpairedLogps(**numbers, desirable=batch.desirable)
 
 
 # --------------------------------------------------------------------------------- loss
 
 
 def check_batch(
-    loss: PreferenceLoss, batch: Batch, ref_params: Params | None = None
+    loss: PreferenceLoss, batch: JudgedBatch, ref_params: Params | None = None
 ) -> None:
     """Raises ValueError when a batch is not what the loss module is for."""
-    kind = 'pairs' if isinstance(batch, PreferencePairs) else 'singles'
+    kind = 'pairs' if _is_paired(batch) else 'unpaired'
     if loss.DATA != kind:
         what = {
             'pairs': 'comparisons of a chosen and a rejected response',
-            'singles': 'single responses, each desirable or not',
+            'unpaired': 'single responses, each desirable or not',
         }
         raise ValueError(
             f'{loss.__name__} is a loss on {what[loss.DATA]}, and the data are '
@@ -234,7 +247,7 @@ def check_batch(
 
 def batch_context(
     params: Params,
-    batch: Batch,
+    batch: JudgedBatch,
     ref_params: Params | None = None,
     *,
     model: CausalLM,
@@ -277,7 +290,7 @@ def batch_context(
 
 def implicit_rewards(
     params: Params,
-    batch: Batch,
+    batch: JudgedBatch,
     ref_params: Params | None = None,
     *,
     model: CausalLM,
@@ -304,7 +317,7 @@ def implicit_rewards(
 
 def preference_loss(
     params: Params,
-    batch: Batch,
+    batch: JudgedBatch,
     context: dict[str, Array],
     ref_params: Params | None = None,
     *,
@@ -358,7 +371,7 @@ def preference_loss(
 
 def preference_step(
     state: TrainState,
-    batch: Batch,
+    batch: JudgedBatch,
     ref_params: Params | None = None,
     *,
     model: CausalLM,
@@ -400,8 +413,7 @@ def preference_step(
         num_microbatches=hp.num_microbatches,
         axis_name=axis_name,
     )
-    if isinstance(batch, PreferenceSingles):
-        batch = batch.replace(mismatched=None)  # the context was all it was for
+    batch = batch.replace(mismatched=None)  # the context was all it was for
     gradient, metrics = mean_gradient(
         lambda params, part: preference_loss(params, *part, ref_params, **how),
         state.params,

@@ -21,18 +21,13 @@ from rlhf_jax.reward_losses import RewardLoss, bradley_terry
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.types import (
     Array,
+    JudgedBatch,
     Last,
     Mean,
     Metrics,
-    PairBatch,
     Params,
-    RankingBatch,
-    RatingBatch,
-    StepBatch,
     TrainState,
 )
-
-Batch = PairBatch | RankingBatch | RatingBatch | StepBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +41,9 @@ class RMHParams:
     num_microbatches: Annotated[int, at_least(1)] = 1  # gradient accumulation
 
 
-def ranked_scores(
-    params: Params, batch: PairBatch | RankingBatch, *, model: ScalarModel
-) -> Array:
-    """Scores of all completions in one concatenated pass, [P, K, H] float32; 0 for a
-    completion without a token.
+def text_scores(params: Params, batch: JudgedBatch, *, model: ScalarModel) -> Array:
+    """Scores of all texts in one concatenated pass, [P, K, H] float32; 0 for a text
+    without a token.
     """
     prompts, size, length = batch.tokens.shape
     scores = reward_model_scores(
@@ -62,30 +55,27 @@ def ranked_scores(
     return jnp.where(_is_text(batch), scores.reshape(prompts, size, -1), 0)
 
 
-def _is_text(batch: PairBatch | RankingBatch) -> Array:
+def _is_text(batch: JudgedBatch) -> Array:
     """False for the virtual response, [P, K, 1] bool."""
     return jnp.any(batch.mask, axis=-1)[..., None]
 
 
-def pair_scores(params: Params, batch: PairBatch, *, model: ScalarModel) -> Array:
+def pair_scores(params: Params, batch: JudgedBatch, *, model: ScalarModel) -> Array:
     """Scores of both texts of every pair, of a model with one score, [P, 2] float32."""
-    return ranked_scores(params, batch, model=model)[..., 0]
+    return text_scores(params, batch, model=model)[..., 0]
 
 
-def rated_scores(params: Params, batch: RatingBatch, *, model: ScalarModel) -> Array:
-    """Scores of every text by every head, [B, H] float32."""
-    scores = reward_model_scores(params, batch.tokens, batch.mask, model=model)
-    return scores.reshape(len(batch.tokens), -1)
-
-
-def step_scores(params: Params, batch: StepBatch, *, model: ScalarModel) -> Array:
-    """Scores at every token, of which those at the end of a step count, [B, T]."""
-    return model.apply({'params': params}, batch.tokens, batch.mask)
+def step_scores(params: Params, batch: JudgedBatch, *, model: ScalarModel) -> Array:
+    """Scores at every token of responses in steps, of which those at the end of a step
+    count, [P, 1, T].
+    """
+    tokens, mask = batch.tokens[:, 0], batch.mask[:, 0]
+    return model.apply({'params': params}, tokens, mask)[:, None]
 
 
 def rm_loss(
     params: Params,
-    batch: Batch,
+    batch: JudgedBatch,
     *,
     model: ScalarModel,
     hp: RMHParams,
@@ -133,15 +123,19 @@ def rm_loss(
 
 def _ranked(
     params: Params,
-    batch: PairBatch | RankingBatch,
+    batch: JudgedBatch,
     model: ScalarModel,
     hp: RMHParams,
     loss: RewardLoss,
     loss_hp: Any,
 ) -> tuple[Array, Array, Metrics]:
-    ranks = jnp.asarray(batch.ranks)
-    there = ranks > 0  # [P, K, H]
-    scores = jnp.where(there, ranked_scores(params, batch, model=model), 0)
+    scores = text_scores(params, batch, model=model)
+    if batch.labels is None:  # a comparison
+        ranks = jnp.broadcast_to(jnp.array([[1], [2]]), (*scores.shape[:2], 1))
+        there = ranks > 0
+    else:
+        ranks, there = jnp.asarray(batch.labels), batch.judged  # [P, K, H]
+    scores = jnp.where(there, scores, 0)
     i, j = np.triu_indices(ranks.shape[1], 1)
     known = there[:, i] & there[:, j]  # [P, pairs, H]
     tied = known & (ranks[:, i] == ranks[:, j])
@@ -176,15 +170,15 @@ def _ranked(
 
 def _rated(
     params: Params,
-    batch: RatingBatch,
+    batch: JudgedBatch,
     model: ScalarModel,
     hp: RMHParams,
     loss: RewardLoss,
     loss_hp: Any,
 ) -> tuple[Array, Array, Metrics]:
-    scores = rated_scores(params, batch, model=model)
-    scores, ratings = (jnp.where(batch.rated, x, 0) for x in (scores, batch.ratings))
-    weight = batch.weight[:, None] * batch.rated
+    scores = text_scores(params, batch, model=model)
+    scores, ratings = (jnp.where(batch.judged, x, 0) for x in (scores, batch.labels))
+    weight = batch.weight[:, None, None] * batch.judged
     losses = loss.loss(scores, ratings, loss_hp)
     more = {'error': jnp.abs(scores - ratings), 'score': scores}
     return _by_entry(scores, losses, weight, hp, more)
@@ -192,16 +186,16 @@ def _rated(
 
 def _stepped(
     params: Params,
-    batch: StepBatch,
+    batch: JudgedBatch,
     model: ScalarModel,
     hp: RMHParams,
     loss: RewardLoss,
     loss_hp: Any,
 ) -> tuple[Array, Array, Metrics]:
-    scores = jnp.where(batch.step_mask, step_scores(params, batch, model=model), 0)
-    weight = batch.weight[:, None] * batch.step_mask
-    losses = loss.loss(scores, batch.right, loss_hp)
-    more = {'accuracy': (scores > 0) == batch.right, 'score': scores}
+    scores = jnp.where(batch.judged, step_scores(params, batch, model=model), 0)
+    weight, right = batch.weight[:, None, None] * batch.judged, batch.labels > 0
+    losses = loss.loss(scores, right, loss_hp)
+    more = {'accuracy': (scores > 0) == right, 'score': scores}
     return _by_entry(scores, losses, weight, hp, more)
 
 
@@ -221,7 +215,7 @@ def _by_entry(
 
 def rm_step(
     state: TrainState,
-    batch: Batch,
+    batch: JudgedBatch,
     *,
     model: ScalarModel,
     tx: optax.GradientTransformation,

@@ -11,6 +11,7 @@ use the memory otherwise. Read ``examples.py`` next.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import mmap
@@ -66,6 +67,11 @@ class Ragged(Sequence):
     def lengths(self) -> np.ndarray:
         """[N] int64, of the rows."""
         return np.diff(self.starts)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Items of the longest row."""
+        return int(self.lengths.max(initial=0))
 
     @classmethod
     def of(cls, rows: Iterable[Any]) -> Ragged:

@@ -9,6 +9,7 @@ them and asks for the batches; read it next.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,30 +18,11 @@ import numpy as np
 
 from rlhf_jax.data.columns import Ragged, Table
 from rlhf_jax.ops.rows import pad_left, pad_right
-from rlhf_jax.types import (
-    PairBatch,
-    PreferencePairs,
-    PreferenceSingles,
-    PromptBatch,
-    RankingBatch,
-    RatingBatch,
-    StepBatch,
-    TokenBatch,
-)
+from rlhf_jax.types import JudgedBatch, PromptBatch, TokenBatch
 
-Batch = (
-    TokenBatch
-    | PairBatch
-    | RankingBatch
-    | RatingBatch
-    | StepBatch
-    | PromptBatch
-    | PreferencePairs
-    | PreferenceSingles
-)
+Batch = TokenBatch | JudgedBatch | PromptBatch
 
 _ONE, _NONE = np.zeros(1, np.int32), np.zeros(0, np.int32)
-VIRTUAL = _NONE  # the answer of a ranking whose score is 0: it has no tokens
 
 
 class Origin(NamedTuple):
@@ -60,57 +42,17 @@ class TokenExample(NamedTuple):
     segments: np.ndarray | None = None  # [T] int32, of a packed row: which document
 
 
-class PairExample(NamedTuple):
-    """A comparison for a reward model."""
+class JudgedExample(NamedTuple):
+    """Responses to a prompt with what was said of them; see ``types.JudgedBatch``."""
 
     prompt: np.ndarray  # [T] int32
-    chosen: np.ndarray  # [T] int32, the answer alone, EOS at its end
-    rejected: np.ndarray  # [T] int32, likewise
-    margin: float
-
-
-class RankingExample(NamedTuple):
-    """Completions of a prompt in order, for a reward model."""
-
-    prompt: np.ndarray  # [T] int32
-    answers: tuple[np.ndarray, ...]  # [T] int32 each, EOS at its end, or VIRTUAL
-    ranks: (
-        np.ndarray
-    )  # [K, H] int32, K of the longest ranking; 1 is the best, −1 not ranked
-    margin: float
-
-
-class RatingExample(NamedTuple):
-    """A text with what labellers gave it, for a reward model."""
-
-    tokens: np.ndarray  # [T] int32, EOS at its end
-    ratings: np.ndarray  # [H] float32, 0 where there is none
-    rated: np.ndarray  # [H] bool
-
-
-class StepExample(NamedTuple):
-    """A text in steps, for a process reward model."""
-
-    tokens: np.ndarray  # [T] int32, EOS at its end
-    ends: np.ndarray  # [S] int32, places of the last tokens of the steps
-    right: np.ndarray  # [S] bool
-
-
-class PreferencePair(NamedTuple):
-    """A comparison for a preference loss."""
-
-    prompt: np.ndarray  # [T] int32
-    chosen: np.ndarray  # [T] int32, the answer alone, EOS at its end
-    rejected: np.ndarray  # [T] int32, likewise
-
-
-class PreferenceSingle(NamedTuple):
-    """A response with its verdict for a preference loss."""
-
-    prompt: np.ndarray  # [T] int32
-    response: np.ndarray  # [T] int32, EOS at its end
-    is_desirable: bool
-    mismatched: np.ndarray = _NONE  # [T] int32, the response to another prompt
+    # K of [T] int32, EOS at their ends; one without a token is the virtual response
+    answers: Sequence[np.ndarray]
+    # [K, H] float32, NaN where nobody said; of steps [S, 1]; None of a comparison
+    labels: np.ndarray | None = None
+    margin: float = 0.0  # demanded score difference
+    ends: np.ndarray | None = None  # [S] int32, places of the last tokens of the steps
+    mismatched: np.ndarray | None = None  # [T] int32, the response to another prompt
 
 
 class PromptExample(NamedTuple):
@@ -119,16 +61,7 @@ class PromptExample(NamedTuple):
     tokens: np.ndarray  # [T] int32
 
 
-Example = (
-    TokenExample
-    | PairExample
-    | RankingExample
-    | RatingExample
-    | StepExample
-    | PreferencePair
-    | PreferenceSingle
-    | PromptExample
-)
+Example = TokenExample | JudgedExample | PromptExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,23 +177,29 @@ def example_lengths(examples: Table) -> np.ndarray:
 
 def _longest_answers(columns: Mapping[str, Any]) -> np.ndarray:
     """[N] tokens of the longest of the responses of each example."""
-    if 'answers' in columns:
-        answers = columns['answers']
-        return answers.reduce(np.maximum, answers.values.lengths)
-    names = ('chosen', 'rejected', 'response', 'mismatched')
-    found = [columns[name].lengths for name in names if name in columns]
-    return np.max(found, axis=0)
+    answers, other = columns['answers'], columns['mismatched']
+    longest = answers.reduce(np.maximum, answers.values.lengths)
+    return longest if other is None else np.maximum(longest, other.lengths)
 
 
 def response_lengths(examples: Table) -> np.ndarray | None:
     """[N] tokens from the first that a language-model loss counts to the end of each
-    text; None where the loss is another, or the rows are packed.
+    text; None where there is no such loss, or the rows are packed.
     """
+    if examples.kind is JudgedExample:
+        return _longest_answers(examples.columns)
     if examples.kind is TokenExample and examples.columns['segments'] is None:
         return examples.columns['loss'].behind_first()
-    if examples.kind in (PreferencePair, PreferenceSingle):
-        return _longest_answers(examples.columns)
     return None
+
+
+def padded_labels(rows: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Labels [K, H] of examples as [N, ``size``, H]; NaN where there is none."""
+    heads = max(row.shape[-1] for row in rows)
+    labels = np.full((len(rows), size, heads), np.nan, np.float32)
+    for place, row in zip(labels, rows):
+        place[: len(row)] = row
+    return labels
 
 
 def collate(
@@ -280,7 +219,7 @@ def collate(
         responses: the batch's ``response_length``; None where it has none.
     """
     index = np.asarray(indices, np.int32)
-    filler, make = next(k for k in _KINDS if examples.kind is type(k[0]))
+    filler, make = _KINDS[examples.kind]
     rows = [examples[i] if i >= 0 else filler for i in indices]
     real = index >= 0
     more = {
@@ -289,6 +228,8 @@ def collate(
     }
     if responses is not None:
         more['response_length'] = responses
+    if examples.kind is JudgedExample:
+        make = functools.partial(make, size=examples.columns['answers'].longest)
     return make(rows, index, length).replace(**more)
 
 
@@ -312,113 +253,64 @@ def _prompts(rows: list[PromptExample], index: np.ndarray, length: int) -> Promp
     return PromptBatch(tokens=tokens, mask=mask, index=index)
 
 
-def _pairs(rows: list[PairExample], index: np.ndarray, length: int) -> PairBatch:
-    sides = [np.concatenate([row.prompt, side]) for row in rows for side in row[1:3]]
-    tokens, mask = (x.reshape(-1, 2, length) for x in pad_right(sides, length))
-    margin = np.asarray([row.margin for row in rows], np.float32)
-    return PairBatch(tokens=tokens, mask=mask, margin=margin, weight=_weight(index))
-
-
-def _rankings(
-    rows: list[RankingExample], index: np.ndarray, length: int
-) -> RankingBatch:
-    size, heads = next(row.ranks.shape for row in rows if row.answers)
-    ranks = np.full((len(rows), size, heads), -1, np.int32)
+def _judged(
+    rows: list[JudgedExample], index: np.ndarray, length: int, size: int
+) -> JudgedBatch:
     texts = []
-    for place, row in zip(ranks, rows):
-        if row.answers:
-            place[:] = row.ranks
+    for row in rows:
         texts += [
-            np.concatenate([row.prompt, answer]) if len(answer) else VIRTUAL
+            np.concatenate([row.prompt, answer]) if len(answer) else _NONE
             for answer in row.answers
         ]
         texts += [_ONE] * (size - len(row.answers))
     tokens, mask = (x.reshape(-1, size, length) for x in pad_right(texts, length))
-    return RankingBatch(
+    behind = np.asarray([len(row.prompt) for row in rows])[:, None, None]
+    labels, judged = _labels(rows, mask)
+    mismatched = None
+    if any(row.mismatched is not None for row in rows):
+        mismatched = _mismatched(rows, length)
+    return JudgedBatch(
         tokens=tokens,
         mask=mask,
-        ranks=ranks,
+        response_mask=mask & (np.arange(length) >= behind),
+        labels=labels,
+        judged=judged,
         margin=np.asarray([row.margin for row in rows], np.float32),
-        weight=_weight(index),
+        weight=(index >= 0).astype(np.float32),
+        mismatched=mismatched,
     )
 
 
-def _ratings(rows: list[RatingExample], index: np.ndarray, length: int) -> RatingBatch:
-    tokens, mask = pad_right([row.tokens for row in rows], length)
-    size = max(len(row.rated) for row in rows)
-    filler = np.zeros(size, np.float32)
-    return RatingBatch(
-        tokens=tokens,
-        mask=mask,
-        ratings=np.stack([row.ratings if len(row.ratings) else filler for row in rows]),
-        rated=np.stack([row.rated if len(row.rated) else filler > 0 for row in rows]),
-        weight=_weight(index),
-    )
+def _labels(
+    rows: list[JudgedExample], mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Labels and where there are some, [P, K, H], or of steps [P, K, T]."""
+    if all(row.labels is None for row in rows):
+        return None, None
+    if any(row.ends is not None for row in rows):
+        labels = np.full(mask.shape, np.nan, np.float32)
+        for place, row in zip(labels, rows):
+            if row.ends is not None:
+                place[0, row.ends] = row.labels[:, 0]
+    else:
+        none = np.zeros((0, 1), np.float32)
+        given = [none if row.labels is None else row.labels for row in rows]
+        labels = padded_labels(given, mask.shape[1])
+    return np.nan_to_num(labels), np.isfinite(labels)
 
 
-def _steps(rows: list[StepExample], index: np.ndarray, length: int) -> StepBatch:
-    tokens, mask = pad_right([row.tokens for row in rows], length)
-    step_mask, right = np.zeros_like(mask), np.zeros_like(mask)
-    for i, row in enumerate(rows):
-        step_mask[i, row.ends] = True
-        right[i, row.ends] = row.right
-    return StepBatch(
-        tokens=tokens,
-        mask=mask,
-        step_mask=step_mask,
-        right=right,
-        weight=_weight(index),
-    )
-
-
-def _preference_pairs(
-    rows: list[PreferencePair], index: np.ndarray, length: int
-) -> PreferencePairs:
-    sides = [(row.prompt, side) for row in rows for side in row[1:]]
-    parts = (x.reshape(-1, 2, length) for x in _pad_responses(sides, length))
-    tokens, mask, response_mask = parts
-    return PreferencePairs(
-        tokens=tokens, mask=mask, response_mask=response_mask, weight=_weight(index)
-    )
-
-
-def _preference_singles(
-    rows: list[PreferenceSingle], index: np.ndarray, length: int
-) -> PreferenceSingles:
-    own = _pad_responses([(row.prompt, row.response) for row in rows], length)
-    other = _pad_responses([(row.prompt, row.mismatched) for row in rows], length)
-    tokens, mask, response_mask = own
-    return PreferenceSingles(
-        tokens=tokens,
-        mask=mask,
-        response_mask=response_mask,
-        desirable=np.asarray([row.is_desirable for row in rows]),
-        weight=_weight(index),
-        mismatched=TokenBatch(tokens=other[0], mask=other[1], loss_mask=other[2]),
-    )
+def _mismatched(rows: list[JudgedExample], length: int) -> TokenBatch:
+    others = [_NONE if row.mismatched is None else row.mismatched for row in rows]
+    texts = [np.concatenate([row.prompt, x]) for row, x in zip(rows, others)]
+    tokens, mask = pad_right(texts, length)
+    behind = np.asarray([len(row.prompt) for row in rows])[:, None]
+    counted = mask & (np.arange(length) >= behind)
+    return TokenBatch(tokens=tokens, mask=mask, loss_mask=counted)
 
 
 # An example that only fills up, of one real token, and what makes the batch.
-_KINDS = (
-    (TokenExample(_ONE, _ONE > 0), _tokens),
-    (PromptExample(_ONE), _prompts),
-    (PairExample(_ONE, _NONE, _NONE, 0.0), _pairs),
-    (RankingExample(_ONE, (), _NONE, 0.0), _rankings),
-    (RatingExample(_ONE, _NONE, _NONE), _ratings),
-    (StepExample(_ONE, _NONE, _NONE), _steps),
-    (PreferencePair(_ONE, _NONE, _NONE), _preference_pairs),
-    (PreferenceSingle(_ONE, _NONE, False), _preference_singles),
-)
-
-
-def _weight(index: np.ndarray) -> np.ndarray:
-    return (index >= 0).astype(np.float32)
-
-
-def _pad_responses(
-    rows: list[tuple[np.ndarray, np.ndarray]], length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, mask and response mask [B, T] of prompts with their responses."""
-    tokens, mask = pad_right([np.concatenate(row) for row in rows], length)
-    behind = np.asarray([len(prompt) for prompt, _ in rows])[:, None]
-    return tokens, mask, mask & (np.arange(length) >= behind)
+_KINDS = {
+    TokenExample: (TokenExample(_ONE, _ONE > 0), _tokens),
+    PromptExample: (PromptExample(_ONE), _prompts),
+    JudgedExample: (JudgedExample(_ONE, ()), _judged),
+}

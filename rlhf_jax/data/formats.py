@@ -3,7 +3,7 @@
     demonstration   prompt + completion · messages · the chosen side of a comparison
     conversation    a demonstration in messages, all of whose assistant turns count
     comparison      prompt + chosen + rejected · chosen + rejected as conversations
-    verdict         a demonstration + label: true (or 1) desirable, false (or 0) not
+    unpaired        a demonstration + label: true (or 1) desirable, false (or 0) not
     prompt          any record with a prompt
     text            text
 
@@ -22,7 +22,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,59 +53,56 @@ class BadRecord(ValueError):
 class Demonstration:
     """A prompt and an answer to imitate."""
 
-    PARTS: ClassVar = ('prompt', 'completion')
-
     prompt: str
     completion: str  # with its own leading space where the style has one
     where: str
     templated: bool = False  # a chat template wrote it, with BOS where it wants one
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What is tokenised, by its name; so in all kinds of records."""
+        return {'prompt': self.prompt, 'completion': self.completion}
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """Turns of several parties, of which those of the assistant are to be imitated."""
 
-    PARTS: ClassVar = ('text',)
-
     text: str
     spans: list[tuple[int, int]]  # what the assistant writes: first, behind the last
     where: str
 
+    @property
+    def texts(self) -> dict[str, str]:
+        return {'text': self.text}
+
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Two answers to a prompt, of which a labeller chose one."""
-
-    PARTS: ClassVar = ('prompt', 'chosen', 'rejected')
+class Judged:
+    """Completions of a prompt with what was said of them: comparisons and unpaired
+    responses here; rankings, ratings and responses in steps in ``judgements.py``.
+    """
 
     prompt: str
-    chosen: str
-    rejected: str
-    margin: float  # demanded score difference, 0 where labellers gave none
+    # By the name of their field; None is the virtual response, whose score is 0
+    completions: dict[str, str | None]
+    # [K][H] ranks, ratings or 1 and 0, of steps [S][1]; None where nobody said. Of a
+    # comparison, whose first completion is the chosen one, there are none.
+    labels: list[list[float | None]] | None
     meta: dict[str, Any]  # other scalar fields, e.g. annotator, gold_chosen
     where: str
     templated: bool = False
+    margin: float = 0.0  # demanded score difference, 0 where labellers gave none
 
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """An answer to a prompt that a labeller found desirable or not."""
-
-    PARTS: ClassVar = ('prompt', 'completion')
-
-    prompt: str
-    completion: str
-    is_desirable: bool
-    meta: dict[str, Any]  # other scalar fields
-    where: str
-    templated: bool = False
+    @property
+    def texts(self) -> dict[str, str]:
+        there = {name: x for name, x in self.completions.items() if x is not None}
+        return {'prompt': self.prompt, **there}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A prompt to continue."""
-
-    PARTS: ClassVar = ('prompt',)
 
     prompt: str
     reference: str | None  # an answer by someone else
@@ -113,15 +110,21 @@ class Prompt:
     where: str
     templated: bool = False
 
+    @property
+    def texts(self) -> dict[str, str]:
+        return {'prompt': self.prompt}
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A document."""
 
-    PARTS: ClassVar = ('text',)
-
     text: str
     where: str
+
+    @property
+    def texts(self) -> dict[str, str]:
+        return {'text': self.text}
 
 
 def to_demonstration(
@@ -169,9 +172,7 @@ def to_conversation(
     return Conversation(text_of(record, 'messages', text), spans, record.where)
 
 
-def to_comparison(
-    record: SourceRecord, tokenizer: PreTrainedTokenizerBase
-) -> Comparison:
+def to_comparison(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Judged:
     """Reads a comparison; the module docstring lists the fields.
 
     Raises:
@@ -190,10 +191,11 @@ def to_comparison(
     for name in GOLD:
         number_of(record, name, fields.get(name, 0.0))
     meta = other_fields(fields, 'margin')
-    return Comparison(prompt, chosen, rejected, margin, meta, record.where, templated)
+    sides = {'chosen': chosen, 'rejected': rejected}
+    return Judged(prompt, sides, None, meta, record.where, templated, margin)
 
 
-def to_verdict(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Verdict:
+def to_unpaired(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Judged:
     """Reads an answer with its ``label``; the module docstring lists the fields.
 
     Raises:
@@ -210,7 +212,8 @@ def to_verdict(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Verd
     name = answer_field(record)
     prompt, completion, templated = prompt_and_answer(record, tokenizer, name)
     meta = other_fields(record.present, 'label')
-    return Verdict(prompt, completion, bool(label), meta, record.where, templated)
+    only = {'completion': completion}
+    return Judged(prompt, only, [[float(label)]], meta, record.where, templated)
 
 
 def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:

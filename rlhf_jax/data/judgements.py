@@ -17,63 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import formats
-from rlhf_jax.data.formats import BadRecord
+from rlhf_jax.data.formats import BadRecord, Judged
 from rlhf_jax.data.sources import SourceRecord
-
-NOT_RANKED = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranking:
-    """Completions of a prompt in order."""
-
-    PARTS: ClassVar = ('prompt', 'completions')
-
-    prompt: str
-    completions: list[str | None]  # None: the virtual response, whose score is 0
-    ranks: list[list[int]]  # [K][H], 1 is the best; NOT_RANKED where nobody said
-    margin: float  # demanded score difference, 0 where labellers gave none
-    meta: dict[str, Any]  # other scalar fields
-    where: str
-    templated: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Rating:
-    """A completion with a number for it, or with one by dimension."""
-
-    PARTS: ClassVar = ('prompt', 'completion')
-
-    prompt: str
-    completion: str
-    ratings: list[float | None]  # [H], as they were given
-    meta: dict[str, Any]  # other scalar fields
-    where: str
-    templated: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """A response in steps, each of them right or not."""
-
-    PARTS: ClassVar = ('prompt', 'completions')
-
-    prompt: str
-    completions: list[str]
-    labels: list[bool]
-    meta: dict[str, Any]  # other scalar fields
-    where: str
-    templated: bool = False
 
 
 def to_ranking(
     record: SourceRecord, tokenizer: PreTrainedTokenizerBase, heads: Sequence[str]
-) -> Ranking:
+) -> Judged:
     """Reads a ranking, or a comparison with its ``dimension``.
 
     Args:
@@ -95,7 +50,7 @@ def to_ranking(
         _checked_ranks(record, name, ranks, len(completions))
         for name, ranks in _by_head(record, 'ranks', heads)
     ]
-    if all(rank == NOT_RANKED for column in columns for rank in column):
+    if all(rank is None for column in columns for rank in column):
         raise BadRecord(f'{record.where}: nothing is ranked in {", ".join(heads)}')
     _check_virtual(record, completions, columns)
     answers = []
@@ -124,19 +79,16 @@ def to_ranking(
                 'completions'
             )
     rest = iter(texts)
-    return Ranking(
-        prompts[0],
-        [None if completion is None else next(rest) for completion in completions],
-        [list(row) for row in zip(*columns)],
-        0.0,
-        meta,
-        record.where,
-        templated[0],
-    )
+    named = {
+        f'completions[{i}]': None if completion is None else next(rest)
+        for i, completion in enumerate(completions)
+    }
+    ranks = [list(row) for row in zip(*columns)]
+    return Judged(prompts[0], named, ranks, meta, record.where, templated[0])
 
 
 def _check_virtual(
-    record: SourceRecord, completions: list[Any], columns: list[list[int]]
+    record: SourceRecord, completions: list[Any], columns: list[list[int | None]]
 ) -> None:
     places = [i for i, completion in enumerate(completions) if completion is None]
     names = ' and '.join(f'completions[{i}]' for i in places)
@@ -149,7 +101,7 @@ def _check_virtual(
             f'{record.where}: beside {names}, which is null, there is one completion; '
             'give two or more, so that there is an order to learn'
         )
-    if places and all(column[places[0]] == NOT_RANKED for column in columns):
+    if places and all(column[places[0]] is None for column in columns):
         raise BadRecord(
             f'{record.where}: {names} is null and has no rank; say where the score 0 '
             'lies among the others, or leave it out'
@@ -158,7 +110,7 @@ def _check_virtual(
 
 def _compared(
     record: SourceRecord, tokenizer: PreTrainedTokenizerBase, heads: Sequence[str]
-) -> Ranking:
+) -> Judged:
     """A comparison in one of the dimensions; with no heads, in the only one."""
     pair = formats.to_comparison(record, tokenizer)
     dimension = formats.field_of(record, 'dimension') if heads else None
@@ -168,25 +120,17 @@ def _compared(
             f'{", ".join(heads)}'
         )
     ranks = [
-        [place if name == dimension else NOT_RANKED for name in heads or (None,)]
+        [place if name == dimension else None for name in heads or (None,)]
         for place in (1, 2)
     ]
-    return Ranking(
-        pair.prompt,
-        [pair.chosen, pair.rejected],
-        ranks,
-        pair.margin,
-        pair.meta,
-        pair.where,
-        pair.templated,
-    )
+    return dataclasses.replace(pair, labels=ranks)
 
 
 def _checked_ranks(
     record: SourceRecord, name: str, ranks: Any, count: int
-) -> list[int]:
+) -> list[int | None]:
     if ranks is None:
-        return [NOT_RANKED] * count
+        return [None] * count
     if not isinstance(ranks, list) or len(ranks) != count:
         raise BadRecord(
             f'{record.where}: {name} is {ranks!r} for {count} completions; give one '
@@ -204,7 +148,7 @@ def _checked_ranks(
         )
     if len(given) == 1:
         raise BadRecord(f'{record.where}: {name} ranks a single completion')
-    return [NOT_RANKED if rank is None else rank for rank in ranks]
+    return ranks
 
 
 def to_rating(
@@ -212,7 +156,7 @@ def to_rating(
     tokenizer: PreTrainedTokenizerBase,
     heads: Sequence[str],
     bounds: tuple[float, float],
-) -> Rating:
+) -> Judged:
     """Reads a rating.
 
     Args:
@@ -243,12 +187,13 @@ def to_rating(
     pair = formats.prompt_and_answer(record, tokenizer, formats.answer_field(record))
     prompt, completion, templated = pair
     meta = formats.other_fields(record.present, name)
-    return Rating(prompt, completion, ratings, meta, record.where, templated)
+    only = {'completion': completion}
+    return Judged(prompt, only, [ratings], meta, record.where, templated)
 
 
 def to_steps(
     record: SourceRecord, tokenizer: PreTrainedTokenizerBase, separator: str
-) -> Steps:
+) -> Judged:
     """Reads a response in steps.
 
     Args:
@@ -280,8 +225,9 @@ def to_steps(
             )
     prompt = formats.to_prompt(record, tokenizer)
     meta = formats.other_fields(record.present, 'labels')
-    labels = [bool(label) for label in labels]
-    return Steps(prompt.prompt, steps, labels, meta, record.where, prompt.templated)
+    named = {f'completions[{i}]': step for i, step in enumerate(steps)}
+    labels = [[float(label)] for label in labels]
+    return Judged(prompt.prompt, named, labels, meta, record.where, prompt.templated)
 
 
 def _by_head(

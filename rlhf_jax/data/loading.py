@@ -11,13 +11,14 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.config import nearest
 from rlhf_jax.data.columns import Growing, GrowingTable, Packed, packed
 from rlhf_jax.data.control import ControlTokens, check_control_tokens, spelling
-from rlhf_jax.data.examples import Counts, Dataset, Example, Origin
-from rlhf_jax.data.formats import BadRecord
+from rlhf_jax.data.examples import Counts, Dataset, Example, JudgedExample, Origin
+from rlhf_jax.data.formats import BadRecord, Judged
 from rlhf_jax.data.rows import Row, in_pieces
 from rlhf_jax.data.sources import SourceRecord
 from rlhf_jax.data.token_cache import encode_cached, tokenizer_mark
@@ -137,6 +138,21 @@ def load_records(
         )
     kept = prompts or Packed(origins.finish(), Origin)
     return Dataset(examples.finish(), kept, counts)
+
+
+def judged_example(record: Judged, row: Row) -> JudgedExample:
+    """The example of a judged record."""
+    answers, ends = tuple(row.answers), None
+    if row.steps:
+        ends = len(row.prompt) + np.asarray(row.steps, np.int32)
+    elif None in record.completions.values():
+        rest = iter(answers)
+        texts = record.completions.values()
+        answers = tuple([] if text is None else next(rest) for text in texts)
+    labels = record.labels
+    if labels is not None:
+        labels = np.asarray(labels, np.float32)  # NaN for None
+    return JudgedExample(row.prompt, answers, labels, record.margin, ends)
 
 
 def _converted(

@@ -26,10 +26,8 @@ from rlhf_jax.data.examples import (
     Counts,
     Dataset,
     Example,
+    JudgedExample,
     Origin,
-    PairExample,
-    PreferencePair,
-    PreferenceSingle,
     PromptExample,
     TokenExample,
     collate,
@@ -38,7 +36,14 @@ from rlhf_jax.data.examples import (
     response_lengths,
 )
 from rlhf_jax.data.formats import BadRecord
-from rlhf_jax.data.loading import Limits, OnBad, Overlong, load_records, one_of
+from rlhf_jax.data.loading import (
+    Limits,
+    OnBad,
+    Overlong,
+    judged_example,
+    load_records,
+    one_of,
+)
 from rlhf_jax.data.rows import Row, conversation_rows, in_pieces, text_rows
 from rlhf_jax.data.sources import Stream, stream
 from rlhf_jax.data.stops import eos_ids as eos_ids
@@ -194,20 +199,15 @@ def _load_comparisons(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
 ) -> Dataset:
-    def build(record: Any, row: Row) -> Example:
-        return PairExample(row.prompt, *row.answers, record.margin)
-
-    what, convert = 'comparisons', formats.to_comparison
-    return load_records(
-        spec, sources, tokenizer, what, limits, convert, text_rows, build
-    )
+    how = 'comparisons', limits, formats.to_comparison, text_rows, judged_example
+    return load_records(spec, sources, tokenizer, *how)
 
 
 def load_preferences(
     spec: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    kind: Literal['pairs', 'singles'],
+    kind: Literal['pairs', 'unpaired'],
     wanted_by: str,
     max_length: int,
     overlong: Overlong = 'drop',
@@ -219,7 +219,7 @@ def load_preferences(
     Args:
         spec: see ``sources.py``.
         tokenizer: with EOS.
-        kind: 'pairs' needs comparisons; 'singles' needs responses with a ``label``, or
+        kind: 'pairs' needs comparisons; 'unpaired' needs responses with a ``label``, or
             takes comparisons apart into a desirable and an undesirable response, and
             puts the response of another example beside each (``examples.mismatched``).
         wanted_by: how the user knows the loss, e.g. "config.preference.name='kto'".
@@ -246,39 +246,32 @@ def load_preferences(
             f'needs {need}; use {use}'
         )
     if not is_compared:
-        return _with_mismatched(_load_verdicts(spec, sources, tokenizer, limits))
+        return _with_mismatched(_load_unpaired(spec, sources, tokenizer, limits))
     data = _load_comparisons(spec, sources, tokenizer, limits)
-    columns = data.examples.columns
     if kind == 'pairs':
-        sides = {name: columns[name] for name in PreferencePair._fields}
-        pairs = Table(PreferencePair, sides, len(data.examples))
-        return dataclasses.replace(data, examples=pairs)
-    singles = Table.of(
-        PreferenceSingle(example.prompt, answer, answer is example.chosen)
+        return data
+    labels = np.asarray([[[1]], [[0]]], np.float32)
+    examples = Table.of(
+        JudgedExample(example.prompt, (answer,), label)
         for example in data.examples
-        for answer in (example.chosen, example.rejected)
+        for answer, label in zip(example.answers, labels)
     )
     owners = data.records.take(i for i in range(len(data.records)) for _ in range(2))
-    return _with_mismatched(Dataset(singles, owners, data.counts))
+    return _with_mismatched(Dataset(examples, owners, data.counts))
 
 
-def _load_verdicts(
+def _load_unpaired(
     spec: str,
     sources: Stream,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
 ) -> Dataset:
-    def build(record: Any, row: Row) -> Example:
-        return PreferenceSingle(row.prompt, *row.answers, record.is_desirable)
-
-    what, convert = 'verdicts', formats.to_verdict
-    data = load_records(
-        spec, sources, tokenizer, what, limits, convert, text_rows, build
-    )
-    verdicts = data.examples.columns['is_desirable']
-    if len(set(verdicts.tolist())) < 2:
+    how = 'unpaired responses', limits, formats.to_unpaired, text_rows, judged_example
+    data = load_records(spec, sources, tokenizer, *how)
+    verdicts = data.examples.columns['labels'].values > 0
+    if verdicts.all() or not verdicts.any():
         raise ValueError(
-            f'{spec}: all {len(verdicts)} labels are {verdicts[0]}, which '
+            f'{spec}: all {len(verdicts)} labels are {verdicts[0, 0]}, which '
             'leaves nothing to tell apart; add responses with the other label'
         )
     return data
@@ -287,7 +280,8 @@ def _load_verdicts(
 def _with_mismatched(data: Dataset) -> Dataset:
     columns, longest = data.examples.columns, data.counts.max_length
     try:
-        others = mismatched(columns['prompt'], columns['response'], longest)
+        responses = columns['answers'].values  # one to a prompt
+        others = mismatched(columns['prompt'], responses, longest)
     except ValueError as error:
         raise ValueError(f'{data.counts.spec}: {error}') from error
     examples = data.examples.replace(mismatched=others)
@@ -365,8 +359,8 @@ def batches(
         process_count: every process yields its contiguous share of the rows.
 
     Returns:
-        An iterator of NumPy batches: TokenBatch and PairBatch right-padded, PromptBatch
-        left-padded. Padding holds 0.
+        An iterator of NumPy batches: TokenBatch and JudgedBatch right-padded,
+        PromptBatch left-padded. Padding holds 0.
 
     Raises:
         ValueError: sizes do not divide, the data set is smaller than a batch, or an

@@ -14,18 +14,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import judgements
+from rlhf_jax.data.columns import Ragged
 from rlhf_jax.data.examples import (
     Dataset,
-    Example,
-    RankingExample,
-    RatingExample,
-    StepExample,
+    JudgedExample,
 )
 from rlhf_jax.data.joining import Encoder
-from rlhf_jax.data.judgements import NOT_RANKED
-from rlhf_jax.data.loading import Limits, load_records
+from rlhf_jax.data.loading import Limits, judged_example, load_records
 from rlhf_jax.data.pipeline import load_comparisons
-from rlhf_jax.data.rows import Row, step_rows, text_rows
+from rlhf_jax.data.rows import step_rows, text_rows
 from rlhf_jax.data.sources import Stream, stream
 
 # Fields that tell what a record is.
@@ -98,33 +95,21 @@ def _rankings(
     wanted: Wanted,
     limits: Limits,
 ) -> Dataset:
-    def build(record: Any, row: Row) -> Example:
-        texts = iter(row.answers)
-        answers = tuple([] if x is None else next(texts) for x in record.completions)
-        ranks = np.asarray(record.ranks, np.int32)
-        return RankingExample(row.prompt, answers, ranks, record.margin)
-
     convert = functools.partial(judgements.to_ranking, heads=wanted.heads)
     data = load_records(
-        spec, sources, tokenizer, 'rankings', limits, convert, text_rows, build
+        spec, sources, tokenizer, 'rankings', limits, convert, text_rows, judged_example
     )
-    ranks = data.examples.columns['ranks']
-    _check_heads(spec, wanted, ranks.values != NOT_RANKED)
+    _check_heads(spec, wanted, data)
     if not any(_has_order(example) for example in data.examples):
-        raise ValueError(
-            f'{spec}: all {len(ranks)} rankings are ties: there is no order'
-        )
-    # One shape for all batches.
-    shape = (len(ranks), ranks.lengths.max(), *ranks.values.shape[1:])
-    padded = np.full(shape, NOT_RANKED, np.int32)
-    padded[np.arange(shape[1]) < ranks.lengths[:, None]] = ranks.values
-    return dataclasses.replace(data, examples=data.examples.replace(ranks=padded))
+        count = len(data.examples)
+        raise ValueError(f'{spec}: all {count} rankings are ties: there is no order')
+    return data
 
 
-def _has_order(example: RankingExample) -> bool:
+def _has_order(example: JudgedExample) -> bool:
     """Whether a head tells two texts apart."""
-    texts = example.ranks[[len(answer) > 0 for answer in example.answers]]
-    return any(len(np.unique(r[r != NOT_RANKED])) > 1 for r in texts.T)
+    texts = example.labels[[len(answer) > 0 for answer in example.answers]]
+    return any(len(np.unique(r[np.isfinite(r)])) > 1 for r in texts.T)
 
 
 def _ratings(
@@ -135,23 +120,18 @@ def _ratings(
     limits: Limits,
 ) -> Dataset:
     low, high = wanted.rating_range
-    shift, scale = (low, high - low) if wanted.rating_unit == 'range' else (0.0, 1.0)
-
-    def build(record: Any, row: Row) -> Example:
-        tokens = row.prompt + row.answers[0]
-        given = [np.nan if value is None else value for value in record.ratings]
-        ratings = (np.asarray(given, np.float32) - shift) / scale
-        return RatingExample(tokens, np.nan_to_num(ratings), np.isfinite(ratings))
-
     convert = functools.partial(
         judgements.to_rating, heads=wanted.heads, bounds=(low, high)
     )
     data = load_records(
-        spec, sources, tokenizer, 'ratings', limits, convert, text_rows, build
+        spec, sources, tokenizer, 'ratings', limits, convert, text_rows, judged_example
     )
-    rated = data.examples.columns['rated'].values
-    _check_heads(spec, wanted, rated.reshape(len(data.examples), -1))
-    return data
+    _check_heads(spec, wanted, data)
+    if wanted.rating_unit == 'given':
+        return data
+    given = data.examples.columns['labels']
+    labels = Ragged((given.values - low) / (high - low), given.starts, given.dtype)
+    return dataclasses.replace(data, examples=data.examples.replace(labels=labels))
 
 
 def _steps(
@@ -166,31 +146,25 @@ def _steps(
             "overlong='truncate' would cut steps off that have a verdict; use 'drop'"
         )
 
-    def build(record: Any, row: Row) -> Example:
-        tokens = row.prompt + row.answers[0]
-        ends = len(row.prompt) + np.asarray(row.steps, np.int32)
-        return StepExample(tokens, ends, np.asarray(record.labels, bool))
-
     separator = wanted.step_separator
     convert = functools.partial(judgements.to_steps, separator=separator)
 
     def rows(records: list[Any], tokenizer: Any, encoder: Encoder) -> list[Any]:
         return step_rows(records, tokenizer, separator, encoder)
 
-    data = load_records(
-        spec, sources, tokenizer, 'responses in steps', limits, convert, rows, build
-    )
-    verdicts = data.examples.columns['right'].values
+    how = 'responses in steps', limits, convert, rows, judged_example
+    data = load_records(spec, sources, tokenizer, *how)
+    verdicts = data.examples.columns['labels'].values > 0
     if verdicts.all() or not verdicts.any():
         raise ValueError(
-            f'{spec}: all steps are labelled {verdicts[0]}, which leaves nothing to '
+            f'{spec}: all steps are labelled {verdicts[0, 0]}, which leaves nothing to '
             'tell apart; add responses with steps of the other kind'
         )
     return data
 
 
-def _check_heads(spec: str, wanted: Wanted, judged: np.ndarray) -> None:
-    """Checks that every head has a judgement; ``judged`` is [·, H] bool."""
+def _check_heads(spec: str, wanted: Wanted, data: Dataset) -> None:
+    judged = np.isfinite(data.examples.columns['labels'].values)
     for head, count in zip(wanted.heads, np.sum(judged, axis=0)):
         if not count:
             raise ValueError(

@@ -20,14 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.formats import (
     BadRecord,
-    Comparison,
     Conversation,
     Demonstration,
+    Judged,
     Prompt,
-    Verdict,
 )
 from rlhf_jax.data.joining import Encoder, find_joint, last_id, open_prompts
-from rlhf_jax.data.judgements import Ranking, Rating, Steps
 from rlhf_jax.data.stops import ends_of
 from rlhf_jax.data.tokenizer import encode, encode_spans, frame
 
@@ -45,7 +43,7 @@ class Row(NamedTuple):
 
 
 def text_rows(
-    records: list[Demonstration | Comparison | Verdict | Prompt | Ranking | Rating],
+    records: list[Demonstration | Judged | Prompt],
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder = encode,
 ) -> list[Row | BadRecord]:
@@ -56,7 +54,7 @@ def text_rows(
     """
     _, eos = frame(tokenizer)
     ends = {eos, *ends_of(tokenizer).ids}
-    texts = [_texts(record) for record in records]
+    texts = [list(record.texts.values()) for record in records]
     prompts = open_prompts(
         tokenizer,
         [row[0] for row in texts],
@@ -90,29 +88,13 @@ def _unusable(
     record: Any, prompt: list[int], ids: list[list[int]], answers: list[list[int]]
 ) -> BadRecord:
     """What is wrong with a row, a text of which has no tokens or those of another."""
-    names = []
-    for name in record.PARTS:
-        part = getattr(record, name)
-        if isinstance(part, str):
-            names.append(name)
-        else:
-            there = [i for i, text in enumerate(part) if text is not None]
-            names += [f'{name}[{i}]' for i in there]
+    names = list(record.texts)
     if not all([prompt, *ids]):
         empty = names[[prompt, *ids].index([])]
         return BadRecord(f'{record.where}: {empty!r} gives no tokens')
     same = next(b for b in answers if answers.count(b) > 1)
     alike = [name for name, a in zip(names[1:], answers) if a == same]
     return BadRecord(f'{record.where}: {" and ".join(alike)} give equal tokens')
-
-
-def _texts(record: Any) -> list[str]:
-    """The texts of a record; a list of texts is several, less what is None in it."""
-    parts = [getattr(record, name) for name in record.PARTS]
-    if all(isinstance(part, str) for part in parts):
-        return parts
-    lists = [[part] if isinstance(part, str) else part for part in parts]
-    return [text for part in lists for text in part if text is not None]
 
 
 def in_pieces(
@@ -140,7 +122,7 @@ def _pieces(records: Iterable[Any]) -> Iterator[list[Any]]:
     piece, size = [], 0
     for record in records:
         piece.append(record)
-        size += sum(map(len, _texts(record)))
+        size += sum(map(len, record.texts.values()))
         if size >= PIECE:
             yield piece
             piece, size = [], 0
@@ -149,7 +131,7 @@ def _pieces(records: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def step_rows(
-    records: list[Steps],
+    records: list[Judged],
     tokenizer: PreTrainedTokenizerBase,
     separator: str,
     encoder: Encoder = encode,
@@ -166,7 +148,7 @@ def step_rows(
     (alone,) = joint.encode([None], [separator])
     before, texts = [], []
     for record, prompt in zip(records, prompts):
-        for i, step in enumerate(record.completions):
+        for i, step in enumerate(record.completions.values()):
             before.append(last_id(alone if i else prompt))
             texts.append(step)
     encoded = iter(joint.encode(before, texts, encoder))

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.evals.preference import preference_report
-from rlhf_jax.types import Array, Params, StepBatch
+from rlhf_jax.types import Array, JudgedBatch, Params
 
 RESAMPLES = 2000
 
 
 def score_steps(
-    compiled: Callable[[Params, StepBatch], Array],
+    compiled: Callable[[Params, JudgedBatch], Array],
     params: Params,
-    batches: Iterable[StepBatch],
+    batches: Iterable[JudgedBatch],
 ) -> list[np.ndarray]:
     """Scores at the ends of the steps, [S] for every response."""
     rows = []
     for batch in batches:
-        scores, ends = np.asarray(compiled(params, batch)), np.asarray(batch.step_mask)
+        scores, ends = np.asarray(compiled(params, batch)), np.asarray(batch.judged)
         real = np.asarray(batch.weight) > 0
         rows += [row[end] for row, end in zip(scores[real], ends[real])]
     return rows
@@ -68,7 +68,7 @@ def ranking_report(
 
     Args:
         scores: [N, K, H].
-        ranks: [N, K, H] as in ``RankingBatch``.
+        ranks: [N, K, H], 1 is the best, equal is a tie, −1 is not ranked.
         lengths: [N, K] response tokens, 0 of the virtual response.
         gold: [N, K] true rewards where they are known.
         heads: their names, where there are several.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.types import Array, PairBatch, Params
+from rlhf_jax.types import Array, JudgedBatch, Params
 
 KINDS = {'inputs': ('params', 'batch'), 'outputs': ('batch',), 'donate': ()}
 
@@ -22,7 +22,7 @@ LENGTHS = (-np.inf, -10, -5, -1, 0, 1, 5, 10, np.inf)  # tokens, chosen minus re
 def score_pairs(
     compiled: Callable[..., Array],
     params: Params,
-    batches: Iterable[PairBatch],
+    batches: Iterable[JudgedBatch],
     *frozen: Params,
 ) -> np.ndarray:
     """Scores of all pairs by ``compiled(params, batch, *frozen)``, [N, 2] float32; rows

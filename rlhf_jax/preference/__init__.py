@@ -2,7 +2,7 @@
 
 A loss is a module with these names, in this package or in a file of the user's own:
 
-* ``DATA``: ``'pairs'`` or ``'singles'``, the ``PairLogps`` or ``SingleLogps`` it takes;
+* ``DATA``: ``'pairs'`` or ``'unpaired'``; it takes ``PairLogps`` or ``UnpairedLogps``;
 * ``REFERENCE``: whether it needs the log-probabilities of a reference policy;
 * ``HParams``: a frozen dataclass, all of whose fields have defaults;
 * ``loss(batch, hp)``: the loss of every row [P] float32, and the implicit rewards
@@ -26,17 +26,17 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from rlhf_jax.named import load_module
-from rlhf_jax.types import Array, PairLogps, SingleLogps
+from rlhf_jax.types import Array, PairLogps, UnpairedLogps
 
 
 class PreferenceLoss(Protocol):
     """The names of a loss module; ``context`` and ``TOKENS`` may be absent."""
 
     __name__: str
-    DATA: Literal['pairs', 'singles']
+    DATA: Literal['pairs', 'unpaired']
     REFERENCE: bool
     HParams: type
-    loss: Callable[[PairLogps | SingleLogps, Any], tuple[Array, Array]]
+    loss: Callable[[PairLogps | UnpairedLogps, Any], tuple[Array, Array]]
 
 
 def wants_tokens(loss: PreferenceLoss) -> bool:
@@ -61,6 +61,6 @@ def load(name: str, where: str) -> PreferenceLoss:
         what='preference loss',
         needed=('DATA', 'REFERENCE', 'HParams', 'loss'),
     )
-    if module.DATA not in ('pairs', 'singles'):
-        raise ValueError(f"{name}.DATA={module.DATA!r}; use 'pairs' or 'singles'")
+    if module.DATA not in ('pairs', 'unpaired'):
+        raise ValueError(f"{name}.DATA={module.DATA!r}; use 'pairs' or 'unpaired'")
     return module

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.ranges import above
-from rlhf_jax.types import Array, SingleLogps
+from rlhf_jax.types import Array, UnpairedLogps
 
-DATA = 'singles'
+DATA = 'unpaired'
 REFERENCE = True
 
 
@@ -34,14 +34,14 @@ class HParams:
     beta: Annotated[float, above(0)] = 0.1
 
 
-def context(batch: SingleLogps, hp: HParams) -> dict[str, Array]:
+def context(batch: UnpairedLogps, hp: HParams) -> dict[str, Array]:
     """``delta`` [P]: δ, the same for all rows, reward units."""
     rewards = hp.beta * batch.log_ratios
     mean = jnp.sum(rewards * batch.weight) / jnp.maximum(jnp.sum(batch.weight), 1e-6)
     return {'delta': jnp.full_like(rewards, mean)}
 
 
-def loss(batch: SingleLogps, hp: HParams) -> tuple[Array, Array]:
+def loss(batch: UnpairedLogps, hp: HParams) -> tuple[Array, Array]:
     """The loss of every response [P] and its implicit reward r [P]."""
     rewards = hp.beta * batch.log_ratios
     above = rewards - batch.context['delta']

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.ranges import above, at_least
-from rlhf_jax.types import Array, SingleLogps
+from rlhf_jax.types import Array, UnpairedLogps
 
-DATA = 'singles'
+DATA = 'unpaired'
 REFERENCE = True
 
 
@@ -37,7 +37,7 @@ class HParams:
     undesirable_weight: Annotated[float, at_least(0)] = 1.0  # λ_U
 
 
-def context(batch: SingleLogps, hp: HParams) -> dict[str, Array]:
+def context(batch: UnpairedLogps, hp: HParams) -> dict[str, Array]:
     """``kl`` [P]: z, the same for all rows, nats.
 
     Raises:
@@ -46,14 +46,14 @@ def context(batch: SingleLogps, hp: HParams) -> dict[str, Array]:
     if batch.mismatched_logps is None:
         raise ValueError(
             'kto needs mismatched responses for its KL, and the batch has none; fill '
-            'in PreferenceSingles.mismatched'
+            'in JudgedBatch.mismatched'
         )
     ratios = batch.mismatched_logps - batch.ref_mismatched_logps
     mean = jnp.sum(ratios * batch.weight) / jnp.maximum(jnp.sum(batch.weight), 1e-6)
     return {'kl': jnp.full_like(ratios, jnp.maximum(mean, 0))}
 
 
-def loss(batch: SingleLogps, hp: HParams) -> tuple[Array, Array]:
+def loss(batch: UnpairedLogps, hp: HParams) -> tuple[Array, Array]:
     """The loss of every response [P] and its implicit reward β·d [P]."""
     above = hp.beta * (batch.log_ratios - batch.context['kl'])
     good = hp.desirable_weight * jax.nn.sigmoid(-above)

@@ -261,7 +261,7 @@ def _of_implicit_reward(
         batches = pipeline.eval_batches(data, settings.batch_size, settings.buckets)
         return preference.score_pairs(compiled, frozen(run, policy, params), batches)
 
-    lengths = np.asarray([(len(e.chosen), len(e.rejected)) for e in data.examples])
+    lengths = np.asarray([list(map(len, e.answers)) for e in data.examples])
     report = preference.preference_report(
         scored(after) - scored(before),
         lengths,

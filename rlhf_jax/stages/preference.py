@@ -78,7 +78,7 @@ def reads(
     loss_hp: Any,
 ) -> dict[str, str]:
     """What the loss learns from, and prompts for the evaluation."""
-    form = {'pairs': 'comparisons', 'singles': 'unpaired'}[loss.DATA]
+    form = 'comparisons' if loss.DATA == 'pairs' else loss.DATA
     return {'train': form, 'eval': form, 'eval_prompts': 'prompts'}
 
 
@@ -215,7 +215,7 @@ def _opposed(offline: Offline, values: np.ndarray) -> np.ndarray:
     """
     if values.ndim == 2:
         return values
-    good = np.asarray([example.is_desirable for example in offline.eval.examples])
+    good = offline.eval.examples.columns['labels'].values[:, 0] > 0
     count = min(good.sum(), (~good).sum())
     return np.stack([values[good][:count], values[~good][:count]], axis=-1)
 
@@ -224,12 +224,12 @@ def _held_out(offline: Offline, scores: np.ndarray) -> dict[str, Any]:
     """Accuracy and margins of the implicit reward on the held-out data."""
     examples, records = offline.eval.examples, offline.eval.records
     kinds = None
-    if hasattr(examples[0], 'chosen'):
+    lengths = np.asarray([list(map(len, example.answers)) for example in examples])
+    if examples[0].labels is None:
         kinds = known_kinds(records)
-        lengths = np.asarray([(len(e.chosen), len(e.rejected)) for e in examples])
     else:
-        lengths = _opposed(offline, np.asarray([len(e.response) for e in examples]))
-        records = [r for r, e in zip(records, examples) if e.is_desirable]
+        lengths = _opposed(offline, lengths[:, 0])
+        records = [r for r, e in zip(records, examples) if e.labels[0, 0] > 0]
     report = preference.preference_report(scores, lengths, known_gold(records), kinds)
     return {**report, 'margin': float(np.subtract(*scores.T).mean())}
 
@@ -313,7 +313,9 @@ def _fingerprint(
         digest.update(f'{jax.tree_util.keystr(path)} {sums.tolist()}'.encode())
     for data in parts.values():
         for example in data.examples:
-            for part in example:
+            parts = (example.prompt, *example.answers)
+            parts += (example.labels, example.mismatched)
+            for part in (part for part in parts if part is not None):
                 digest.update(f'{np.size(part)}:'.encode())
                 digest.update(np.asarray(part, np.int32).tobytes())
     return digest.hexdigest()

@@ -21,20 +21,14 @@ from rlhf_jax.algos.ensemble import ensemble_rm_step, over_members, stack_member
 from rlhf_jax.algos.rm import (
     RMHParams,
     pair_scores,
-    ranked_scores,
-    rated_scores,
     rm_step,
     step_scores,
+    text_scores,
 )
 from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.clock import same_date
-from rlhf_jax.data.examples import (
-    PairExample,
-    RankingExample,
-    RatingExample,
-    StepExample,
-)
+from rlhf_jax.data.examples import padded_labels
 from rlhf_jax.data.loading import Limits
 from rlhf_jax.data.reward_data import Wanted, load_judgements
 from rlhf_jax.data.tokenizer import load_scoring_tokenizer
@@ -157,7 +151,7 @@ def load(
 
     def read(spec: str) -> pipeline.Dataset:
         data = load_judgements(spec, tokenizer, wanted, limits)
-        if settings.members > 1 and not isinstance(data.examples[0], PairExample):
+        if settings.members > 1 and data.counts.what != 'comparisons':
             raise ValueError(
                 f'{where}.members={settings.members}: an ensemble learns from plain '
                 f'comparisons, and {spec} gives {data.counts.what}; use members=1'
@@ -186,10 +180,7 @@ def load(
 
 def _has_zero(data: pipeline.Dataset) -> bool:
     """Whether a ranking holds the virtual response, whose score is 0."""
-    examples = data.examples
-    return isinstance(examples[0], RankingExample) and any(
-        not len(answer) for example in examples for answer in example.answers
-    )
+    return not data.examples.columns['answers'].values.lengths.all()
 
 
 def _check_kind(
@@ -308,7 +299,7 @@ def examination(
         buckets: static lengths in tokens.
         members: of an ensemble, whose parameters are stacked.
     """
-    examples = data.examples
+    examples, what = data.examples, data.counts.what
 
     def outputs(fn: Any, collect: Any) -> Callable[[Params], Any]:
         compiled = _compile(run, members, functools.partial(fn, model=model))
@@ -316,27 +307,26 @@ def examination(
             compiled, params, pipeline.eval_batches(data, batch_size, buckets)
         )
 
-    if isinstance(examples[0], RankingExample):
-        scores_of = outputs(ranked_scores, preference.score_pairs)
-        facts = _ranked(data)
+    if what == 'rankings':
+        scores_of, facts = outputs(text_scores, preference.score_pairs), _ranked(data)
         return lambda params: judgements.ranking_report(
             scores_of(params), *facts, model.heads
         )
-    if isinstance(examples[0], RatingExample):
-        scores_of = outputs(rated_scores, preference.score_pairs)
-        ratings = np.stack([e.ratings for e in examples])
-        rated = np.stack([e.rated for e in examples])
+    if what == 'ratings':
+        scores_of = outputs(text_scores, preference.score_pairs)
+        ratings = padded_labels(examples.columns['labels'], 1)[:, 0]
+        rated = np.isfinite(ratings)
         return lambda params: judgements.rating_report(
-            scores_of(params), ratings, rated, model.heads
+            scores_of(params)[:, 0], np.nan_to_num(ratings), rated, model.heads
         )
-    if isinstance(examples[0], StepExample):
+    if what == 'responses in steps':
         scores_of = outputs(step_scores, judgements.score_steps)
-        right = [e.right for e in examples]
+        right = [labels[:, 0] > 0 for labels in examples.columns['labels']]
         return lambda params: judgements.step_report(scores_of(params), right)
     scores_of = outputs(pair_scores, preference.score_pairs)
     report_of = functools.partial(
         preference.preference_report,
-        lengths=np.asarray([(len(e.chosen), len(e.rejected)) for e in examples]),
+        lengths=np.asarray([list(map(len, e.answers)) for e in examples]),
         gold=known_gold(data.records),
         kinds=known_kinds(data.records),
     )
@@ -347,7 +337,9 @@ def examination(
 
 def _ranked(data: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Ranks [N, K, H], response tokens [N, K] and true rewards [N, K] of rankings."""
-    ranks = np.stack([e.ranks for e in data.examples])
+    columns = data.examples.columns
+    ranks = padded_labels(columns['labels'], columns['answers'].longest)
+    ranks = np.nan_to_num(ranks, nan=-1).astype(int)
     lengths = np.zeros(ranks.shape[:2], int)
     gold = np.zeros(ranks.shape[:2])
     is_known = all(record.meta.get('gold') is not None for record in data.records)

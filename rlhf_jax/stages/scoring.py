@@ -21,8 +21,8 @@ from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.config import nearest
 from rlhf_jax.data.chat import rendered
 from rlhf_jax.data.examples import Dataset
+from rlhf_jax.data.formats import Judged
 from rlhf_jax.data.joining import find_joint, last_id, open_prompts
-from rlhf_jax.data.judgements import Steps
 from rlhf_jax.data.rows import Row, step_rows
 from rlhf_jax.data.tokenizer import (
     check_vocabulary,
@@ -380,7 +380,8 @@ def step_batch(
     whole = _known_templated(tokenizer, prompts, templated)
     for prompt, response, is_whole in zip(prompts, responses, whole):
         steps = [step for step in response.split(separator) if step.strip()]
-        records.append(Steps(prompt, steps, [], {}, 'a response', is_whole))
+        named = {str(i): step for i, step in enumerate(steps)}
+        records.append(Judged(prompt, named, None, {}, 'a response', is_whole))
     rows, places, truncated = [], [], 0
     found = step_rows(records, tokenizer, separator, PLAIN)
     opened = open_prompts(tokenizer, prompts, whole)

@@ -17,7 +17,7 @@ from rlhf_jax.algos.ensemble import (
     stack_members,
 )
 from rlhf_jax.algos.rm import RMHParams, pair_scores
-from rlhf_jax.types import PairBatch, TrainState
+from rlhf_jax.types import JudgedBatch, TrainState
 
 
 def _pair(chosen, rejected, length, margin=0.0, weight=1.0):
@@ -27,7 +27,9 @@ def _pair(chosen, rejected, length, margin=0.0, weight=1.0):
     mask = np.zeros(tokens.shape, bool)
     mask[..., 0] = True
     one = np.ones(1, np.float32)
-    return PairBatch(tokens=tokens, mask=mask, margin=margin * one, weight=weight * one)
+    return JudgedBatch(
+        tokens=tokens, mask=mask, margin=margin * one, weight=weight * one
+    )
 
 
 def _state(tables, tx):

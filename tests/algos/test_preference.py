@@ -33,8 +33,7 @@ from rlhf_jax.preference import (
 )
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
 from rlhf_jax.types import (
-    PreferencePairs,
-    PreferenceSingles,
+    JudgedBatch,
     TokenBatch,
     TrainState,
 )
@@ -68,23 +67,21 @@ def _pairs(bigram, with_reference=True):
     tokens, mask, response = _texts(rng, ROWS, 2)
     weight = np.ones(ROWS, np.float32)
     weight[[3, 8, 9]] = 0
-    batch = PreferencePairs(
-        tokens=tokens, mask=mask, response_mask=response, weight=weight
-    )
+    batch = JudgedBatch(tokens=tokens, mask=mask, response_mask=response, weight=weight)
     return _referenced(batch, bigram) if with_reference else batch
 
 
-def _singles(bigram):
+def _unpaired(bigram):
     rng = np.random.default_rng(3)
-    tokens, mask, response = _texts(rng, ROWS)
+    tokens, mask, response = (x[:, None] for x in _texts(rng, ROWS))
     other = TokenBatch(**dict(zip(('tokens', 'mask', 'loss_mask'), _texts(rng, ROWS))))
     weight = np.ones(ROWS, np.float32)
     weight[[0, 5]] = 0
-    batch = PreferenceSingles(
+    batch = JudgedBatch(
         tokens=tokens,
         mask=mask,
         response_mask=response,
-        desirable=rng.uniform(size=ROWS) < 0.5,
+        labels=(rng.uniform(size=(ROWS, 1, 1)) < 0.5).astype(np.float32),
         weight=weight,
         mismatched=other,
     )
@@ -97,7 +94,7 @@ def _referenced(batch, model):
 
 
 def _batch(loss, bigram):
-    return _pairs(bigram) if loss.DATA == 'pairs' else _singles(bigram)
+    return _pairs(bigram) if loss.DATA == 'pairs' else _unpaired(bigram)
 
 
 def _ref(loss):
@@ -167,22 +164,22 @@ def test_tokens_of_pairs_against_a_loop(bigram):
         )
 
 
-def test_tokens_without_a_reference_and_of_singles(bigram):
-    batch = _singles(bigram)
+def test_tokens_without_a_reference_and_of_unpaired(bigram):
+    batch = _unpaired(bigram)
     got = batch_logps(PARAMS, batch, model=bigram, tokens=True)
     assert got.tokens.kl is None and got.tokens.ref_logps is None
-    assert got.tokens.logps.shape == batch.tokens.shape
+    assert got.tokens.logps.shape == (ROWS, LENGTH)
     real = batch.weight > 0
     np.testing.assert_allclose(
         got.tokens.logps.sum(-1)[real], got.logps[real], rtol=1e-5
     )
 
 
-def test_sums_of_singles_against_a_loop(bigram):
-    batch = _singles(bigram)
+def test_sums_of_unpaired_responses_against_a_loop(bigram):
+    batch = _unpaired(bigram)
     got = batch_logps(PARAMS, batch, model=bigram)
     for p in np.flatnonzero(batch.weight):
-        total, count = _slow_logps(PARAMS, batch.tokens[p], batch.mask[p])
+        total, count = _slow_logps(PARAMS, batch.tokens[p, 0], batch.mask[p, 0])
         other, _ = _slow_logps(
             PARAMS, batch.mismatched.tokens[p], batch.mismatched.mask[p]
         )
@@ -212,11 +209,11 @@ def test_a_response_without_anything_before_it_starts_at_its_second_token(bigram
     np.testing.assert_array_equal(got.lengths, batch.mask.sum(-1) - 1)
 
 
-@pytest.mark.parametrize('kind', ['pairs', 'singles'])
+@pytest.mark.parametrize('kind', ['pairs', 'unpaired'])
 def test_the_last_layer_for_responses_alone_changes_nothing(
     bigram, unrolled, policy_params, kind
 ):
-    batch = _pairs(bigram) if kind == 'pairs' else _singles(bigram)
+    batch = _pairs(bigram) if kind == 'pairs' else _unpaired(bigram)
     whole, part = (
         jax.jit(functools.partial(reference_logps, model=unrolled))(policy_params, b)
         for b in (batch, batch.replace(response_length=LENGTH - 2))
@@ -275,15 +272,15 @@ def test_loss_and_metrics_of_pairs_by_hand(bigram):
     assert 0 < want['rewards/accuracies'] < 1
 
 
-def test_metrics_of_singles_by_hand(bigram):
-    batch = _singles(bigram)
+def test_metrics_of_unpaired_responses_by_hand(bigram):
+    batch = _unpaired(bigram)
     hp = kto.HParams(beta=0.5)
     how = {'model': bigram, 'loss': kto, 'loss_hp': hp}
     context = batch_context(PARAMS, batch, **how)
     _, weight, metrics = preference_loss(PARAMS, batch, context, **how)
-    texts = zip(batch.tokens, batch.mask)
+    texts = zip(batch.tokens[:, 0], batch.mask[:, 0])
     logps = np.array([_slow_logps(PARAMS, *text)[0] for text in texts])
-    rewards = 0.5 * (logps - batch.ref_logps)
+    rewards = 0.5 * (logps - batch.ref_logps[:, 0])
     other = batch.mismatched
     ratios = [
         _slow_logps(PARAMS, *text)[0] - _slow_logps(REF, *text)[0]
@@ -329,7 +326,7 @@ def test_filling_rows_count_nothing_whatever_they_hold(loss, bigram):
 
 def test_no_gradient_passes_through_a_context(bigram):
     """The KL of KTO is a constant: moving it would pay where nothing is learnt."""
-    batch = _singles(bigram)
+    batch = _unpaired(bigram)
     how = {'model': bigram, 'loss': kto, 'loss_hp': kto.HParams()}
     gradient = jax.grad(
         lambda p: jnp.sum(batch_context(p, batch, **how)['kl'])
@@ -446,7 +443,7 @@ def test_a_tie_is_an_error(bigram):
 
 
 def test_kto_learns(bigram):
-    batch, tx = _singles(bigram), optax.adam(0.1)
+    batch, tx = _unpaired(bigram), optax.adam(0.1)
     batch = batch.replace(**reference_logps(PARAMS, batch, model=bigram))
     step, state = jax.jit(_step(kto, bigram, tx)), _state(tx)
     for _ in range(30):
@@ -460,7 +457,7 @@ def test_the_real_policy_at_its_own_reference(policy, policy_params):
     """Log 2, in the real model, with garbage in the padding and an odd batch size."""
     rng = np.random.default_rng(4)
     tokens, mask, response = _texts(rng, 3, 2)
-    batch = PreferencePairs(
+    batch = JudgedBatch(
         tokens=np.where(mask, tokens, 10**6).astype(np.int32),
         mask=mask,
         response_mask=response,
@@ -504,7 +501,7 @@ def test_a_loss_of_ones_own(bigram):
 @pytest.mark.parametrize(
     'loss, kind, message',
     [
-        (ipo, 'singles', r'ipo is a loss on comparisons .* data are single responses'),
+        (ipo, 'unpaired', r'ipo is a loss on comparisons .* data are single responses'),
         (kto, 'pairs', r'kto is a loss on single responses.* data are comparisons'),
         (bco, 'pairs', r"a loss whose DATA is 'pairs'"),
         (tdpo, 'pairs', r'tdpo looks at single tokens .* give it ref_params'),
@@ -515,10 +512,10 @@ def test_a_loss_of_ones_own(bigram):
 )
 def test_data_that_do_not_fit_the_loss(loss, kind, message, bigram):
     batch = {
-        'singles': lambda: _singles(bigram),
+        'unpaired': lambda: _unpaired(bigram),
         'pairs': lambda: _pairs(bigram),
         'no reference': lambda: _pairs(bigram, with_reference=False),
-        'no mismatched': lambda: _singles(bigram).replace(
+        'no mismatched': lambda: _unpaired(bigram).replace(
             mismatched=None, ref_mismatched_logps=None
         ),
     }[kind]()

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from rlhf_jax.algos.rm import RMHParams, pair_scores, rm_loss, rm_step
-from rlhf_jax.types import PairBatch, TrainState
+from rlhf_jax.types import JudgedBatch, TrainState
 
 # Scores by last token: 0 → 0, 1 → 1, 2 → 2.5, 3 → −1.
 PARAMS = {
@@ -25,7 +25,7 @@ def _pairs(chosen, rejected, margin=None, weight=None):
     tokens[..., 1] = last
     mask = np.broadcast_to([True, True, False], tokens.shape)
     zeros = np.zeros(len(last), np.float32)
-    return PairBatch(
+    return JudgedBatch(
         tokens=tokens,
         mask=mask,
         margin=zeros if margin is None else np.array(margin, np.float32),

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.algos.rm import RMHParams, ranked_scores, rm_loss, rm_step
+from rlhf_jax.algos.rm import RMHParams, rm_loss, rm_step, text_scores
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.reward_losses import (
     bradley_terry,
@@ -20,7 +20,7 @@ from rlhf_jax.reward_losses import (
     stepwise,
 )
 from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh
-from rlhf_jax.types import PairBatch, RankingBatch, RatingBatch, StepBatch, TrainState
+from rlhf_jax.types import JudgedBatch, TrainState
 from tests import own_reward_loss
 
 # Scores by last token: 0 → 0, 1 → 1, 2 → 2.5, 3 → −1.
@@ -40,10 +40,12 @@ def _ranking(last, ranks, weight=None):
     last = np.asarray(last)
     tokens = np.full((*last.shape, 3), 3, np.int32)
     tokens[..., 1] = last
-    return RankingBatch(
+    labels = np.asarray(ranks, np.float32)[..., None]
+    return JudgedBatch(
         tokens=tokens,
         mask=np.broadcast_to([True, True, False], tokens.shape),
-        ranks=np.asarray(ranks, np.int32)[..., None],
+        labels=labels,
+        judged=labels > 0,
         margin=np.zeros(len(last), np.float32),
         weight=np.asarray(weight or [1] * len(last), np.float32),
     )
@@ -98,11 +100,13 @@ def test_a_pair_costs_the_same_either_way(
 ):
     """Value, gradient and metrics, with margins, weights and both penalties."""
     ranks = np.broadcast_to(np.array([[1], [2]], np.int32), (16, 2, 1))
+    ranks = np.concatenate([ranks[:, ::-1], np.full((16, 1, 1), -1)], 1)
     fields = {name: getattr(pair_batch, name) for name in ('tokens', 'mask')}
-    turned = RankingBatch(  # the better one behind, and a third that is not there
+    turned = JudgedBatch(  # the better one behind, and a third that is not there
         tokens=np.concatenate([x := fields['tokens'][:, ::-1], x[:, :1]], 1),
         mask=np.concatenate([x := fields['mask'][:, ::-1], x[:, :1]], 1),
-        ranks=np.concatenate([ranks[:, ::-1], np.full((16, 1, 1), -1)], 1),
+        labels=ranks.astype(np.float32),
+        judged=ranks > 0,
         margin=pair_batch.margin,
         weight=pair_batch.weight,
     )
@@ -182,7 +186,7 @@ def test_the_virtual_response_is_finite_and_has_no_gradient(config, attention):
         params = jax.jit(model.init)(jax.random.PRNGKey(0), tokens, tokens == 0)[
             'params'
         ]
-        scores = ranked_scores(params, changed, model=model)
+        scores = text_scores(params, changed, model=model)
         return scores, jax.value_and_grad(total)(params)
 
     other = np.array(batch.tokens)
@@ -196,7 +200,7 @@ def test_the_virtual_response_is_finite_and_has_no_gradient(config, attention):
 
 def test_l2_is_the_mean_square_of_a_pair(token_scores):
     # safe-rlhf's 0.1·mean(2.5², 1²) = 0.3625
-    batch = PairBatch(
+    batch = JudgedBatch(
         tokens=np.array([[[2], [1]]]),
         mask=np.ones((1, 2, 1), bool),
         margin=np.zeros(1, np.float32),
@@ -235,21 +239,25 @@ def _random(kind, heads=H):
         ranks[rng.uniform(size=ranks.shape) < 0.3] = -1
         ranks[5, :, 0] = -1  # nobody looked at this
         margin = rng.uniform(0, 1, P).astype(np.float32)
-        return RankingBatch(
-            tokens=tokens, mask=mask, ranks=ranks, margin=margin, weight=weight
+        labels = ranks.astype(np.float32)
+        return JudgedBatch(
+            tokens=tokens,
+            mask=mask,
+            labels=labels,
+            judged=labels > 0,
+            margin=margin,
+            weight=weight,
         )
     tokens, mask = _texts(rng, P)
+    texts = {'tokens': tokens[:, None], 'mask': mask[:, None], 'weight': weight}
     if kind == 'ratings':
         rated = rng.uniform(size=(P, heads)) < 0.7
         ratings = np.where(rated, rng.normal(size=rated.shape), 0).astype(np.float32)
-        return RatingBatch(
-            tokens=tokens, mask=mask, ratings=ratings, rated=rated, weight=weight
-        )
+        return JudgedBatch(**texts, labels=ratings[:, None], judged=rated[:, None])
     step_mask = mask & (rng.uniform(size=mask.shape) < 0.4)
     right = rng.uniform(size=mask.shape) < 0.6
-    return StepBatch(
-        tokens=tokens, mask=mask, step_mask=step_mask, right=right, weight=weight
-    )
+    labels = right.astype(np.float32)
+    return JudgedBatch(**texts, labels=labels[:, None], judged=step_mask[:, None])
 
 
 def _read(model, params, tokens, mask):
@@ -274,13 +282,13 @@ def test_rankings_by_several_heads_against_a_loop(headed):
             _read(model, params, batch.tokens[p, k], batch.mask[p, k]) for k in range(K)
         ]
         for h in range(H):
-            ranked = [k for k in range(K) if batch.ranks[p, k, h] > 0]
+            ranked = [k for k in range(K) if batch.judged[p, k, h]]
             pairs = [(a, b) for a in ranked for b in ranked if a < b]
             if not pairs:
                 continue
             part = 0.0
             for a, b in pairs:
-                ra, rb = batch.ranks[p, a, h], batch.ranks[p, b, h]
+                ra, rb = batch.labels[p, a, h], batch.labels[p, b, h]
                 gap = scores[a][h] - scores[b][h]
                 if ra == rb:
                     part += (_nls(gap) + _nls(-gap)) / 2
@@ -300,10 +308,10 @@ def test_ratings_by_several_heads_against_a_loop(headed):
     total, weight, metrics = _loss(model, batch, squared, params=params, l2_coef=0.1)
     expected, errors = 0.0, []
     for b in range(P):
-        scores = _read(model, params, batch.tokens[b], batch.mask[b])
+        scores = _read(model, params, batch.tokens[b, 0], batch.mask[b, 0])
         for h in range(H):
-            if batch.rated[b, h] and batch.weight[b]:
-                gap = scores[h] - batch.ratings[b, h]
+            if batch.judged[b, 0, h] and batch.weight[b]:
+                gap = scores[h] - batch.labels[b, 0, h]
                 expected += gap**2 + 0.1 * scores[h] ** 2
                 errors.append(abs(gap))
     assert float(weight) == len(errors) > 5
@@ -315,12 +323,13 @@ def test_steps_against_a_loop(reward_model, reward_params):
     batch = _random('steps')
     total, weight, metrics = _loss(reward_model, batch, stepwise, params=reward_params)
     losses, hits = [], []
-    for b, t in zip(*np.nonzero(batch.step_mask)):
+    for b, t in zip(*np.nonzero(batch.judged[:, 0])):
         if batch.weight[b]:
-            cut = batch.mask[b] & (np.arange(T) <= t)  # later tokens are not seen
-            score = float(_read(reward_model, reward_params, batch.tokens[b], cut))
-            losses.append(_nls(score if batch.right[b, t] else -score))
-            hits.append((score > 0) == batch.right[b, t])
+            cut = batch.mask[b, 0] & (np.arange(T) <= t)  # later tokens are not seen
+            score = float(_read(reward_model, reward_params, batch.tokens[b, 0], cut))
+            right = batch.labels[b, 0, t] > 0
+            losses.append(_nls(score if right else -score))
+            hits.append((score > 0) == right)
     assert float(weight) == len(losses) > 5
     assert float(total) == pytest.approx(sum(losses), rel=1e-4)
     assert float(metrics['accuracy'].value()) == pytest.approx(np.mean(hits))
@@ -360,9 +369,9 @@ def test_garbage_in_padding_changes_nothing(kind, headed, reward_model, reward_p
 
     dirty = {'tokens': np.where(batch.mask, batch.tokens, 10**6)}
     if kind == 'ratings':
-        dirty['ratings'] = np.where(batch.rated, batch.ratings, np.nan)
+        dirty['labels'] = np.where(batch.judged, batch.labels, np.nan)
     if kind == 'steps':
-        dirty['right'] = batch.right | ~batch.step_mask
+        dirty['labels'] = np.where(batch.judged, batch.labels, 1)
     pairs = zip(*map(jax.tree.leaves, (graded(batch), graded(batch.replace(**dirty)))))
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

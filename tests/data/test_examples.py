@@ -50,23 +50,23 @@ def test_pairs_know_their_responses(tmp_path, words):
 
 
 def test_single_responses_and_comparisons_taken_apart(tmp_path, words):
-    data = load(tmp_path / 'a.jsonl', UNPAIRED, words, 'singles')
+    data = load(tmp_path / 'a.jsonl', UNPAIRED, words, 'unpaired')
     [batch] = pipeline.eval_batches(data, 8, (64,))
     assert batch.desirable.tolist() == [True, False, True, False, True] + [False] * 3
     for i, record in enumerate(UNPAIRED):
-        response = text(words, batch.tokens[i], batch.response_mask[i])
+        response = text(words, batch.tokens[i, 0], batch.response_mask[i, 0])
         assert response == record['completion']
-    data = load(tmp_path / 'b.jsonl', PAIRED, words, 'singles')
+    data = load(tmp_path / 'b.jsonl', PAIRED, words, 'unpaired')
     [batch] = pipeline.eval_batches(data, 16, (64,))
     assert batch.desirable.tolist() == [True, False] * 5 + [False] * 6
     responses = [r[name] for r in PAIRED for name in ('chosen', 'rejected')]
     for i, response in enumerate(responses):
-        assert text(words, batch.tokens[i], batch.response_mask[i]) == response
+        assert text(words, batch.tokens[i, 0], batch.response_mask[i, 0]) == response
         assert data.records[i].where.endswith(f'b.jsonl:{i // 2 + 1}')
 
 
 def test_mismatched_rows_join_a_prompt_and_the_response_to_another(tmp_path, words):
-    data = load(tmp_path / 'a.jsonl', PAIRED, words, 'singles')
+    data = load(tmp_path / 'a.jsonl', PAIRED, words, 'unpaired')
     [batch] = pipeline.eval_batches(data, 10, (64,))
     other = batch.mismatched
     owner = {r[name]: r['prompt'] for r in PAIRED for name in ('chosen', 'rejected')}
@@ -74,7 +74,7 @@ def test_mismatched_rows_join_a_prompt_and_the_response_to_another(tmp_path, wor
     for i in range(10):
         tokens, response = other.tokens[i], other.loss_mask[i]
         prompt = text(words, tokens, other.mask[i] & ~response)
-        assert prompt == text(words, batch.tokens[i], ~response & other.mask[i])
+        assert prompt == text(words, batch.tokens[i, 0], ~response & other.mask[i])
         assert prompt == PAIRED[i // 2]['prompt']
         given.append(text(words, tokens, response))
         assert owner[given[-1]] != prompt
@@ -84,11 +84,14 @@ def test_mismatched_rows_join_a_prompt_and_the_response_to_another(tmp_path, wor
         rows = {
             text(words, t, m): text(words, o, r)
             for t, m, o, r in zip(
-                again.tokens, again.mask, again.mismatched.tokens, again.mismatched.mask
+                again.tokens[:, 0],
+                again.mask[:, 0],
+                again.mismatched.tokens,
+                again.mismatched.mask,
             )
         }
         for i, prompt in enumerate(r['prompt'] for r in PAIRED for _ in range(2)):
-            own = text(words, batch.tokens[i], batch.mask[i])
+            own = text(words, batch.tokens[i, 0], batch.mask[i, 0])
             if own in rows:
                 assert rows[own] == prompt + given[i]
         break
@@ -109,14 +112,14 @@ def test_every_prompt_meets_a_response_to_another_one(seed):
 
 @pytest.mark.parametrize(
     ('kind', 'records'),
-    [('pairs', PAIRED), ('singles', PAIRED), ('singles', UNPAIRED)],
+    [('pairs', PAIRED), ('unpaired', PAIRED), ('unpaired', UNPAIRED)],
 )
 def test_the_longest_response_of_the_data_is_known(tmp_path, words, kind, records):
     """It is static, so it is the same in every batch of a bucket."""
     data = load(tmp_path / 'a.jsonl', records, words, kind)
     [batch] = pipeline.eval_batches(data, 16, (64,))
     masks = [batch.response_mask]
-    masks += [batch.mismatched.loss_mask] if kind == 'singles' else []
+    masks += [batch.mismatched.loss_mask] if kind == 'unpaired' else []
     longest = max(int(mask.sum(-1).max()) for mask in masks)
     rounded = {26: 32, 8: 16}[longest]
     lengths = {
@@ -160,17 +163,21 @@ def test_columns_follow_the_examples(tmp_path, words):
     [
         (UNPAIRED, 'pairs', ['completion, label, prompt', 'a chosen', "as 'kto'"]),
         ([{'prompt': 'a', 'completion': ' b'}], 'pairs', ['chosen', 'other data']),
-        ([{'prompt': 'a', 'completion': ' b'}], 'singles', ['a label', 'other data']),
-        (UNPAIRED[::2], 'singles', ['all 3 labels are True', 'the other label']),
-        ([UNPAIRED[0], {**UNPAIRED[1], 'label': 'no'}], 'singles', [':2', "'no'"]),
-        ([UNPAIRED[0], {**UNPAIRED[1], 'label': 2}], 'singles', [':2: label is 2']),
-        ([UNPAIRED[0], {**UNPAIRED[1], 'label': 0.5}], 'singles', [':2: label is 0.5']),
+        ([{'prompt': 'a', 'completion': ' b'}], 'unpaired', ['a label', 'other data']),
+        (UNPAIRED[::2], 'unpaired', ['all 3 labels are True', 'the other label']),
+        ([UNPAIRED[0], {**UNPAIRED[1], 'label': 'no'}], 'unpaired', [':2', "'no'"]),
+        ([UNPAIRED[0], {**UNPAIRED[1], 'label': 2}], 'unpaired', [':2: label is 2']),
+        (
+            [UNPAIRED[0], {**UNPAIRED[1], 'label': 0.5}],
+            'unpaired',
+            [':2: label is 0.5'],
+        ),
         (
             [*UNPAIRED, {'prompt': 'a', 'completion': ' b'}],
-            'singles',
+            'unpaired',
             [':6: the field'],
         ),
-        (UNPAIRED[::3], 'singles', ['a.jsonl: all examples have the same prompt']),
+        (UNPAIRED[::3], 'unpaired', ['a.jsonl: all examples have the same prompt']),
     ],
 )
 def test_data_that_a_loss_cannot_use(tmp_path, words, records, kind, parts):
@@ -182,6 +189,6 @@ def test_data_that_a_loss_cannot_use(tmp_path, words, records, kind, parts):
 
 def test_bad_labels_can_be_left_out_and_are_counted(tmp_path, words):
     records = [*UNPAIRED, {**UNPAIRED[0], 'label': None}]
-    data = load(tmp_path / 'a.jsonl', records, words, 'singles', on_bad='skip')
+    data = load(tmp_path / 'a.jsonl', records, words, 'unpaired', on_bad='skip')
     assert len(data.examples) == 5 and data.counts.skipped_bad == 1
     assert "6: the field 'label' is missing" in data.counts.describe()

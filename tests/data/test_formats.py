@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data.formats import (
     BadRecord,
-    Comparison,
     Demonstration,
+    Judged,
     Prompt,
     to_comparison,
     to_demonstration,
@@ -61,8 +61,13 @@ def test_text_forms_are_kept_letter_by_letter():
     fields = dict(prompt='p', chosen='a', rejected='b', completion=None)
     assert to_demonstration(record(**fields), BARE) == Demonstration('p', 'a', where)
     extra = dict(margin=2, annotator='k', gold_chosen=0.5, flag=True, odd=[1], no=None)
-    assert to_comparison(record(**fields, **extra), BARE) == Comparison(
-        'p', 'a', 'b', 2.0, {'annotator': 'k', 'gold_chosen': 0.5, 'flag': True}, where
+    assert to_comparison(record(**fields, **extra), BARE) == Judged(
+        'p',
+        {'chosen': 'a', 'rejected': 'b'},
+        None,
+        {'annotator': 'k', 'gold_chosen': 0.5, 'flag': True},
+        where,
+        margin=2.0,
     )
     assert to_comparison(record(**fields), BARE).margin == 0
     assert to_text(record(text=' t'), BARE).text == ' t'
@@ -117,7 +122,7 @@ def test_comparisons_of_messages(fields):
     chat = tokenizer()
     made = to_comparison(record(**fields), chat)
     assert made.templated
-    assert (made.prompt, made.chosen, made.rejected) == (
+    assert (made.prompt, *made.completions.values()) == (
         '<U>hi</s><A>',
         'a</s>',
         'b</s>',

@@ -137,14 +137,17 @@ def test_every_kind_of_data_joins_alike(spec, style):
         about = dict(rating_range=(0, 4), rating_unit='given', step_separator='\n')
         return Wanted(kind=kind, by='', heads=heads, **about)
 
+    def joined(data):
+        return [*data.examples[0].prompt, *data.examples[0].answers[0]]
+
     limits, fields = Limits(40, 'drop', 'error'), {'prompt': 'is it:'}
     pair = {**fields, 'chosen': ' Yes.', 'rejected': ' No'}
     example = pipeline.load_comparisons(spec(pair), tokenizer, max_length=40).examples[
         0
     ]
-    told = [shown(tokenizer, part) for part in example[:3]]
+    told = [shown(tokenizer, part) for part in (example.prompt, *example.answers)]
     assert told == [whole, good, bad]
-    for kind, parts in (('pairs', 3), ('singles', 2)):
+    for kind, parts in (('pairs', 3), ('unpaired', 2)):
         data = pipeline.load_preferences(
             spec(pair, {**pair, 'prompt': 'a'}),
             tokenizer,
@@ -152,18 +155,18 @@ def test_every_kind_of_data_joins_alike(spec, style):
             wanted_by='',
             max_length=40,
         )
-        ids = data.examples[0][:parts]
+        ids = data.examples[0].prompt, *data.examples[0].answers
         assert [shown(tokenizer, x) for x in ids] == [whole, good, bad][:parts]
     texts = {**fields, 'completions': [' Yes.', ' No'], 'ranks': [1, 2]}
     data = load_judgements(spec(texts), tokenizer, wanted('pairs'), limits)
     assert [shown(tokenizer, x) for x in data.examples[0].answers] == [good, bad]
     rated = {**fields, 'completion': ' Yes.', 'rating': 3}
     data = load_judgements(spec(rated), tokenizer, wanted('ratings'), limits)
-    assert shown(tokenizer, data.examples[0].tokens) == whole + good
+    assert shown(tokenizer, joined(data)) == whole + good
     steps = {**fields, 'completions': [' Yes.', ' No'], 'labels': [True, False]}
     data = load_judgements(spec(steps), tokenizer, wanted('steps'), limits)
     expected = [*whole, '▁Yes', '.', '\n', *bad]
-    assert shown(tokenizer, data.examples[0].tokens) == expected
+    assert shown(tokenizer, joined(data)) == expected
     tokens, mask, ends, _ = step_batch(
         tokenizer, ['is it:'], [' Yes.\n No'], [True], 40, '\n'
     )
@@ -174,7 +177,7 @@ def test_every_kind_of_data_joins_alike(spec, style):
         'rejected': '\n\nHuman: is it\n\nAssistant: No',
     }
     data = pipeline.load_comparisons(spec(hh, kind='hh'), tokenizer, max_length=99)
-    assert [shown(tokenizer, x) for x in data.examples[0][1:3]] == [good, bad]
+    assert [shown(tokenizer, x) for x in data.examples[0].answers] == [good, bad]
 
 
 @pytest.mark.parametrize('style', STYLES)
@@ -249,7 +252,8 @@ def test_a_prompt_is_opened_once_and_in_one_way(spec):
         Wanted(kind='steps', by='', heads=(), **about),
         Limits(40, 'drop', 'error'),
     )
-    learned = data.examples[0].tokens.tolist()
+    example = data.examples[0]
+    learned = [*example.prompt, *example.answers[0]]
     (record,) = pipeline.load_prompts(
         spec(steps), tokenizer, max_prompt_length=40
     ).records
@@ -282,7 +286,7 @@ def test_ids_that_are_kept_are_those_of_the_joined_texts(spec, tmp_path, monkeyp
     where = spec({'prompt': 'is it:', 'chosen': ' Yes.', 'rejected': ' No'})
     for _ in range(2):
         data = pipeline.load_comparisons(where, tokenizer, max_length=40)
-        assert shown(tokenizer, data.examples[0].chosen) == ['▁Yes', '.', '</s>']
+        assert shown(tokenizer, data.examples[0].answers[0]) == ['▁Yes', '.', '</s>']
 
 
 def test_stories_are_joined_as_they_were_learned(spec):

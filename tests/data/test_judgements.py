@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import pipeline, tiny_judgements, tiny_tldr
-from rlhf_jax.data.examples import PairExample
 from rlhf_jax.data.loading import Limits
 from rlhf_jax.data.reward_data import Wanted, load_judgements
 
@@ -38,6 +37,10 @@ def load(tmp_path, tokenizer):
     return go
 
 
+def ranks_of(batch):
+    return np.where(batch.judged, batch.labels, -1)
+
+
 def batch_of(data, size):
     return next(pipeline.eval_batches(data, size, (48,)))
 
@@ -64,7 +67,7 @@ def test_rankings_of_several_sizes_make_one_shape(load, tokenizer):
     batch = batch_of(load([short, ranking()]), 3)
     assert batch.tokens.shape == (3, 3, 48)
     ranks = [[2, 1, -1], [1, 2, 2], [-1, -1, -1]]
-    np.testing.assert_array_equal(batch.ranks[..., 0], ranks)
+    np.testing.assert_array_equal(ranks_of(batch)[..., 0], ranks)
     np.testing.assert_array_equal(batch.weight, [1, 1, 0])
     assert (batch.mask[0, 2].sum(), batch.mask[2, 0].sum()) == (1, 1)  # fill up
     row = batch.tokens[0, 1][batch.mask[0, 1]].tolist()
@@ -77,12 +80,12 @@ def test_a_null_completion_has_a_rank_and_no_tokens(load, tokenizer):
     data = load([texts, plain])
     assert [len(a) for a in data.examples[0].answers][0] == 0
     batch = batch_of(data, 3)
-    np.testing.assert_array_equal(batch.ranks[0, :, 0], [2, 1, 3])
+    np.testing.assert_array_equal(ranks_of(batch)[0, :, 0], [2, 1, 3])
     assert not batch.mask[0, 0].any() and not batch.tokens[0, 0].any()
     row = batch.tokens[0, 2][batch.mask[0, 2]].tolist()
     assert row == [*tokenizer('Anna')['input_ids'], *tokenizer(' a')['input_ids'], 1]
     # What is not there at all keeps its one token, and no rank.
-    assert batch.mask[1, 2].sum() == 1 and batch.ranks[1, 2, 0] == -1
+    assert batch.mask[1, 2].sum() == 1 and ranks_of(batch)[1, 2, 0] == -1
 
 
 def test_a_null_completion_is_left_alone_where_texts_are_cut(load):
@@ -98,39 +101,39 @@ def test_ranks_by_dimension_and_comparisons_in_one(load):
     two = ranking(ranks={'helpful': [1, 2, 3], 'safe': [2, None, 1]})
     pair = {'prompt': 'Ben', 'chosen': ' d', 'rejected': ' e', 'margin': 0.5}
     batch = batch_of(load([two, pair | {'dimension': 'safe'}], heads=heads), 2)
-    np.testing.assert_array_equal(batch.ranks[0], [[1, 2], [2, -1], [3, 1]])
-    np.testing.assert_array_equal(batch.ranks[1], [[-1, 1], [-1, 2], [-1, -1]])
+    np.testing.assert_array_equal(ranks_of(batch)[0], [[1, 2], [2, -1], [3, 1]])
+    np.testing.assert_array_equal(ranks_of(batch)[1], [[-1, 1], [-1, 2], [-1, -1]])
     np.testing.assert_array_equal(batch.margin, [0, 0.5])
 
 
 def test_plain_comparisons_stay_pairs(load):
     data = load([{'prompt': 'Ben', 'chosen': ' d', 'rejected': ' e'}])
-    assert isinstance(data.examples[0], PairExample)
+    assert data.counts.what == 'comparisons' and data.examples[0].labels is None
 
 
 def test_ratings_and_the_unit_interval(load):
     records = [rating(rating=4), rating(prompt='Ben', rating=1.5)]
     for unit, wanted in (('given', [4, 1.5]), ('range', [1, 0.375])):
         batch = batch_of(load(records, 'ratings', rating_unit=unit), 3)
-        np.testing.assert_allclose(batch.ratings[:2, 0], wanted)
-        assert batch.rated[:, 0].tolist() == [True, True, False]
+        np.testing.assert_allclose(batch.labels[:2, 0, 0], wanted)
+        assert batch.judged[:, 0, 0].tolist() == [True, True, False]
     named = [
         rating(ratings={'a': 2}),
         rating(prompt='Ben', ratings={'b': 4, 'a': None}),
     ]
     batch = batch_of(load(named, 'ratings', heads=('a', 'b')), 2)
-    np.testing.assert_array_equal(batch.ratings, [[2, 0], [0, 4]])
-    np.testing.assert_array_equal(batch.rated, [[True, False], [False, True]])
+    np.testing.assert_array_equal(batch.labels[:, 0], [[2, 0], [0, 4]])
+    np.testing.assert_array_equal(batch.judged[:, 0], [[True, False], [False, True]])
 
 
 def test_steps_are_read_at_their_separators_and_at_eos(load, tokenizer):
     record = stepwise(completions=[' a', ' b\n', ' c'], labels=[True, 1, False])
     batch = batch_of(load([record], 'steps'), 2)
     newline, eos = tokenizer('\n')['input_ids'][-1], tokenizer.eos_token_id
-    ends = batch.tokens[0][batch.step_mask[0]].tolist()
+    ends = batch.tokens[0][batch.judged[0]].tolist()
     assert ends == [newline, newline, eos]
-    assert batch.right[0][batch.step_mask[0]].tolist() == [True, True, False]
-    assert batch.step_mask[1].sum() == batch.weight[1] == 0
+    assert batch.labels[0][batch.judged[0]].tolist() == [1, 1, 0]
+    assert batch.judged[1].sum() == batch.weight[1] == 0
     text = tokenizer.decode(batch.tokens[0][batch.mask[0]])
     assert text.startswith('Anna a\n b\n c')
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import columns, pipeline, rows
 from rlhf_jax.data.tokenizer import load_tokenizer
-from rlhf_jax.types import PairBatch, PromptBatch, TokenBatch
+from rlhf_jax.types import JudgedBatch, PromptBatch, TokenBatch
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -117,8 +117,8 @@ def test_comparison_by_hand(jsonl):
     data = pipeline.load_comparisons(spec, words(bos=True), max_length=8)
     (example,) = data.examples
     assert example.prompt.tolist() == [0, 3]
-    assert example.chosen.tolist() == [4, 5, 1]
-    assert example.rejected.tolist() == [6, 1]
+    assert example.answers[0].tolist() == [4, 5, 1]
+    assert example.answers[1].tolist() == [6, 1]
     assert example.margin == 0.5
 
 
@@ -184,8 +184,8 @@ def test_pairs_that_truncation_makes_equal_are_dropped(jsonl):
     )
     data = pipeline.load_comparisons(spec, words(), max_length=4, overlong='truncate')
     (example,) = data.examples
-    assert example.chosen.tolist() == [26, 25, 1]
-    assert example.rejected.tolist() == [26, 27, 1]
+    assert example.answers[0].tolist() == [26, 25, 1]
+    assert example.answers[1].tolist() == [26, 27, 1]
     assert (data.counts.dropped_overlong, data.counts.truncated) == (1, 1)
 
 
@@ -280,7 +280,7 @@ def test_data_in_many_pieces_are_the_same(jsonl, monkeypatch, kind):
     pieces = sets(jsonl)[kind]
     assert pieces.counts == whole.counts
     assert list(pieces.records) == list(whole.records)
-    same(list(pieces.examples), list(whole.examples))
+    same(*(next(pipeline.eval_batches(d, 20, (16,))) for d in (pieces, whole)))
 
 
 def test_an_error_is_that_of_the_first_piece(jsonl, monkeypatch):
@@ -354,12 +354,15 @@ def test_pair_batch_by_hand(jsonl):
     (batch,) = pipeline.eval_batches(data, 2, (2, 5))
     same(
         batch,
-        PairBatch(
+        JudgedBatch(
             tokens=np.asarray(
                 [[[3, 4, 5, 1, 0], [3, 6, 1, 0, 0]], [[0] * 5, [0] * 5]], np.int32
             ),
             mask=np.asarray(
                 [[[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], [[1, 0, 0, 0, 0]] * 2], bool
+            ),
+            response_mask=np.asarray(
+                [[[0, 1, 1, 1, 0], [0, 1, 1, 0, 0]], [[0] * 5] * 2], bool
             ),
             margin=np.asarray([0.5, 0], np.float32),
             weight=np.asarray([1, 0], np.float32),
@@ -399,16 +402,16 @@ def test_eval_batches_go_once_in_order(jsonl, kind):
 
 
 def content(example):
-    if isinstance(example, pipeline.PairExample):
-        sides = (example.chosen, example.rejected)
+    if isinstance(example, pipeline.JudgedExample):
         return tuple(
-            tuple(np.concatenate([example.prompt, side]).tolist()) for side in sides
+            tuple(np.concatenate([example.prompt, answer]).tolist())
+            for answer in example.answers
         )
     return tuple(example.tokens.tolist())
 
 
 def unpadded(batch):
-    if isinstance(batch, PairBatch):
+    if isinstance(batch, JudgedBatch):
         return [
             tuple(tuple(t[m].tolist()) for t, m in zip(tokens, mask))
             for tokens, mask in zip(batch.tokens, batch.mask)
@@ -513,7 +516,7 @@ def test_hh_harmless_is_counted_to_the_last_record():
     assert f"{path}:87: 'chosen' is empty" in data.counts.describe()
     for example in data.examples:
         assert example.prompt[0] == 1  # BOS survives truncation
-        assert example.chosen[-1] == example.rejected[-1] == 2  # so does EOS
+        assert [answer[-1] for answer in example.answers] == [2, 2]  # so does EOS
     fails(
         lambda: pipeline.load_comparisons(f'hh:{path}', tokenizer, max_length=512),
         f"{path}:87: 'chosen' is empty",

@@ -59,8 +59,9 @@ def load(tmp_path):
             limit = {'max_prompt_length': 900}
         data = load(f'{kind}:{path}', tokenizer, **limit, **how)
         example = data.examples[0]
-        if hasattr(example, 'chosen'):
-            return [tokenizer.decode(part) for part in example[:3]]
+        if hasattr(example, 'answers'):
+            parts = example.prompt, *example.answers
+            return [tokenizer.decode(part) for part in parts]
         return tokenizer.decode(example.tokens)
 
     return read

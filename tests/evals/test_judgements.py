@@ -11,7 +11,7 @@ from rlhf_jax.evals.judgements import (
     score_steps,
     step_report,
 )
-from rlhf_jax.types import StepBatch
+from rlhf_jax.types import JudgedBatch
 
 # Two rankings; of the second the third completion is not there.
 RANKS = np.array([[[1], [2], [2]], [[2], [1], [-1]]])
@@ -132,11 +132,11 @@ def test_without_errors_none_can_be_found():
 
 def test_scores_of_steps_leave_out_filling_rows_and_other_tokens():
     step_mask = np.array([[0, 1, 1], [0, 0, 1], [1, 1, 1]], bool)
-    batch = StepBatch(
-        tokens=np.arange(9).reshape(3, 3),
-        mask=step_mask | True,
-        step_mask=step_mask,
-        right=step_mask,
+    batch = JudgedBatch(
+        tokens=np.arange(9).reshape(3, 1, 3),
+        mask=step_mask[:, None] | True,
+        labels=step_mask[:, None].astype(np.float32),
+        judged=step_mask[:, None],
         weight=np.array([1, 1, 0], np.float32),
     )
     rows = score_steps(lambda params, batch: params * batch.tokens, 2, [batch, batch])

@@ -8,7 +8,7 @@ from rlhf_jax.evals.preference import (
     proportion_interval,
     score_pairs,
 )
-from rlhf_jax.types import PairBatch
+from rlhf_jax.types import JudgedBatch
 
 #                   right      tie        wrong      right
 SCORES = np.array([[2.0, 1.0], [0.5, 0.5], [0.0, 3.0], [1.2, 1.0]], np.float32)
@@ -105,7 +105,7 @@ def test_wilson_interval():
 def test_rows_that_fill_a_batch_are_left_out():
     def batch(weight, first):
         tokens = first + np.arange(12).reshape(2, 2, 3)
-        return PairBatch(
+        return JudgedBatch(
             tokens=tokens,
             mask=tokens >= 0,
             margin=np.zeros(2),

@@ -20,7 +20,7 @@ from rlhf_jax.algos.preference import (
     preference_step,
     reference_logps,
 )
-from rlhf_jax.types import PreferencePairs, PreferenceSingles, TokenBatch, TrainState
+from rlhf_jax.types import JudgedBatch, TokenBatch, TrainState
 from tests.known.exact import BEST, PI_REF, POLICY, REF_PARAMS, START, TOTAL
 
 RATE = 1e3  # so that the logits do not round the gradient
@@ -248,7 +248,7 @@ def pairs(chosen):
     two = np.stack([CHOSEN, REJECTED], axis=1)
     weight = chosen[CHOSEN, REJECTED]
     assert weight.min() >= 0
-    return PreferencePairs(
+    return JudgedBatch(
         tokens=jnp.asarray(ALL.tokens[two]),
         mask=jnp.asarray(ALL.mask[two]),
         response_mask=jnp.asarray(ALL.response_mask[two]),
@@ -267,21 +267,21 @@ def test_the_gradient_is_zero_at_the_closed_form(case):
     assert here < 1e-4 * elsewhere and elsewhere > 1e-4
 
 
-# ------------------------------------------------------------------------------ singles
+# ----------------------------------------------------------------------------- unpaired
 
 
-def singles(good, often):
+def unpaired(good, often):
     """Every response once as desirable and once not, by how often it is either."""
     twice = np.concatenate([np.arange(N)] * 2)
     tokens, mask, response = (
         jnp.asarray(x[twice]) for x in (ALL.tokens, ALL.mask, ALL.response_mask)
     )
     weight = np.concatenate([often * good, often * (1 - good)])
-    return PreferenceSingles(
-        tokens=tokens,
-        mask=mask,
-        response_mask=response,
-        desirable=jnp.asarray(np.repeat([True, False], N)),
+    return JudgedBatch(
+        tokens=tokens[:, None],
+        mask=mask[:, None],
+        response_mask=response[:, None],
+        labels=jnp.asarray(np.repeat([1.0, 0.0], N)[:, None, None], jnp.float32),
         weight=jnp.asarray(weight / weight.mean(), jnp.float32),
         mismatched=TokenBatch(tokens=tokens, mask=mask, loss_mask=response),
     )
@@ -320,7 +320,7 @@ def test_the_gradient_on_single_responses_is_zero_at_the_closed_form(
     name, settings, closed
 ):
     best, good, often = closed()
-    batch = singles(good, often)
+    batch = unpaired(good, often)
     elsewhere = moved(OTHER, batch, name, settings).max()
     here = moved(best, batch, name, settings).max()
     assert here < 1e-4 * elsewhere and elsewhere > 1e-4

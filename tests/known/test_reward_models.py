@@ -13,7 +13,7 @@ import pytest
 from experiments.table_world import ALL, NUMBERS, PREFIXES, SAME, per_prompt
 from rlhf_jax import reward_losses
 from rlhf_jax.algos.rm import RMHParams, rm_step
-from rlhf_jax.types import RankingBatch, RatingBatch, TrainState
+from rlhf_jax.types import JudgedBatch, TrainState
 from tests.known.exact import CRITIC
 
 N, STEPS = len(ALL.prompt), 400
@@ -54,10 +54,11 @@ def rankings(wins, losses):
     two = np.tile(np.stack([FIRST, OTHER], axis=1), (3, 1))
     ranks = np.repeat(np.array([[1, 2], [2, 1], [1, 1]]), len(FIRST), axis=0)
     weight = np.concatenate([wins, losses, 1 - wins - losses])
-    return RankingBatch(
+    return JudgedBatch(
         tokens=jnp.asarray(ALL.tokens[two]),
         mask=jnp.asarray(ALL.mask[two]),
-        ranks=jnp.asarray(ranks[..., None], jnp.int32),
+        labels=jnp.asarray(ranks[..., None], jnp.float32),
+        judged=jnp.ones((*ranks.shape, 1), bool),
         margin=jnp.zeros(len(two)),
         weight=jnp.asarray(np.maximum(weight, 0), jnp.float32),
     )
@@ -67,11 +68,11 @@ def ratings():
     """Every text twice, rated by 0.5 above and below its reward."""
     twice = np.concatenate([np.arange(N)] * 2)
     rated = REWARD[twice] + np.repeat([0.5, -0.5], N)
-    return RatingBatch(
-        tokens=jnp.asarray(ALL.tokens[twice]),
-        mask=jnp.asarray(ALL.mask[twice]),
-        ratings=jnp.asarray(rated[:, None], jnp.float32),
-        rated=jnp.ones((2 * N, 1), bool),
+    return JudgedBatch(
+        tokens=jnp.asarray(ALL.tokens[twice][:, None]),
+        mask=jnp.asarray(ALL.mask[twice][:, None]),
+        labels=jnp.asarray(rated[:, None, None], jnp.float32),
+        judged=jnp.ones((2 * N, 1, 1), bool),
         weight=jnp.ones(2 * N),
     )
 

@@ -95,7 +95,7 @@ def read(spec: str, kind: str, style: str, how: dict[str, Any]) -> None:
     elif kind == 'comparisons':
         data = pipeline.load_comparisons(spec, own, **limits)
     elif kind in ('pairs', 'verdicts'):
-        what = 'singles' if kind == 'verdicts' else 'pairs'
+        what = 'unpaired' if kind == 'verdicts' else 'pairs'
         data = pipeline.load_preferences(
             spec, own, kind=what, wanted_by='this', **limits
         )

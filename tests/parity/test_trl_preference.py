@@ -18,7 +18,7 @@ import pytest
 
 from rlhf_jax import preference
 from rlhf_jax.algos.preference import batch_context, preference_loss, reference_logps
-from rlhf_jax.types import PreferencePairs, PreferenceSingles, TokenBatch
+from rlhf_jax.types import JudgedBatch, TokenBatch
 from tests.parity.trl_side import TorchLogits
 
 torch = pytest.importorskip('torch')
@@ -75,7 +75,7 @@ def _random_pairs():
     rng = np.random.default_rng(0)
     logits, ref = rng.normal(0, 2, (2, ROWS, 2, LENGTH, VOCABULARY))
     tokens, mask, response = _texts(rng, ROWS, 2)
-    batch = PreferencePairs(
+    batch = JudgedBatch(
         tokens=tokens,
         mask=mask,
         response_mask=response,
@@ -257,16 +257,16 @@ def test_odds_ratio_of_the_orpo_trainer():
     _assert_same(ours, loss.item(), np.stack([gradient[:ROWS], gradient[ROWS:]], 1))
 
 
-def _random_singles():
+def _random_unpaired():
     rng = np.random.default_rng(1)
     logits, ref = rng.normal(0, 2, (2, ROWS, LENGTH, VOCABULARY))
     tokens, mask, response = _texts(rng, ROWS)
     other = dict(zip(('tokens', 'mask', 'loss_mask'), _texts(rng, ROWS)))
-    batch = PreferenceSingles(
-        tokens=tokens,
-        mask=mask,
-        response_mask=response,
-        desirable=np.arange(ROWS) % 3 > 0,
+    batch = JudgedBatch(
+        tokens=tokens[:, None],
+        mask=mask[:, None],
+        response_mask=response[:, None],
+        labels=(np.arange(ROWS) % 3 > 0).astype(np.float32)[:, None, None],
         weight=np.ones(ROWS, np.float32),
         mismatched=TokenBatch(**other),
     )
@@ -277,7 +277,7 @@ def _random_singles():
 @pytest.mark.parametrize('weights', [(1.0, 1.0), (1.5, 0.7)])
 def test_the_kto_trainer(weights):
     """On both sides the mismatched texts meet the logits of the row itself."""
-    batch, logits, ref = _random_singles()
+    batch, logits, ref = _random_unpaired()
     ours = _ours(
         'kto',
         batch,
@@ -312,9 +312,9 @@ def test_the_kto_trainer(weights):
 
     other = batch.mismatched
     inputs = {
-        'input_ids': long(batch.tokens),
-        'attention_mask': long(batch.mask),
-        'completion_mask': long(batch.response_mask),
+        'input_ids': long(batch.tokens[:, 0]),
+        'attention_mask': long(batch.mask[:, 0]),
+        'completion_mask': long(batch.response_mask[:, 0]),
         'KL_input_ids': long(other.tokens),
         'KL_attention_mask': long(other.mask),
         'KL_completion_mask': long(other.loss_mask),
@@ -336,10 +336,10 @@ def test_the_bco_trainer():
     bco_trainer = pytest.importorskip(
         'trl.experimental.bco.bco_trainer', reason='TRL 1.16.0 has no BCO trainer'
     )
-    batch, logits, ref = _random_singles()
+    batch, logits, ref = _random_unpaired()
     ours = _ours('bco', batch, logits, beta=0.3)
     cls, good = bco_trainer.BCOTrainer, torch.tensor(batch.desirable)
-    labels = np.where(batch.response_mask, batch.tokens, -100)
+    labels = np.where(batch.response_mask, batch.tokens, -100)[:, 0]
     labels = torch.tensor(labels, dtype=torch.int64)
     model = TorchLogits(logits, torch.float64)
     logps = cls.get_batch_logps(model.logits, labels)

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.algos.rm import RMHParams, rm_loss
-from rlhf_jax.data.judgements import Steps
+from rlhf_jax.data.formats import Judged
 from rlhf_jax.data.rows import step_rows
 from rlhf_jax.reward_losses import bradley_terry, stepwise
-from rlhf_jax.types import PairBatch, StepBatch
+from rlhf_jax.types import JudgedBatch
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # read when the libraries are imported
 torch = pytest.importorskip('torch')
@@ -83,7 +83,7 @@ def test_reward_trainer(margin, center):
     loss = reward_trainer.RewardTrainer.compute_loss(trainer, model, inputs)
     loss.backward()
 
-    batch = PairBatch(
+    batch = JudgedBatch(
         tokens=np.zeros((PAIRS, 2, 1), np.int32),
         mask=np.ones((PAIRS, 2, 1), bool),
         margin=margins,
@@ -127,7 +127,8 @@ def _tokenized():
 def test_steps_end_where_they_do_in_trl():
     """The one difference: EOS stands in the place of the last separator."""
     theirs = _tokenized()
-    (row,) = step_rows([Steps(PROMPT, STEPS, LABELS, {}, '')], _tokenizer(), '\n')
+    record = Judged(PROMPT, dict(enumerate(STEPS)), None, {}, '')
+    (row,) = step_rows([record], _tokenizer(), '\n')
     ours = row.prompt + row.answers[0]
     assert ours[:-1] == theirs['input_ids'][:-1]
     assert (ours[-1], theirs['input_ids'][-1]) == (1, 2)
@@ -147,11 +148,11 @@ def test_prm_loss():
         tensor.view(-1, 2), torch.tensor(labels).view(-1)
     )
     loss.backward()
-    batch = StepBatch(
-        tokens=np.asarray([theirs['input_ids']], np.int32),
-        mask=np.ones(labels.shape, bool),
-        step_mask=labels != -100,
-        right=labels == 1,
+    batch = JudgedBatch(
+        tokens=np.asarray([[theirs['input_ids']]], np.int32),
+        mask=np.ones((1, *labels.shape), bool),
+        labels=(labels == 1)[None].astype(np.float32),
+        judged=(labels != -100)[None],
         weight=np.ones(1, np.float32),
     )
     scores = jnp.asarray(logits[..., 1] - logits[..., 0])

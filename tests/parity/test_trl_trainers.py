@@ -27,8 +27,8 @@ from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.models.heads import CausalLM, ScalarModel
 from rlhf_jax.types import (
     Generation,
+    JudgedBatch,
     OnlineState,
-    PairBatch,
     Params,
     Scores,
     TokenBatch,
@@ -149,7 +149,7 @@ def test_the_reward_trainer(tmp_path, center):
     loss = trainer.compute_loss(trainer.model, inputs)
 
     ours = ScalarModel(hf.load_config(tmp_path / 'start'))
-    batch = PairBatch(
+    batch = JudgedBatch(
         tokens=tokens, mask=mask, margin=margin, weight=np.ones(ROWS, np.float32)
     )
 

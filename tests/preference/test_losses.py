@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import preference
-from rlhf_jax.types import PairLogps, SingleLogps, TokenLogps
+from rlhf_jax.types import PairLogps, TokenLogps, UnpairedLogps
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/goldens'
 PAIRWISE = (
@@ -50,10 +50,10 @@ def _pairs():
     )
 
 
-def _singles():
+def _unpaired():
     """d = (1, −2, 0.5, 3); mismatched ratios (0.5, 1.5, −1, 1), whose mean is 0.5."""
     ref = jnp.array([-4.0, -5, -6, -7])
-    return SingleLogps(
+    return UnpairedLogps(
         logps=ref + jnp.array([1, -2, 0.5, 3]),
         ref_logps=ref,
         mismatched_logps=ref + jnp.array([0.5, 1.5, -1, 1]),
@@ -192,21 +192,21 @@ def test_every_loss_of_the_package_is_tested_here():
     for name in PAIRWISE:
         assert _load(name).DATA == 'pairs'
     for name in SINGLE:
-        assert _load(name).DATA == 'singles'
+        assert _load(name).DATA == 'unpaired'
 
 
 def test_kto_by_hand():
     # z = 0.5: d − z = (0.5, −2.5, 0, 2.5), times β = 0.1.
-    per_row, rewards = _run('kto', _singles())
+    per_row, rewards = _run('kto', _unpaired())
     want = [_sigmoid(-0.05), _sigmoid(-0.25), 0.5, _sigmoid(0.25)]
     np.testing.assert_allclose(per_row, want, rtol=1e-6)
     np.testing.assert_allclose(rewards, [0.1, -0.2, 0.05, 0.3], rtol=1e-5)
-    weighted, _ = _run('kto', _singles(), desirable_weight=2.0, undesirable_weight=3.0)
+    weighted, _ = _run('kto', _unpaired(), desirable_weight=2.0, undesirable_weight=3.0)
     np.testing.assert_allclose(weighted, np.multiply(want, [2, 3, 2, 3]), rtol=1e-6)
 
 
 def test_the_kl_of_kto_counts_real_rows_and_is_never_negative():
-    kto, batch = _load('kto'), _singles()
+    kto, batch = _load('kto'), _unpaired()
     hp = kto.HParams()
     np.testing.assert_allclose(kto.context(batch, hp)['kl'], 0.5)
     filled = batch.replace(weight=jnp.array([1.0, 0, 0, 1]))  # (0.5 + 1)/2
@@ -221,7 +221,7 @@ def test_kto_is_symmetric():
     """A log-ratio above z costs a good response what one below it costs a bad one."""
     kto = _load('kto')
     d = jnp.array([1.7, -1.7])
-    batch = _singles().replace(
+    batch = _unpaired().replace(
         logps=d,
         ref_logps=jnp.zeros(2),
         desirable=jnp.array([True, False]),
@@ -236,7 +236,7 @@ def test_kto_is_symmetric():
 
 def test_bco_by_hand():
     # r = (0.1, −0.2, 0.05, 0.3), δ = 0.0625.
-    per_row, _ = _run('bco', _singles())
+    per_row, _ = _run('bco', _unpaired())
     want = [_nls(0.0375), _nls(0.2625), _nls(-0.0125), _nls(-0.2375)]
     np.testing.assert_allclose(per_row, want, rtol=1e-6)
 
@@ -380,7 +380,7 @@ def test_gradient_against_finite_differences(name, hp):
         hp = module.HParams(**hp)
         batch = jax.tree.map(
             lambda x: jnp.asarray(np.asarray(x), x.dtype if x.dtype == bool else float),
-            _pairs() if module.DATA == 'pairs' else _singles(),
+            _pairs() if module.DATA == 'pairs' else _unpaired(),
         )
         if hasattr(module, 'context'):
             batch = batch.replace(context=module.context(batch, hp))
@@ -428,7 +428,7 @@ def test_extreme_log_probabilities_stay_finite(name):
     """Responses that the policy has all but excluded, or holds to be certain."""
     far = jnp.array([-5000.0, 0.0])
     if name in SINGLE:
-        batch = _singles()
+        batch = _unpaired()
         batch = batch.replace(logps=jnp.concatenate([far, far[::-1]]))
     else:
         logps = jnp.stack([far, far[::-1]], 1)
@@ -470,7 +470,7 @@ def test_a_loss_outside_the_package_is_found_by_its_dotted_name(tmp_path, monkey
     assert _load('my_pkg.my_loss').loss is _load('dpo').loss
     with pytest.raises(ValueError, match='no HParams, loss; a preference loss is'):
         _load('my_pkg.half')
-    with pytest.raises(ValueError, match="DATA='triples'; use 'pairs' or 'singles'"):
+    with pytest.raises(ValueError, match="DATA='triples'; use 'pairs' or 'unpaired'"):
         _load('my_pkg.odd')
     for name in [name for name in sys.modules if name.startswith('my_pkg')]:
         del sys.modules[name]

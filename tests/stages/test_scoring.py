@@ -261,7 +261,7 @@ def test_texts_are_read_as_in_training(tmp_path):
         assert truncated == data.counts.truncated and 0 < truncated < 40
         assert tokens.shape == mask.shape == (40, 24)
         for i, example in enumerate(data.examples):
-            row = np.concatenate([example.prompt, example.chosen])
+            row = np.concatenate([example.prompt, example.answers[0]])
             np.testing.assert_array_equal(tokens[i, mask[i]], row)
         still, still_mask, _ = text_batch(tokenizer, *texts, [False] * 40, 24)
         for i in range(40):  # the same row, but for the token that ends it
