@@ -101,25 +101,6 @@ def check_sections(config: ConfigDict) -> None:
             raise ValueError(f'config.{name}: {odd[0]!r} is no name')
 
 
-def check_place(value: Any, where: str) -> None:
-    """Refuses a text that neither a folder nor a hub name can be.
-
-    Args:
-        value: of a setting that names a model; of other types it passes here.
-        where: how the user knows it, e.g. ``'config.sft.init'``.
-
-    Raises:
-        ValueError: see :func:`rlhf_jax.files.named_path`, or it is empty.
-    """
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError(f'{where}={value!r} is empty; name a stage or a model')
-        try:
-            named_path(value)
-        except ValueError as error:
-            raise ValueError(f'{where}: {error}') from error
-
-
 def _check_filled(config: ConfigDict, where: str) -> None:
     for name in config.keys():
         if not isinstance(name, str):

@@ -87,7 +87,6 @@ def run_loop(
             from which a step with finite metrics was made.
         SystemExit: SIGTERM or SIGINT (Ctrl-C) came; the state was saved.
     """
-    one_step = naming_step(one_step)
     with (
         checkpoint.open_checkpoints(stage_dir, settings.keep_checkpoints) as manager,
         _signals() as received,
@@ -104,7 +103,7 @@ def run_loop(
             journal = _Journal(stage_dir, manager, log, show, shown, done, watch)
             while done < num_steps:
                 trace(done, state)
-                state, metrics, known = one_step(state, done)
+                state, metrics, known = naming_step(one_step)(state, done)
                 journal.flush()  # the step before: the device is at work on this one
                 done += 1
                 logged = done % settings.log_every_steps == 0 or done in (1, num_steps)

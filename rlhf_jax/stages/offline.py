@@ -29,6 +29,14 @@ from rlhf_jax.stages.settings import OfflineSettings
 from rlhf_jax.stages.sources import Source
 from rlhf_jax.types import Params, TrainState
 
+# What the progress bar shows of the metrics.
+SHOWN = {
+    'train/loss': 'loss',
+    'train/accuracy': 'accuracy',
+    'train/rewards/accuracies': 'accuracy',
+    'train/tokens_per_second': 'tokens_per_second',
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Offline:
@@ -171,12 +179,6 @@ def fit(
         known['train/padding'] = 1 - real / np.size(batch.mask)
         return state, metrics, known
 
-    shown = {
-        'train/loss': 'loss',
-        'train/accuracy': 'accuracy',
-        'train/rewards/accuracies': 'accuracy',
-        'train/tokens_per_second': 'tokens_per_second',
-    }
     return run_loop(
         run.stage_dir(job.stage),
         state,
@@ -184,7 +186,7 @@ def fit(
         one_step,
         settings=settings.loop,
         writers=tuple(run.config.metrics),
-        shown=shown,
+        shown=SHOWN,
         spent=lambda: {**spent, 'train': time.monotonic() - clock},
         evaluate=lambda s: {f'eval/{k}': v for k, v in evaluate(s.params).items()},
         eval_every_steps=settings.loop.eval_every_steps,

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.command_line import check_place
 from rlhf_jax.config import nearest
 from rlhf_jax.data.formats import READABLE_AS
+from rlhf_jax.files import named_path
 from rlhf_jax.stages.kinds import kind_of, named, read_settings
 from rlhf_jax.stages.run import RECORDS, Run, records_of
 from rlhf_jax.stages.settings import DataSpec, ModelName
@@ -78,7 +78,12 @@ def _records(config: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str]]
 
 def _check_earlier(run: Run, where: str, stage: str, name: str) -> None:
     order = tuple(run.config.stages)
-    check_place(name, where)
+    if not name.strip():
+        raise ValueError(f'{where}={name!r} is empty; name a stage or a model')
+    try:
+        named_path(name)
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from error
     if name in order:
         if order.index(name) >= order.index(stage):
             raise ValueError(

@@ -95,7 +95,7 @@ def test_it_learns_the_order_and_where_harm_begins(run):
     assert 'of the sign' in cost['figure'] and 'of the sign above' in cost['expected']
     assert 'mean_reference_score' not in cost
     page = (workdir / 'report.html').read_text(encoding='utf-8')
-    assert 'Cost model' in page and 'right side of 0' in page
+    assert 'Reward model <code>cost</code>' in page and 'right side of 0' in page
     assert 'id="rm-' not in page
 
 

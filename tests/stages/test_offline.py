@@ -19,7 +19,7 @@ def run():
     return types.SimpleNamespace(
         mesh=make_mesh(ParallelConfig(), jax.devices()[:1]),
         config=types.SimpleNamespace(metrics=()),
-        compile=lambda step: lambda state, batch: (state, {}),
+        compile=lambda step, **_: lambda state, batch: (state, {}),
         stage_dir=lambda stage: stage,
         profile=False,
     )

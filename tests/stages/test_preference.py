@@ -288,7 +288,10 @@ def test_a_loss_of_ones_own_on_the_command_line(tmp_path):
         ({'batch_size': 12}, ['config.preference.batch_size=12', '8 devices']),
         ({'eval_batch_size': 12}, ['config.preference.eval_batch_size=12', 'use 8']),
         ({'max_new_tokens': 2000}, ['config.preference.init', '1024 positions']),
-        ({'tokenizer': 'gpt2'}, ["config.preference.tokenizer='gpt2'", 'rm alone']),
+        (
+            {'tokenizer': 'gpt2'},
+            ["config.preference.tokenizer='gpt2'", 'is no setting'],
+        ),
         ({'gold': {'fn': 'no.such:fn'}}, ['config.preference.gold.fn', 'no.such']),
         ({'init': 'rm'}, ['rm']),
     ],
