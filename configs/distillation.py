@@ -18,15 +18,14 @@ Equation, defaults and what goes wrong: docs/algorithms/distillation.md.
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.ladder import online
-from rlhf_jax.config import parse_arg
+from configs.ladder import arguments, online
 from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, teacher='', smoke=False, seed=0, **{'from': ''})
-    config = quickstart.get_config(f'smoke={arg.smoke},seed={arg.seed}')
+    arg = arguments(arg, teacher='')
+    config = quickstart.configure(arg)
     config.stages = (*config.stages, 'distillation')
     run = ''
     if arg['from']:
@@ -34,11 +33,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     settings = online(arg)
     # Of rewards, of which there are none.
     settings |= {'rewards': {}, 'missing_eos_penalty': None}
+    if not arg.data:
+        settings['expected_win_rate'] = 0.75  # that of the quickstart
     config.distillation = stage(
         'distillation',
         **settings,
         teacher=arg.teacher or f'{run}ppo',
-        expected_win_rate=0.75,  # that of the quickstart
         num_epochs=2,
         num_minibatches=2,
     )

@@ -13,14 +13,13 @@ Equation, defaults and what goes wrong: docs/algorithms/expert_iteration.md.
 
 from ml_collections import ConfigDict
 
-from configs.ladder import below, online
-from rlhf_jax.config import parse_arg
+from configs.ladder import arguments, below, online
 from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, smoke=False, seed=0, **{'from': ''})
+    arg = arguments(arg)
     config = below('expert_iteration', arg)
     config.expert_iteration = stage(
         'expert_iteration',
@@ -29,5 +28,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_epochs=1,
     )
     # Nothing anchors the policy but its own samples: the others' rate drifts.
-    config.expert_iteration.optim.learning_rate = 1e-4
+    if not (arg.model or arg.learning_rate):
+        config.expert_iteration.optim.learning_rate = 1e-4
     return config

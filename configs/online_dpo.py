@@ -14,14 +14,13 @@ Equation, defaults and what goes wrong: docs/algorithms/online_preference.md.
 
 from ml_collections import ConfigDict
 
-from configs.ladder import below, online
-from rlhf_jax.config import parse_arg
+from configs.ladder import arguments, below, online
 from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, loss='dpo', smoke=False, seed=0, **{'from': ''})
+    arg = arguments(arg, loss='dpo')
     config = below('online_preference', arg)
     config.online_preference = stage(
         'online_preference',
@@ -33,7 +32,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     # Labels are certain, however near the scores, so that margins grow without end: at
     # the others' rate and DPO's own β of 0.1 the policy runs away (docs/recipes.md).
-    config.online_preference.optim.learning_rate = 1e-4
+    if not (arg.model or arg.learning_rate):
+        config.online_preference.optim.learning_rate = 1e-4
     if arg.loss == 'dpo':
         config.online_preference.beta = 0.5
     return config

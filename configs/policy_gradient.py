@@ -19,21 +19,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.ladder import below, online
-from rlhf_jax.config import parse_arg
+from configs.ladder import arguments, below, online
 from rlhf_jax.stages.kinds import stage
 
 # What makes a method beside its estimator, which is the one of its name unless told.
 METHODS: dict[str, dict[str, Any]] = {
     'rloo': {},
     'grpo': {},
-    'dr_grpo': dict(fixed_length=28),  # max_new_tokens
+    'dr_grpo': {},
     # Drawing again does nothing against a learned reward, and no KL holds the policy.
     'dapo': dict(
         max_draws=4,
         clip_eps_low=0.2,
         clip_eps_high=0.28,
-        overlong_buffer=6,  # a fifth of max_new_tokens, as theirs
         kl_coef=0.0,
     ),
     'reinforce_pp': dict(group_size=1, aggregation='token_mean'),
@@ -57,7 +55,7 @@ SHORT = dict(fn='rlhf_jax.data.tiny_tldr:words_over', args={'limit': 12}, weight
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, name='grpo', smoke=False, seed=0, **{'from': ''})
+    arg = arguments(arg, name='grpo')
     config = below('policy_gradient', arg)
     settings = online(arg)
     if arg.name == 'gdpo':
@@ -70,6 +68,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         num_minibatches=2,
     )
     settings |= METHODS.get(arg.name, {})
+    if arg.name == 'dr_grpo':
+        settings['fixed_length'] = settings['max_new_tokens']
+    if arg.name == 'dapo':  # a fifth, as theirs
+        settings['overlong_buffer'] = -(-settings['max_new_tokens'] // 5)
     config.policy_gradient = stage(
         'policy_gradient',
         **settings,

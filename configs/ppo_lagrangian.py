@@ -15,14 +15,13 @@ Arguments: ``words``; ``from`` a finished run to take sft and rm from; ``smoke``
 
 from ml_collections import ConfigDict
 
-from configs.ladder import below, online
-from rlhf_jax.config import parse_arg
+from configs.ladder import arguments, below, online
 from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, words=9.0, smoke=False, seed=0, **{'from': ''})
+    arg = arguments(arg, words=9.0)
     config = below('ppo_lagrangian', arg)
     settings = online(arg)
     config.ppo_lagrangian = stage(

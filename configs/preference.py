@@ -15,29 +15,28 @@ has the loss's own default.
 
 from ml_collections import ConfigDict
 
-from configs.ladder import DATA, below, judged
-from rlhf_jax.config import parse_arg
+from configs.ladder import arguments, below, judged, rates, texts
 from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, loss='dpo', smoke=False, seed=0, **{'from': ''})
+    arg = arguments(arg, loss='dpo')
     config = below('preference', arg)
     config.stages = tuple(stage for stage in config.stages if stage != 'rm')
     del config.rm
+    reading = texts(arg, 'comparisons', 88)
+    if arg.smoke:  # the reference policy looks at all of it once, before training
+        reading['train'] = f'{reading["train"].partition("[")[0]}[:400]'
+    *_, rate = rates(arg, 0.0, 0.0, 5e-4)
     config.preference = stage(
         'preference',
-        **judged(arg.smoke),
+        **judged(arg) | reading,
         name=arg.loss,
         init=f'{arg["from"]}/sft' if arg['from'] else 'sft',
-        # The reference looks at all of it once, before training.
-        train=f'{DATA}/comparisons:train{"[:400]" if arg.smoke else ""}',
-        eval=f'{DATA}/comparisons:test',
         num_steps=20 if arg.smoke else 450,
         batch_size=8 if arg.smoke else 32,
-        buckets=(88,),
-        optim=dict(learning_rate=5e-4, warmup_percent=5),
+        optim=dict(learning_rate=rate, warmup_percent=5),
         loop=dict(eval_every_steps=100),
     )
     return config

@@ -18,7 +18,7 @@ loss's own default.
 from ml_collections import ConfigDict
 
 from configs import ladder
-from rlhf_jax.config import nearest, parse_arg
+from rlhf_jax.config import nearest
 from rlhf_jax.stages.kinds import stage
 
 COMPARISONS = f'{ladder.DATA}/comparisons:'
@@ -40,25 +40,29 @@ KINDS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    defaults = dict(kind='comparisons', loss='', smoke=False, seed=0)
-    arg = parse_arg(arg, **defaults, **{'from': ''})
+    defaults = dict(kind='comparisons', loss='')
+    arg = ladder.arguments(arg, **defaults)
     if arg.kind not in KINDS:
         raise ValueError(f'kind={arg.kind!r} is unknown{nearest(arg.kind, KINDS)}')
     data, usual, more = KINDS[arg.kind]
-    config = ladder.get_config(f'smoke={arg.smoke},seed={arg.seed}')
+    reading = dict(train=f'{data}train', eval=f'{data}test', buckets=(88,))
+    if arg.data:
+        reading = ladder.texts(arg, '', 0)
+        if 'references' in more:
+            more = dict(references=f'{arg.data}[90%:]')
+    _, rate, _ = ladder.rates(arg, 0.0, 2e-3, 0.0)
+    config = ladder.below(None, arg)
     if arg['from'] or arg.kind == 'steps':
         config.stages = ('rm',)
     settings = dict(init=f'{arg["from"]}/sft' if arg['from'] else 'sft') | more
     config.rm = stage(
         'reward_model',
         loss=arg.loss or usual,
-        train=f'{data}train',
-        eval=f'{data}test',
         num_steps=20 if arg.smoke else 450,
         batch_size=8 if arg.smoke else 32,
-        buckets=(88,),
-        optim=dict(learning_rate=2e-3, warmup_percent=5),
+        optim=dict(learning_rate=rate, warmup_percent=5),
         loop=dict(eval_every_steps=100),
+        **reading,
         **settings,
     )
     return config

@@ -11,26 +11,25 @@ the second reward model has seen what the first one was exploited by. Rounds of
 collection: Ziegler et al. 2019, arXiv 1909.08593; Stiennon et al. 2020, arXiv
 2009.01325.
 
-Arguments: ``prompts`` how many are answered and compared; ``from`` a finished
+Arguments: ``count`` of prompts that are answered and compared; ``from`` a finished
 quickstart to take the first round from; ``smoke``, ``seed=N``.
 """
 
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.ladder import DATA
-from rlhf_jax.config import parse_arg
+from configs.ladder import DATA, arguments
 from rlhf_jax.stages.kinds import stage
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    arg = parse_arg(arg, prompts=4000, smoke=False, seed=0, **{'from': ''})
-    config = quickstart.get_config(f'smoke={arg.smoke},seed={arg.seed}')
+    arg = arguments(arg, count=4000)
+    config = quickstart.configure(arg)
     first = f'{arg["from"]}/' if arg['from'] else ''
     second = ('drawn', 'labelled', 'rm_2', 'ppo_2')
     config.stages = second if first else (*config.stages, *second)
-    count = 32 if arg.smoke else arg.prompts
+    count = 32 if arg.smoke else arg.count
     config.drawn = stage(
         'sample',
         policy=f'{first}ppo',
