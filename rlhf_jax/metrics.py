@@ -14,12 +14,14 @@ import json
 import math
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,6 +33,8 @@ from rich.progress import (
 
 from rlhf_jax.config import nearest
 from rlhf_jax.files import delete_line, without_rows
+
+PLAIN_SECONDS = 60.0  # between two lines of progress where there is no terminal
 
 
 class Writer(Protocol):
@@ -263,7 +267,8 @@ def _missing(name: str, package: str) -> str:
 def progress(stage: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
     """Shows how far a stage is: one line of step, total, some numbers and time left.
 
-    Nothing at all is printed when standard output is not a terminal.
+    Where standard output is no terminal, a plain line comes now and then: after the
+    first steps, and then every ``PLAIN_SECONDS``.
 
     Args:
         stage: the name in front of the line.
@@ -275,7 +280,7 @@ def progress(stage: str, total: int, start: int = 0) -> Iterator[Callable[..., N
         the fields, for example ``update(7, loss=1.9, tokens_per_second=5200)``.
     """
     if not sys.stdout.isatty():
-        yield lambda step, **fields: None
+        yield _plain_lines(stage, total)
         return
     columns = (
         TextColumn('[bold]{task.description}'),
@@ -291,10 +296,31 @@ def progress(stage: str, total: int, start: int = 0) -> Iterator[Callable[..., N
         task = display.add_task(stage, total=total, completed=start, numbers='')
 
         def update(step: int, **fields: float) -> None:
-            numbers = '  '.join(
-                f'{name.replace("_per_second", "/s").replace("_", " ")} {value:.4g}'
-                for name, value in fields.items()
-            )
-            display.update(task, completed=step, numbers=numbers)
+            display.update(task, completed=step, numbers=_numbers(fields))
 
         yield update
+
+
+def _numbers(fields: Mapping[str, float]) -> str:
+    return '  '.join(
+        f'{name.replace("_per_second", "/s").replace("_", " ")} {value:.4g}'
+        for name, value in fields.items()
+    )
+
+
+def _plain_lines(stage: str, total: int) -> Callable[..., None]:
+    if jax.process_index():
+        return lambda step, **fields: None
+    began = time.monotonic()
+    last = began - PLAIN_SECONDS + 5.0  # the first line soon
+
+    def update(step: int, **fields: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_SECONDS:
+            return
+        last = now
+        spent = f'{(now - began) / 60:.1f} min'
+        print(f'{stage} {step}/{total}  {_numbers(fields)}  {spent}', flush=True)
+
+    return update

@@ -145,11 +145,16 @@ def test_tensorboard_and_wandb_get_the_finite_numbers(tmp_path, monkeypatch):
     assert rows(tmp_path / 'metrics.jsonl') == [{'step': 5, 'loss': 1.5, 'kl': None}]
 
 
-def test_progress_prints_nothing_without_a_terminal(capfd):
-    with progress('sft', total=2) as update:
-        update(1, loss=2.0)
-        update(2, loss=1.0)
-    assert capfd.readouterr() == ('', '')
+def test_progress_is_a_plain_line_now_and_then_without_a_terminal(capfd, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr('rlhf_jax.metrics.time.monotonic', lambda: now[0])
+    with progress('sft', total=9) as update:
+        for step, seconds in enumerate((0.0, 6.0, 30.0, 65.0, 67.0, 300.0), start=1):
+            now[0] = 100.0 + seconds
+            update(step, loss=2.0 / step, tokens_per_second=5200.0)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split('  ')[0] for line in lines] == ['sft 2/9', 'sft 5/9', 'sft 6/9']
+    assert lines[0] == 'sft 2/9  loss 1  tokens/s 5200  0.1 min'
 
 
 def test_progress_shows_step_and_numbers_on_a_terminal(monkeypatch):

@@ -2,6 +2,7 @@
 
     jsonl:PATH     one JSON object a line (.gz too)
     parquet:PATH   one record a row
+    csv:PATH       likewise; the first line has the names, every value is text
     hh:PATH        jsonl of transcripts ``chosen`` and ``rejected`` (Anthropic HH-RLHF)
     text:PATH      documents between <|endoftext|>, or a directory of .txt files
     tfds:NAME[/CONFIG]:SPLIT
@@ -9,8 +10,9 @@
                    the dicts that a call of the function gives; values are text, quoted
                    as in a URL
 
-A file that does not exist may be one of a hub data set: ``hh:OWNER/NAME/FILE``.
-A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. Several
+Fields by other names: ``jsonl:PATH?prompt=question&completion=answer``, see
+``renamed.py``. A file that does not exist may be one of a hub data set:
+``hh:OWNER/NAME/FILE``. A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. Several
 specs with `` + `` between them are read one after the other. In a run ``stage:NAME`` is
 the file of records that a stage has written (``stages/run.py``). What the fields mean
 is told by ``formats.py``; read it next.
@@ -19,6 +21,7 @@ is told by ``formats.py``; read it next.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import importlib
@@ -37,6 +40,7 @@ import numpy as np
 
 from rlhf_jax.config import failure, load_dotted, nearest
 from rlhf_jax.data.raw import parquet_rows, text_lines
+from rlhf_jax.data.renamed import read_mapping, rename
 from rlhf_jax.files import named_path
 
 ASSISTANT = '\n\nAssistant:'  # opens an answer in an HH transcript
@@ -101,6 +105,7 @@ def stream(spec: str) -> Stream:
     readers: dict[str, Callable[[str], Iterator[SourceRecord]]] = {
         'jsonl': _read_jsonl,
         'parquet': _read_parquet,
+        'csv': _read_csv,
         'hh': _read_hh,
         'text': _read_text,
     }
@@ -130,7 +135,13 @@ def stream(spec: str) -> Stream:
     if kind == 'python':
         records = Stream(functools.partial(_read_rows, path, _call(path)))
     else:
-        records = Stream(functools.partial(readers[kind], path))
+        file, mark, query = path.rpartition('?')
+        if mark:
+            mapping = read_mapping(query, spec)
+            begin = functools.partial(_renamed, readers[kind], file, mapping)
+            records = Stream(begin)
+        else:
+            records = Stream(functools.partial(readers[kind], path))
     if path == rest:
         return records
     size = sum(1 for _ in records)
@@ -180,6 +191,35 @@ def _read_jsonl(path: str) -> Iterator[SourceRecord]:
                 'be one JSON object such as {"prompt": "…", "completion": "…"}'
             )
         yield SourceRecord(fields, where)
+
+
+def _renamed(
+    reader: Callable[[str], Iterator[SourceRecord]],
+    path: str,
+    mapping: dict[str, list[str]],
+) -> Iterator[SourceRecord]:
+    for record in reader(path):
+        fields = rename(record.fields, mapping, record.where)
+        yield SourceRecord(fields, record.where)
+
+
+def _read_csv(path: str) -> Iterator[SourceRecord]:
+    lines = enumerate(text_lines(path), start=1)
+    rows = csv.reader((_decode(line, path, i) for i, line in lines), strict=True)
+    try:
+        names = next(rows, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f'{path}:1: a name stands twice among {", ".join(names)}')
+        for row in rows:
+            where = f'{path}:{rows.line_num}'
+            if len(row) != len(names):
+                raise ValueError(
+                    f'{where}: {len(row)} values, and the first line has {len(names)} '
+                    'names'
+                )
+            yield SourceRecord(dict(zip(names, row)), where)
+    except csv.Error as error:
+        raise ValueError(f'{path}:{rows.line_num}: no CSV ({error})') from error
 
 
 def _parse(text: str, where: str) -> Any:

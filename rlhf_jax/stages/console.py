@@ -16,6 +16,20 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
+def tell_shared(trained_on: Dataset, held_out: Dataset) -> None:
+    """Prints a warning where prompts that a stage trains on are among its held-out
+    ones.
+    """
+    seen = {record.prompt for record in trained_on.records}
+    shared = sum(record.prompt in seen for record in held_out.records)
+    if shared:
+        tell(
+            f'warning: {shared} of the {len(held_out.records)} prompts of '
+            f'{held_out.counts.spec} are among those of {trained_on.counts.spec}, '
+            'which are trained on: what is measured on them says less'
+        )
+
+
 def tell_left_out(data: Dataset) -> Dataset:
     """The same data; prints how many records were dropped, cut or skipped, if any.
 

@@ -20,7 +20,7 @@ from rlhf_jax.optim import make_schedule
 from rlhf_jax.responses import GOLD
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.console import tell_left_out
+from rlhf_jax.stages.console import tell_left_out, tell_shared
 from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, evaluate_policy
 from rlhf_jax.stages.rollouts import Method, Rollouts, train_on_rollouts
 from rlhf_jax.stages.run import Result, Run
@@ -117,6 +117,7 @@ def load_online(
         tell_left_out(pipeline.load_prompts(spec, run.tokenizer, **limits))
         for spec in (settings.prompts, settings.eval_prompts)
     ]
+    tell_shared(*data)
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens
     rewards = scoring.check_rewards(
         run, where, settings.rewards, longest, data, (GOLD, *others)

@@ -402,3 +402,41 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     fails('tfds:mini_source_set/two:train', "no 'mini_source_set/two'", 'are one')
     fails('tfds:no_such_set:train', "TFDS has no 'no_such_set'")
     fails('tfds:no-such.set:train', "TFDS has no 'no-such.set'")
+
+
+def test_fields_by_other_names(write):
+    path = write(
+        'alpaca.jsonl',
+        lines(
+            {'instruction': 'Add.', 'input': '1 2', 'output': '3', 'id': 7},
+            {'instruction': 'Hi', 'input': '', 'output': 'Hello'},
+        ),
+    )
+    spec = f'jsonl:{path}?prompt=instruction+input&completion=output'
+    one, other = read(spec)
+    assert one.fields == {'id': 7, 'prompt': 'Add.\n\n1 2', 'completion': '3'}
+    assert other.fields['prompt'] == 'Hi' and other.where.endswith(':2')
+    assert [r.fields for r in read(f'{spec}[1:]')] == [other.fields]
+    turns = [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}]
+    path = write('share.jsonl', lines({'conversations': turns}))
+    (found,) = read(f'jsonl:{path}?messages=conversations')
+    roles = [turn['role'] for turn in found.fields['messages']]
+    assert roles == ['user', 'assistant']
+    path = write('odd.jsonl', lines({'conversations': [{'from': 'cat', 'value': 'a'}]}))
+    fails(f'jsonl:{path}?messages=conversations', ':1: a turn from', "'cat'")
+    fails(f'jsonl:{path}?prompt=question', ":1: no field 'question'", 'conversations')
+    fails(f'jsonl:{path}?prompt', 'write ?prompt=question')
+
+
+def test_csv(write):
+    path = write('x.csv', b'prompt,completion\n"a, ""b""\nc",d\ne,f\n')
+    one, other = read(f'csv:{path}')
+    assert one.fields == {'prompt': 'a, "b"\nc', 'completion': 'd'}
+    assert other.fields == {'prompt': 'e', 'completion': 'f'}
+    assert other.where == f'{path}:4'
+    for text, message in (
+        (b'a,b\n1,2,3\n', ':2: 3 values'),
+        (b'a,a\n1,2\n', 'stands twice'),
+        (b'a,b\n1,"2\n', 'no CSV'),
+    ):
+        fails(f'csv:{write("y.csv", text)}', message)

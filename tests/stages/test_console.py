@@ -1,12 +1,13 @@
 """What is said of data when they are read."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf_jax.data.examples import Counts, Dataset
 from rlhf_jax.main import launch
-from rlhf_jax.stages.console import tell_left_out
+from rlhf_jax.stages.console import tell_left_out, tell_shared
 from tests.small_config import get_config
 
 
@@ -41,6 +42,17 @@ def test_most_of_a_file_left_out_is_a_warning(capsys):
     assert 'raise the longest bucket' in line
     line = said(capsys, read=10, kept=4, skipped_bad=6, first_bad='x:3')
     assert line.startswith('warning: ') and 'bucket' not in line
+
+
+def test_prompts_on_both_sides_are_a_warning(capsys):
+    def data(*prompts):
+        records = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+        return Dataset([], records, Counts('jsonl:a.jsonl', 'prompts', 8))
+
+    tell_shared(data('a', 'b'), data('c'))
+    assert capsys.readouterr().out == ''
+    tell_shared(data('a', 'b'), data('c', 'b', 'b'))
+    assert 'warning: 2 of the 3 prompts of jsonl:a.jsonl' in capsys.readouterr().out
 
 
 def test_it_is_said_before_anything_trains(tmp_path, capsys, monkeypatch):
