@@ -12,10 +12,10 @@
 
 Fields by other names: ``jsonl:PATH?prompt=question&completion=answer``, see
 ``renamed.py``. A file that does not exist may be one of a hub data set:
-``hh:OWNER/NAME/FILE``. A spec may end in a slice as TFDS writes it: ``[:90%]``, ``[90%:]``, ``[:500]``. Several
-specs with `` + `` between them are read one after the other. In a run ``stage:NAME`` is
-the file of records that a stage has written (``stages/run.py``). What the fields mean
-is told by ``formats.py``; read it next.
+``hh:OWNER/NAME/FILE``. A spec may end in a slice as TFDS writes it: ``[:90%]``,
+``[90%:]``, ``[:500]``. Several specs with `` + `` between them are read one after the
+other. In a run ``stage:NAME`` is the file of records that a stage has written
+(``stages/run.py``). What the fields mean is told by ``formats.py``; read it next.
 """
 
 from __future__ import annotations

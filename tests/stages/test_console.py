@@ -47,7 +47,9 @@ def test_most_of_a_file_left_out_is_a_warning(capsys):
 def test_prompts_on_both_sides_are_a_warning(capsys):
     def data(*prompts):
         records = [SimpleNamespace(prompt=prompt) for prompt in prompts]
-        return Dataset([], records, Counts('jsonl:a.jsonl', 'prompts', 8))
+        return Dataset(
+            [], records, Counts('jsonl:a.jsonl', 'prompts', 8, read=9, kept=9)
+        )
 
     tell_shared(data('a', 'b'), data('c'))
     assert capsys.readouterr().out == ''
