@@ -155,6 +155,8 @@ def _closing(tokenizer: PreTrainedTokenizerBase) -> Closing:
     if _ANSWER not in text:
         return nothing
     behind = text.rpartition(_ANSWER)[2]
+    if any('\ud800' <= char <= '\udfff' for char in behind):
+        return nothing  # no text: the records that it writes so are refused
     encoding = tokenizer(behind, add_special_tokens=False, return_offsets_mapping=True)
     own = tokenizer.added_tokens_decoder
     for token, (start, end) in zip(encoding['input_ids'], encoding['offset_mapping']):

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -241,7 +240,8 @@ def real_number(name: str, value: Any, *, zero: bool = False) -> int | float:
     Raises:
         ValueError: it is something else.
     """
-    is_number = type(value) in (int, float) and math.isfinite(value)
+    # Comparing, unlike isfinite, takes integers of any size.
+    is_number = type(value) in (int, float) and -1e300 <= value <= 1e300
     if not is_number or value < 0 or (value == 0 and not zero):
         raise ValueError(
             f'{name}={value!r} must be a finite number {"≥" if zero else ">"} 0'

@@ -74,6 +74,7 @@ def test_memory_without_end_is_an_error(fails, monkeypatch):
         ('{% for x in 7 %}{% endfor %}', 'not iterable'),
         ('{{ ' + '(' * 999 + '1' + ')' * 999 + ' }}', 'nested too deep'),
         ('{% for x in 3 %}', 'no Jinja: line'),
+        ('{{ "\\ud800" }}', 'half a surrogate pair'),
     ],
 )
 def test_other_ways_to_fail(fails, text, message):

@@ -18,7 +18,7 @@ from tests.hf.small_tokenizers import byte_tokenizer
 from tests.hf.test_directories import INDEX, edit_json, make_config, make_params
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
-ODD = [math.nan, math.inf, -1, 0, 'x', [], [3], {}, {'x': 3}, True, 1.5, 10**6]
+ODD = [math.nan, math.inf, -1, 0, 10**400, 'x', [], [3], {}, {'x': 3}, True, 1.5, 10**6]
 # Read by nobody here, or free to take any value.
 FREE = {'bos_token_id', 'eos_token_id', 'dtype', 'model_type', 'transformers_version'}
 

@@ -9,9 +9,10 @@
 import argparse
 import collections
 import multiprocessing
+from concurrent import futures
 from typing import Any
 
-from tests.odd.running import CHUNKS, prepare, work
+from tests.odd.running import CHUNKS, SEED, prepare, work
 
 
 def main() -> None:
@@ -19,19 +20,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--kind', choices=CHUNKS)
     parser.add_argument('--chunk', type=int)
+    parser.add_argument('--seed', type=int, default=SEED, help='of other inputs')
     parser.add_argument('--processes', type=int, default=2)
     values = parser.parse_args()
     jobs = [
-        (kind, chunk)
+        (kind, chunk, values.seed)
         for kind, count in CHUNKS.items()
         for chunk in range(count)
         if values.kind in (None, kind) and values.chunk in (None, chunk)
     ]
-    total: dict[str, Any] = {kind: collections.Counter() for kind, _ in jobs}
+    total: dict[str, Any] = {kind: collections.Counter() for kind, *_ in jobs}
     spent: dict[str, float] = collections.Counter()
     context = multiprocessing.get_context('spawn')
-    with context.Pool(min(values.processes, len(jobs)), prepare) as pool:
-        for kind, counts, failures, seconds in pool.imap_unordered(work, jobs):
+    size = min(values.processes, len(jobs))
+    # Unlike multiprocessing.Pool it says when a process has crashed.
+    with futures.ProcessPoolExecutor(size, context, prepare) as pool:
+        running = [pool.submit(work, job) for job in jobs]
+        for done in futures.as_completed(running):
+            kind, counts, failures, seconds = done.result()
             total[kind] += counts
             spent[kind] += seconds
             for failure in failures:

@@ -52,15 +52,17 @@ def makers() -> dict[str, Any]:
 
 def prepare() -> None:
     """What a process sets before it reads odd inputs."""
-    import huggingface_hub.constants
+    from huggingface_hub import constants
 
     from rlhf_jax.data import template_limits
 
     template_limits.SECONDS, template_limits.MEMORY = 0.5, 2**27
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = True
 
 
-def run_chunk(kind: str, chunk: int) -> tuple[collections.Counter[str], list[str]]:
+def run_chunk(
+    kind: str, chunk: int, seed: int = SEED
+) -> tuple[collections.Counter[str], list[str]]:
     """(how many of each outcome, what went wrong)."""
     from tests.odd.cases import outcome
 
@@ -68,7 +70,7 @@ def run_chunk(kind: str, chunk: int) -> tuple[collections.Counter[str], list[str
     counts: collections.Counter[str] = collections.Counter()
     failures = []
     for number in range(chunk * SIZE, (chunk + 1) * SIZE):
-        rng = random.Random(f'{SEED} {kind} {number}')
+        rng = random.Random(f'{seed} {kind} {number}')
         folder = Path(tempfile.mkdtemp(prefix='odd'))
         try:
             result = outcome(make(rng, folder))
@@ -81,8 +83,8 @@ def run_chunk(kind: str, chunk: int) -> tuple[collections.Counter[str], list[str
     return counts, failures
 
 
-def work(job: tuple[str, int]) -> tuple[str, Any, list[str], float]:
-    """:func:`run_chunk` of (kind, chunk), with the kind and the seconds."""
+def work(job: tuple[str, int, int]) -> tuple[str, Any, list[str], float]:
+    """:func:`run_chunk` of (kind, chunk, seed), with the kind and the seconds."""
     start = time.monotonic()
     counts, failures = run_chunk(*job)
     return job[0], counts, failures, time.monotonic() - start

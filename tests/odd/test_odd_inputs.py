@@ -10,8 +10,8 @@ N``, which prints what went wrong and how many were told, accepted, …
 
 import random
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from rlhf_jax.data import template_limits
 from tests.odd.cases import Case, Hang, outcome
@@ -23,7 +23,7 @@ JOBS = [(kind, chunk) for kind, count in CHUNKS.items() for chunk in range(count
 @pytest.mark.odd
 @pytest.mark.parametrize(('kind', 'chunk'), JOBS)
 def test_no_traceback_no_hang_and_every_error_with_its_place(kind, chunk, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(template_limits, 'SECONDS', 0.5)
     monkeypatch.setattr(template_limits, 'MEMORY', 2**27)
     counts, failures = run_chunk(kind, chunk)
