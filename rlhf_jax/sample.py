@@ -1,12 +1,18 @@
 """Shows what the policy of a finished stage responds, and how it scores.
 
     python -m rlhf_jax.sample --workdir runs/quickstart --prompt "…"
-    python -m rlhf_jax.sample --workdir runs/quickstart --stage sft --num 3
+    python -m rlhf_jax.sample --workdir runs/chat --stage sft --message "Hello!"
+    python -m rlhf_jax.sample --workdir runs/chat --interactive
+    python -m rlhf_jax.sample --workdir runs/quickstart --prompts jsonl:p.jsonl
+    --out responses.jsonl
 
-Without ``--stage`` the policy that was finished last is taken; every reward model of
-the run that gives a response a single score scores. Without ``--prompt`` the first
-prompts of the run's ``samples.jsonl`` are continued. A ``\\n`` in the prompt is a line
-break.
+A ``--prompt`` is continued as it stands (a ``\\n`` in it is a line break); a
+``--message`` is what the user says, in the words of the tokenizer's chat template, and
+``--interactive`` asks for one after the other. ``--prompts`` is a data spec, of texts
+or messages. Without any of them the first prompts of the run's ``samples.jsonl`` are
+continued. Without ``--stage`` the policy that was finished last is taken; every reward
+model of the run that gives a response a single score scores. ``--out`` writes JSON
+lines, which other stages can read.
 """
 
 from __future__ import annotations
@@ -16,7 +22,9 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +35,16 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rlhf_jax import checkpoint
-from rlhf_jax.data.chat import rendered
+from rlhf_jax.data import sources
+from rlhf_jax.data.chat import open_prompt, rendered
+from rlhf_jax.data.formats import to_prompt
 from rlhf_jax.data.joining import decode_behind, open_prompts
 from rlhf_jax.data.stops import eos_ids
 from rlhf_jax.data.tokenizer import stage_tokenizer
-from rlhf_jax.files import named_path
+from rlhf_jax.files import named_path, write_rows
 from rlhf_jax.generate import generate, sampling
 from rlhf_jax.models.heads import CausalLM, ScalarModel
+from rlhf_jax.ops.rows import pad_left
 from rlhf_jax.rewards import ensemble_scores, reward_model_scores
 from rlhf_jax.stages.scoring import text_batch
 from rlhf_jax.types import Generation, Params
@@ -74,76 +85,116 @@ def load_part(
     return model, checkpoint.load_params(workdir / stage, part, like)
 
 
-def sample(
+class Sample(NamedTuple):
+    """A response."""
+
+    text: str
+    ended: bool  # by itself
+    scores: dict[str, float]  # by the name of the reward model
+
+
+# (prompt, whether a chat template wrote it) -> its samples
+Respond = Callable[[str, bool], list[Sample]]
+
+
+def open_policy(
     workdir: Path,
     stage: str,
-    prompt: str,
     *,
     num: int = 2,
     max_new_tokens: int = 48,
     temperature: float = 1.0,
     top_p: float | None = None,
     seed: int = 0,
+) -> Respond:
+    """Loads a policy and the reward models of its run.
+
+    Args:
+        workdir: of the run.
+        stage: finished stage with a policy.
+        num: samples per prompt.
+        max_new_tokens: longest response.
+        temperature: 0 is greedy.
+        top_p: nucleus, None for off.
+        seed: of the samples.
+
+    Returns:
+        A function, which raises ValueError for an empty prompt and one that is too
+        long.
+
+    Raises:
+        ValueError: an unfinished stage, or one without a policy.
+    """
+    model, params = load_part(workdir, stage, 'policy')
+    tokenizer = stage_tokenizer(workdir / stage)
+    how = sampling(eos_ids=eos_ids(tokenizer), temperature=temperature, top_p=top_p)
+    compiled = jax.jit(
+        functools.partial(generate, model=model, max_new_tokens=max_new_tokens)
+    )
+    key, rows = jax.random.PRNGKey(seed), jnp.arange(num)
+    scorers = {
+        name: _scorer(workdir, name)
+        for name in finished_stages(workdir, 'reward')
+        if checkpoint.load_score_facts(workdir / name, 'reward')
+        == checkpoint.ScoreFacts()
+    }
+
+    def respond(prompt: str, templated: bool) -> list[Sample]:
+        (ids,) = open_prompts(tokenizer, [prompt], [templated])
+        limit = model.config.max_positions - max_new_tokens
+        if not ids:
+            raise ValueError('the prompt is empty')
+        if len(ids) > limit:
+            raise ValueError(
+                f'{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the '
+                f'{model.config.max_positions} positions of the model'
+            )
+        # Few lengths are compiled.
+        length = min(max(32, 1 << (len(ids) - 1).bit_length()), limit)
+        tokens, mask = pad_left([ids] * num, length)
+        result = compiled(params, tokens, mask, rows, key, how)
+        kept = [
+            row[real]
+            for row, real in zip(
+                np.asarray(result.tokens), np.asarray(result.response_mask)
+            )
+        ]
+        texts = decode_behind(tokenizer, [ids[-1]] * num, kept)
+        columns = {name: of(result, prompt, texts) for name, of in scorers.items()}
+        return [
+            Sample(text, bool(ended), {name: x[i] for name, x in columns.items()})
+            for i, (text, ended) in enumerate(zip(texts, np.asarray(result.ended)))
+        ]
+
+    return respond
+
+
+def sample(
+    workdir: Path,
+    stage: str,
+    prompt: str,
+    *,
     templated: bool | None = None,
-) -> list[tuple[str, bool, dict[str, float]]]:
+    **how: Any,
+) -> list[Sample]:
     """Continues a prompt.
 
     Args:
         workdir: of the run.
         stage: finished stage with a policy.
         prompt: as the data set writes it, e.g. ending in ``TL;DR:``.
-        num: samples.
-        max_new_tokens: longest response.
-        temperature: 0 is greedy.
-        top_p: nucleus, None for off.
-        seed: of the samples.
         templated: whether a chat template wrote the prompt, so that nothing is put
             before it; None where that is seen in the text, which then begins as the
             tokenizer's template does.
-
-    Returns:
-        (response, whether it ended by itself, its scores by the name of the reward
-        model) per sample.
+        **how: see :func:`open_policy`.
 
     Raises:
         ValueError: an unfinished stage, an empty prompt, or one that is too long.
     """
-    model, params = load_part(workdir, stage, 'policy')
-    tokenizer = stage_tokenizer(workdir / stage)
+    respond = open_policy(workdir, stage, **how)
     if templated is None:
-        (templated,) = rendered(tokenizer, [prompt])
-    (tokens,) = open_prompts(tokenizer, [prompt], [templated])
-    if not tokens:
-        raise ValueError('the prompt is empty')
-    if len(tokens) + max_new_tokens > model.config.max_positions:
-        raise ValueError(
-            f'{len(tokens)} prompt tokens and {max_new_tokens} new ones exceed the '
-            f'{model.config.max_positions} positions of the model'
-        )
-    prompt_end = tokens[-1]
-    tokens = jnp.asarray(np.tile(tokens, (num, 1)), jnp.int32)
-    how = sampling(eos_ids=eos_ids(tokenizer), temperature=temperature, top_p=top_p)
-    write = jax.jit(
-        functools.partial(generate, model=model, max_new_tokens=max_new_tokens)
-    )
-    key, rows = jax.random.PRNGKey(seed), jnp.arange(num)
-    result = write(params, tokens, jnp.ones_like(tokens, bool), rows, key, how)
-    kept = [
-        row[mask]
-        for row, mask in zip(
-            np.asarray(result.tokens), np.asarray(result.response_mask)
-        )
-    ]
-    texts = decode_behind(tokenizer, [prompt_end] * num, kept)
-    ended = np.asarray(result.ended).tolist()
-    columns = {
-        name: _scores(workdir, name, result, prompt, texts)
-        for name in finished_stages(workdir, 'reward')
-        if checkpoint.load_score_facts(workdir / name, 'reward')
-        == checkpoint.ScoreFacts()
-    }
-    scores = [{name: column[i] for name, column in columns.items()} for i in range(num)]
-    return list(zip(texts, ended, scores))
+        (templated,) = rendered(stage_tokenizer(workdir / stage), [prompt])
+    return respond(prompt, templated)
 
 
 def finished_stages(workdir: Path, part: str) -> list[str]:
@@ -153,22 +204,30 @@ def finished_stages(workdir: Path, part: str) -> list[str]:
     return [f.name for f in folders if part in checkpoint.load_model_configs(f)]
 
 
-def _scores(
-    workdir: Path, name: str, generation: Generation, prompt: str, texts: list[str]
-) -> list[float]:
-    """By a reward model of the run; of an ensemble the mean of its members."""
+def _scorer(
+    workdir: Path, name: str
+) -> Callable[[Generation, str, list[str]], list[float]]:
+    """(responses, their prompt, their texts) -> scores by a reward model of the run; of
+    an ensemble the mean of its members.
+    """
     folder = workdir / name
     reward, params = load_part(workdir, name, 'reward')
-    read, mask = generation.tokens, generation.mask
-    if (folder / 'tokenizer').exists():  # not the policy's
-        own, limit = stage_tokenizer(folder), reward.config.max_positions
-        ended = np.asarray(generation.ended).tolist()
-        read, mask, _ = text_batch(own, [prompt] * len(texts), texts, ended, limit)
-    if checkpoint.load_members(folder, 'reward') > 1:
-        values = ensemble_scores(params, read, mask, model=reward).mean(-1)
-    else:
-        values = reward_model_scores(params, read, mask, model=reward)
-    return [float(value) for value in values]
+    own = stage_tokenizer(folder) if (folder / 'tokenizer').exists() else None
+    is_one = checkpoint.load_members(folder, 'reward') == 1
+
+    def score(generation: Generation, prompt: str, texts: list[str]) -> list[float]:
+        read, mask = generation.tokens, generation.mask
+        if own is not None:  # not the policy's
+            ended = np.asarray(generation.ended).tolist()
+            prompts, limit = [prompt] * len(texts), reward.config.max_positions
+            read, mask, _ = text_batch(own, prompts, texts, ended, limit)
+        if is_one:
+            values = reward_model_scores(params, read, mask, model=reward)
+        else:
+            values = ensemble_scores(params, read, mask, model=reward).mean(-1)
+        return [float(value) for value in values]
+
+    return score
 
 
 def main(argv: list[str]) -> None:
@@ -183,32 +242,73 @@ def main(argv: list[str]) -> None:
             if not policies:
                 raise ValueError(f'{workdir} has no finished stage with a policy')
             stage = policies[-1]
-        if values.prompt is None:
-            prompts = _known(workdir, stage)
-        else:
-            # The shell's bytes are UTF-8, whatever the locale took them for.
-            prompt = os.fsencode(values.prompt).decode('utf-8')
-            prompts = [(prompt.replace('\\n', '\n'), None)]
-        for prompt, templated in prompts:
-            console.print(Panel(Text(prompt), title='prompt', title_align='left'))
-            for text, ended, scores in sample(
-                workdir,
-                stage,
-                prompt,
-                num=values.num,
-                max_new_tokens=values.max_new_tokens,
-                temperature=values.temperature,
-                top_p=values.top_p,
-                seed=values.seed,
-                templated=templated,
-            ):
-                mark = '' if ended else '  (did not end)'
-                label = ', '.join(f'{name} {x:+.3f}' for name, x in scores.items())
-                label = label or 'no reward model'
-                console.print(f'{label}{mark}: {text}', markup=False)
+        respond = open_policy(
+            workdir,
+            stage,
+            num=values.num,
+            max_new_tokens=values.max_new_tokens,
+            temperature=values.temperature,
+            top_p=values.top_p,
+            seed=values.seed,
+        )
+        tokenizer = stage_tokenizer(workdir / stage)
+        rows = []
+        for prompt, templated in _prompts(values, workdir, stage, tokenizer):
+            if templated is None:
+                (templated,) = rendered(tokenizer, [prompt])
+            found = respond(prompt, templated)
+            if values.out is None:
+                _show(console, prompt, found)
+            flag = {'templated': True} if templated else {}
+            for one in found:
+                row = {'prompt': prompt, 'completion': one.text, 'ended': one.ended}
+                scores = {f'score_{name}': x for name, x in one.scores.items()}
+                rows.append(row | flag | scores | {'by': stage})
+        if values.out is not None:
+            write_rows(named_path(values.out), rows)
+            print(f'wrote {len(rows)} responses to {values.out}')
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
+
+
+def _show(console: Console, prompt: str, found: list[Sample]) -> None:
+    console.print(Panel(Text(prompt), title='prompt', title_align='left'))
+    for one in found:
+        mark = '' if one.ended else '  (did not end)'
+        label = ', '.join(f'{name} {x:+.3f}' for name, x in one.scores.items())
+        label = label or 'no reward model'
+        console.print(f'{label}{mark}: {one.text}', markup=False)
+
+
+def _prompts(
+    values: Any, workdir: Path, stage: str, tokenizer: Any
+) -> Iterator[tuple[str, bool | None]]:
+    """What is asked for: prompts, and whether a chat template wrote them, if known."""
+    given = ('prompt', 'message', 'prompts', 'interactive')
+    if sum(bool(getattr(values, name)) for name in given) > 1:
+        raise ValueError(f'give one of {", ".join("--" + name for name in given)}')
+
+    def of_user(text: str) -> tuple[str, bool]:
+        return open_prompt([{'role': 'user', 'content': text}], tokenizer), True
+
+    if values.prompt is not None:
+        # The shell's bytes are UTF-8, whatever the locale took them for.
+        text = os.fsencode(values.prompt).decode('utf-8')
+        yield text.replace('\\n', '\n'), None
+    elif values.message is not None:
+        yield of_user(os.fsencode(values.message).decode('utf-8'))
+    elif values.prompts is not None:
+        for record in sources.stream(values.prompts):
+            prompt = to_prompt(record, tokenizer)
+            yield prompt.prompt, prompt.templated
+    elif values.interactive:
+        is_chat = tokenizer.chat_template is not None
+        print(f'{"A message" if is_chat else "A prompt"} a line; an empty one ends.')
+        while text := sys.stdin.readline().strip():
+            yield of_user(text) if is_chat else (text.replace('\\n', '\n'), None)
+    else:
+        yield from _known(workdir, stage)
 
 
 def _known(workdir: Path, stage: str) -> list[tuple[str, bool | None]]:
@@ -236,6 +336,10 @@ def run() -> None:
     flags.DEFINE_string('workdir', None, 'Work directory of the run.', required=True)
     flags.DEFINE_string('stage', None, 'Stage with a policy; the last by default.')
     flags.DEFINE_string('prompt', None, 'Text to continue.')
+    flags.DEFINE_string('message', None, 'What the user says.')
+    flags.DEFINE_string('prompts', None, 'Data spec of prompts, e.g. jsonl:FILE.')
+    flags.DEFINE_bool('interactive', False, 'Ask for one after the other.')
+    flags.DEFINE_string('out', None, 'JSON lines to write, instead of showing them.')
     flags.DEFINE_integer('num', 2, 'Samples per prompt.', lower_bound=1)
     text = 'Longest response, in tokens.'
     flags.DEFINE_integer('max_new_tokens', 48, text, lower_bound=1)

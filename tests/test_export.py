@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from rlhf_jax import hf
 from rlhf_jax.export import export
 from rlhf_jax.files import write_checksums
+from rlhf_jax.ops.rows import pad_left
 from rlhf_jax.sample import load_part, sample
 from tests.small_config import ROOT
 from tests.test_main import command
@@ -115,6 +116,33 @@ def test_sample(finished):
     assert rows != sample(finished, 'sft', prompt, num=3, max_new_tokens=6, seed=2)
     greedy = sample(finished, 'sft', prompt, num=2, max_new_tokens=6, temperature=0)
     assert greedy[0] == greedy[1]
+
+
+def test_a_sample_does_not_depend_on_its_padding(finished, monkeypatch):
+    prompt, how = 'the mayor opened a bridge', dict(num=2, max_new_tokens=6, seed=1)
+    rows = sample(finished, 'sft', prompt, **how)
+    monkeypatch.setattr(
+        'rlhf_jax.sample.pad_left', lambda rows, length: pad_left(rows)
+    )  # as long as it is
+    for one, other in zip(rows, sample(finished, 'sft', prompt, **how)):
+        assert one.text == other.text
+        assert one.scores['rm'] == pytest.approx(other.scores['rm'], abs=1e-4)
+
+
+def test_a_file_of_prompts_becomes_a_file_of_responses(finished, tmp_path):
+    path, out = tmp_path / 'p.jsonl', tmp_path / 'out.jsonl'
+    path.write_text('{"prompt": "the mayor"}\n{"prompt": "a bridge"}\n')
+    place = ['--workdir', str(finished), '--max_new_tokens=4', '--num=2']
+    how = [f'--prompts=jsonl:{path}', f'--out={out}']
+    code, text = command(*place, *how, module='rlhf_jax.sample')
+    assert code == 0 and 'wrote 4 responses' in text, text
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row['prompt'] for row in rows] == ['the mayor'] * 2 + ['a bridge'] * 2
+    assert all(row['by'] == 'ppo' and 'score_rm' in row for row in rows)
+    code, text = command(*place, *how, '--prompt=x', module='rlhf_jax.sample')
+    assert code == 1 and 'give one of --prompt' in text
+    code, text = command(*place, '--message=hi', module='rlhf_jax.sample')
+    assert code == 1 and 'chat template' in text
 
 
 @pytest.mark.parametrize(
