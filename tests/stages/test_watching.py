@@ -34,6 +34,11 @@ def test_it_speaks_after_some_rollouts_in_a_row_and_once(bad, words):
         assert said[PATIENCE:] == [[], []]
 
 
+def test_without_rewards_nothing_is_said_of_scores():
+    watch = Watch(needs_end=False)
+    assert [watch({'rollout/ended': 0.5}) for _ in range(2 * PATIENCE)] == [[]] * 6
+
+
 def test_it_says_that_responses_without_an_end_are_marked_down():
     for needs_end in (True, False):
         watch = Watch(needs_end)
