@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         'label', responses='stage:drawn', fn='rlhf_jax.data.tiny_tldr:annotate'
     )
     config.rm_2 = ConfigDict(config.rm.to_dict())
-    config.rm_2.init = f'{first}sft'
+    config.rm_2.init = f'{first}rm'  # it goes on from the first
     config.rm_2.train = f'{config.rm.train} + stage:labelled'
     config.ppo_2 = ConfigDict(config.ppo.to_dict())
     config.ppo_2.init = f'{first}sft'
