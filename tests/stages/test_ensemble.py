@@ -179,7 +179,7 @@ def test_samples_show_the_mean_of_the_members(trained, finished, tmp_path):
     ('change', 'message'),
     [
         ({'rm.members': 0}, 'config.rm.members=0: use 1 or more'),
-        ({'sft.members': 2}, 'config.sft.members=2: rm alone trains an ensemble'),
+        ({'sft.members': 2}, 'config.sft.members is unknown'),
         ({'rm.init': 'ensemble'}, 'is an ensemble; start from a single model'),
         (
             {'rm.members': 1, 'ppo.rewards.rm.combine': 'uncertainty'},
