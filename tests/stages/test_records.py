@@ -144,10 +144,9 @@ def test_measured_without_training(done, finished):
     trained = json.loads((finished / 'ppo' / 'eval.json').read_text())
     for name in ('kl', 'win_rate', 'gold_reward_after', 'proxy_reward_before'):
         assert measured[name] == pytest.approx(trained[name], rel=1e-5), name
-    texts = [
-        (path / 'ppo' / 'samples.jsonl').read_text() for path in (workdir, finished)
-    ]
-    assert texts[0] == texts[1]
+    one, other = (rows(path / 'ppo' / 'samples.jsonl') for path in (workdir, finished))
+    for name in ('before', 'after', 'gold_after'):
+        assert [row[name] for row in one] == [row[name] for row in other]
     assert measured['pairs'] == 16 and measured['is_implicit']
     assert 0 <= measured['accuracy'] <= 1
     ranked, second = report['stages']['ranked'], report['stages']['second']
