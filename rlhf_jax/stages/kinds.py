@@ -145,7 +145,7 @@ def read_settings(kind: Kind, config: Mapping[str, Any], where: str) -> tuple[An
     if choice is None:
         return build(own, *kind.SETTINGS, where=where)
     own = {choice.setting: _choice_default(kind, choice), **own}
-    if not isinstance(own[choice.setting], str):
+    if own[choice.setting] in (None, dataclasses.MISSING):
         raise ValueError(f'{where}.{choice.setting} is needed and not set')
     part = choice.load(own[choice.setting], f'{where}.{choice.setting}')
     *settings, hp = build_named(
