@@ -313,7 +313,7 @@ def _stored(path: Path) -> list[_Tensor]:
                 shape = tuple(stored.get_shape())
                 tensors.append(_Tensor(path, key, shape, stored.get_dtype()))
     except (OSError, SafetensorError, UnicodeError) as error:
-        raise ValueError(f'{str(path)!r} cannot be read: {error}') from error
+        raise ValueError(f'{path} cannot be read: {error}') from error
     return tensors
 
 

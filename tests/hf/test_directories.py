@@ -335,7 +335,7 @@ def test_weights_that_cannot_be_read(exported):
     whole = (directory / 'model.safetensors').read_bytes()
     for broken in (b'nonsense', b'', whole[:-1], whole[:100]):
         (directory / 'model.safetensors').write_bytes(broken)
-        with pytest.raises(ValueError, match="model.safetensors' cannot be read"):
+        with pytest.raises(ValueError, match='model.safetensors cannot be read'):
             hf.load_params(directory, config, head='lm')
     (directory / 'model.safetensors').unlink()
     with pytest.raises(ValueError, match='neither.*no weights that can be read'):
