@@ -106,7 +106,8 @@ def in_pieces(
     leave Python to others, so that meanwhile the next records are read and those before
     are used.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
         before: list[Any] = []  # the piece that is being tokenised
         future = None
         for piece in _pieces(records):
@@ -116,6 +117,10 @@ def in_pieces(
             before, future = piece, upcoming
         if future is not None:
             yield from zip(before, future.result())
+    finally:
+        # Nobody waits for the thread: after an error the garbage collector may be the
+        # one to end this, in the middle of anything, such as the start of a thread.
+        pool.shutdown(wait=False)
 
 
 def _pieces(records: Iterable[Any]) -> Iterator[list[Any]]:

@@ -3,8 +3,10 @@
 import itertools
 import json
 import pathlib
+import threading
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -521,3 +523,23 @@ def test_hh_harmless_is_counted_to_the_last_record():
         lambda: pipeline.load_comparisons(f'hh:{path}', tokenizer, max_length=512),
         f"{path}:87: 'chosen' is empty",
     )
+
+
+def test_pieces_that_are_given_up_are_not_waited_for():
+    """The collector may end them where waiting would be for ever."""
+    release, started = threading.Event(), threading.Event()
+
+    def tokenise(piece):
+        if started.is_set():
+            release.wait(60)
+        started.set()
+        return piece
+
+    long = 'x' * (rows.PIECE + 1)
+    records = [SimpleNamespace(texts={'text': long}) for _ in range(4)]
+    pieces = rows.in_pieces(records, tokenise)
+    next(pieces)
+    began = time.monotonic()
+    pieces.close()  # while the second piece is in the thread
+    assert time.monotonic() - began < 30
+    release.set()
