@@ -17,8 +17,8 @@ from rlhf_jax.data.tokenizer import (
     stage_tokenizer,
 )
 from rlhf_jax.ops.stop_table import stop_table
-from rlhf_jax.stages.evaluation import stops_of
 from rlhf_jax.stages.run import load_run_tokenizer
+from rlhf_jax.stages.sampler import stops_of
 from tests.data.test_chat import CHATML, SPECIAL, STYLES, made, turns
 
 EOS, IM_END = SPECIAL.index('</s>'), SPECIAL.index('<|im_end|>')
