@@ -131,8 +131,13 @@ def load_run_tokenizer(config: ConfigDict) -> Any:
                 f'config.{stage}.extra_eos_ids={section.extra_eos_ids!r}: use a tuple '
                 'of ids'
             )
+        if not isinstance(section.extra_eos_ids, tuple | list):
+            raise ValueError(
+                f'config.{stage}.extra_eos_ids={section.extra_eos_ids!r}: use a tuple '
+                'of ids'
+            )
         for token in section.extra_eos_ids:
-            if token not in known:
+            if not isinstance(token, int) or token not in known:
                 raise ValueError(
                     f'config.{stage}.extra_eos_ids={section.extra_eos_ids}: {token!r} '
                     f'is no id of the tokenizer {config.tokenizer!r}, which has the '
