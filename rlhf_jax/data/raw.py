@@ -10,7 +10,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf_jax.files import named_path
 
@@ -80,11 +80,13 @@ def text_lines(path: str) -> Iterator[bytes]:
     """
     file, is_empty = find(path), True
     try:
-        for line in _unpacked(path, file) if file.suffix == '.gz' else file.open('rb'):
-            if is_empty:
-                _check_text(path, line)
-            is_empty = is_empty and not line.strip()
-            yield line
+        with file.open('rb') as opened:
+            lines = _unpacked(path, opened) if file.suffix == '.gz' else opened
+            for line in lines:
+                if is_empty:
+                    _check_text(path, line)
+                is_empty = is_empty and not line.strip()
+                yield line
     except OSError as error:
         raise ValueError(f'{path} cannot be read ({error.strerror or error})') from (
             error
@@ -99,28 +101,27 @@ def _check_text(path: str, line: bytes) -> None:
             raise ValueError(f'{path} is no text, but {what}')
 
 
-def _unpacked(path: str, file: Path) -> Iterator[bytes]:
+def _unpacked(path: str, packed: BinaryIO) -> Iterator[bytes]:
     rest = b''
-    for piece in _pieces(path, file):
+    for piece in _pieces(path, packed):
         *lines, rest = (rest + piece).split(b'\n')
         yield from (line + b'\n' for line in lines)
     if rest:
         yield rest
 
 
-def _pieces(path: str, file: Path) -> Iterator[bytes]:
+def _pieces(path: str, packed: BinaryIO) -> Iterator[bytes]:
     size = 0
-    with file.open('rb') as packed:
-        try:
-            with gzip.GzipFile(fileobj=packed) as archive:
-                while piece := archive.read(PIECE):
-                    size += len(piece)
-                    _check_ratio(path, size, packed.tell())
-                    yield piece
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(
-                f'{path} is no whole gzip file ({error}); fetch it again'
-            ) from error
+    try:
+        with gzip.GzipFile(fileobj=packed) as archive:
+            while piece := archive.read(PIECE):
+                size += len(piece)
+                _check_ratio(path, size, packed.tell())
+                yield piece
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f'{path} is no whole gzip file ({error}); fetch it again'
+        ) from error
 
 
 def _check_ratio(path: str, unpacked: int, packed: int) -> None:

@@ -15,7 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 
 from rlhf_jax.algos.preference import reference_logps
+from rlhf_jax.checkpoint import ScoreFacts
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.tokenizer import check_vocabulary
 from rlhf_jax.evals import preference
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.pages.held_out import draw_held_out
@@ -42,6 +44,7 @@ from rlhf_jax.stages.settings import (
     SamplerSettings,
 )
 from rlhf_jax.stages.sources import (
+    Source,
     check_policy,
     check_positions,
     check_trained_score,
@@ -138,19 +141,40 @@ def load(run: Run, stage: str, settings: EvaluateSettings) -> EvaluateJob:
         evaluation = _check_evaluation(run, stage, settings, limits)
     if is_ranked:
         check_batch_size(settings.batch_size, run.mesh, where)
+        tokenizer = run.tokenizer
         if settings.reward_model is not None:
-            source = resolve(run, settings.reward_model)
-            check_trained_score(source, f'{where}.reward_model')
+            source = _check_reward_model(run, where, settings)
+            tokenizer = source.tokenizer or tokenizer
             read = pipeline.load_comparisons
         else:
+            source = resolve(run, settings.policy)
             read = functools.partial(
                 pipeline.load_preferences, kind='pairs', wanted_by=where
             )
-        length = settings.buckets[-1]
+        length, config = settings.buckets[-1], source.config('reward')
+        check_vocabulary(tokenizer, config.vocab_size)
+        if length > config.max_positions:
+            raise ValueError(
+                f'{where}.buckets end at {length} tokens, the model has '
+                f'{config.max_positions} positions; use shorter buckets'
+            )
         comparisons = tell_left_out(
-            read(settings.comparisons, run.tokenizer, max_length=length, **limits)
+            read(settings.comparisons, tokenizer, max_length=length, **limits)
         )
     return EvaluateJob(stage, settings, evaluation, comparisons)
+
+
+def _check_reward_model(run: Run, where: str, settings: EvaluateSettings) -> Source:
+    source = resolve(run, settings.reward_model)
+    check_trained_score(source, f'{where}.reward_model')
+    if source.facts != ScoreFacts():
+        raise ValueError(
+            f'{where}.reward_model={settings.reward_model!r} has several scores, or '
+            'scores of steps, and comparisons are ranked by one of a whole response'
+        )
+    if settings.policy is None and settings.reference is not None:
+        raise ValueError(f'{where}.reference is for a policy; set {where}.policy too')
+    return source
 
 
 def _check_policies(run: Run, where: str, settings: EvaluateSettings) -> None:

@@ -55,6 +55,7 @@ PAGE = Page(
         ('Prompts', 'prompts', ''),
         ('Comparisons', 'comparisons', ''),
         ('Prompts whose responses are all equal', 'equal', ''),
+        ('Responses that repeat one to the same prompt', 'repeated', 'left out'),
         ('The first of two was chosen', 'first_chosen', 'fraction'),
         ('The longer of two was chosen', 'longer_chosen', 'fraction'),
     ),
@@ -70,6 +71,7 @@ class LabelJob:
     settings: LabelSettings
     label: Callable[..., np.ndarray]
     groups: list[list[dict[str, Any]]]  # the responses to every prompt, all different
+    repeated: int  # responses that were left out of them
 
 
 def makes(settings: LabelSettings) -> Makes:
@@ -91,7 +93,8 @@ def load(run: Run, stage: str, settings: LabelSettings) -> LabelJob:
     where = f'config.{stage}'
     fn = load_dotted(settings.fn, f'{where}.fn')
     groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in sources.read(settings.responses):
+    records = sources.read(settings.responses)
+    for record in records:
         for name in ('prompt', 'completion'):
             if not isinstance(record.fields.get(name), str):
                 raise ValueError(
@@ -101,7 +104,9 @@ def load(run: Run, stage: str, settings: LabelSettings) -> LabelJob:
         fields = record.fields
         groups.setdefault(fields['prompt'], {}).setdefault(fields['completion'], fields)
     label = functools.partial(fn, **settings.args)
-    return LabelJob(stage, settings, label, [list(g.values()) for g in groups.values()])
+    different = [list(group.values()) for group in groups.values()]
+    repeated = len(records) - sum(map(len, different))
+    return LabelJob(stage, settings, label, different, repeated)
 
 
 def _record(
@@ -147,6 +152,7 @@ def train(run: Run, job: LabelJob) -> Result:
     report = {
         'prompts': len(job.groups),
         'comparisons': len(pairs),
+        'repeated': job.repeated,
         'equal': sum(len(group) < 2 for group in job.groups),
     }
     if pairs:

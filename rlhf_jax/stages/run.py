@@ -131,11 +131,6 @@ def load_run_tokenizer(config: ConfigDict) -> Any:
                 f'config.{stage}.extra_eos_ids={section.extra_eos_ids!r}: use a tuple '
                 'of ids'
             )
-        if not isinstance(section.extra_eos_ids, tuple | list):
-            raise ValueError(
-                f'config.{stage}.extra_eos_ids={section.extra_eos_ids!r}: use a tuple '
-                'of ids'
-            )
         for token in section.extra_eos_ids:
             if not isinstance(token, int) or token not in known:
                 raise ValueError(

@@ -84,6 +84,7 @@ PAGE = Page(
         ('Prompts', 'prompts', ''),
         ('Responses', 'responses', ''),
         ('Records written', 'records', ''),
+        ('Responses or pairs left out', 'left_out', 'blank, or of equal reward'),
         ('Weighted reward', 'reward', 'mean, reward units'),
         ('Response length', 'length', 'tokens'),
         ('Responses that ended', 'ended', 'fraction'),
@@ -270,10 +271,12 @@ def _report(job: SampleJob, path: Path) -> dict[str, Any]:
     for sample, row in zip(samples, rows):
         sample |= {'score': row['reward']} if 'reward' in row else {}
     count = len(job.prompts.examples)
+    responses = count * job.settings.num_samples
     return {
         'prompts': count,
-        'responses': count * job.settings.num_samples,
+        'responses': responses,
         'records': len(rows),
+        'left_out': (responses if job.settings.keep == 'all' else count) - len(rows),
         'distinct': distinct_bigrams([row[name] for row in rows]),
         **means,
         'samples': samples,

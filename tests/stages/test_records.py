@@ -1,14 +1,20 @@
 """Records flow between stages: sampled, labelled, learned from, and measured."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.data import pipeline
+from rlhf_jax.data.tokenizer import word_tokenizer
 from rlhf_jax.main import launch
+from rlhf_jax.sharding import ParallelConfig, make_mesh
 from rlhf_jax.stages import sample
 from rlhf_jax.stages.kinds import stage
+from rlhf_jax.stages.run import Run, load_run_tokenizer
+from rlhf_jax.stages.sources import resolve
 from tests.small_config import get_config
 from tests.test_main import fails, never_compiled  # noqa: F401
 
@@ -208,6 +214,43 @@ def test_mistakes_are_told_before_anything_compiles(
                 value = value.replace('RUN', str(finished))
             config[section][name] = value
     fails(config, tmp_path, *words)
+
+
+def test_what_was_left_out_is_counted(done):
+    workdir, report = done
+    drawn, labelled = report['stages']['drawn'], report['stages']['labelled']
+    assert drawn['records'] + drawn['left_out'] == drawn['responses'] == 60
+    found = rows(workdir / 'drawn' / 'records.jsonl')
+    different = {(row['prompt'], row['completion']) for row in found}
+    assert labelled['repeated'] == len(found) - len(different)
+
+
+def test_a_reward_model_ranks_by_its_own_tokenizer(finished, tmp_path, monkeypatch):
+    """Not by the run's, whose ids mean nothing to it."""
+    config = config_below(finished)
+    config.ranked.comparisons = f'{DATA}/comparisons:test[:8]'
+    config.ranked.reward_model = f'{finished}/rm'
+    run = Run(
+        tmp_path,
+        config,
+        make_mesh(ParallelConfig(), jax.devices()[:1]),
+        load_run_tokenizer(config),
+    )
+    own = word_tokenizer(['mayor'])
+    assert own.get_vocab() != run.tokenizer.get_vocab()
+    resolved = dataclasses.replace(
+        resolve(run, f'{finished}/rm'), read_tokenizer=lambda: own
+    )
+    monkeypatch.setattr('rlhf_jax.stages.evaluate.resolve', lambda *_: resolved)
+    how = {'max_length': 88, 'overlong': 'truncate'}
+    config.ranked.overlong = 'truncate'
+    data = run.kind('ranked').load(run, 'ranked', *run.settings('ranked')).comparisons
+    wanted = pipeline.load_comparisons(config.ranked.comparisons, own, **how)
+    assert len(data.examples) == len(wanted.examples) == 6  # two are cut to the same
+    for one, other in zip(data.examples, wanted.examples):
+        np.testing.assert_array_equal(one.prompt, other.prompt)
+        for mine, theirs in zip(one.answers, other.answers, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 def test_every_response_has_its_own_key(done):
