@@ -181,17 +181,21 @@ def named(settings: Any, marker: type) -> Iterator[tuple[str, str]]:
 
 
 def replace_data(settings: Any, read: Callable[[str], str]) -> Any:
-    """The settings with every ``DataSpec`` replaced by what ``read`` gives for it."""
+    """The settings with every ``DataSpec``, as :func:`named` finds them, replaced by
+    what ``read`` gives for it.
+    """
+    if isinstance(settings, Mapping):
+        return {name: replace_data(part, read) for name, part in settings.items()}
     if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
         return settings
     hints = typing.get_type_hints(type(settings), include_extras=True)
-    changes = {
-        field.name: read(value)
-        for field in dataclasses.fields(settings)
-        if _has_marker(hints[field.name], DataSpec)
-        and isinstance(value := getattr(settings, field.name), str)
-    }
-    return dataclasses.replace(settings, **changes) if changes else settings
+    changes = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, str) and _has_marker(hints[field.name], DataSpec):
+            value = read(value)
+        changes[field.name] = replace_data(value, read)
+    return dataclasses.replace(settings, **changes)
 
 
 def _has_marker(hint: Any, marker: Any) -> bool:
