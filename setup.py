@@ -12,7 +12,9 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
-    package_data={'rlhf_jax': ['py.typed', '*.html', 'data/*.txt', 'data/tiny_base/*']},
+    package_data={
+        'rlhf_jax': ['py.typed', '*.html', 'datasets/*.txt', 'datasets/tiny_base/*']
+    },
     entry_points={
         'console_scripts': [
             'rlhf-jax = rlhf_jax.scripts:train',

@@ -31,7 +31,7 @@ from rlhf_jax.stages.kinds import stage
 from rlhf_jax.stages.settings import ModelSettings
 
 DATA = 'tfds:tiny_tldr'
-GOLD = dict(fn='rlhf_jax.data.tiny_tldr:gold')
+GOLD = dict(fn='rlhf_jax.datasets.tiny_tldr:gold')
 
 
 def arguments(arg: str | None, **own: Any) -> ConfigDict:
@@ -80,7 +80,7 @@ def below(method: str | None, arg: ConfigDict) -> ConfigDict:
     config.stages = ('pretrain', 'sft', 'rm') if is_scratch else ('sft', 'rm')
     if method is not None:
         config.stages = (method,) if arg['from'] else (*config.stages, method)
-    config.tokenizer = arg.model or 'rlhf_jax.data.tiny_tldr:tokenizer'
+    config.tokenizer = arg.model or 'rlhf_jax.datasets.tiny_tldr:tokenizer'
     config.metrics = ('jsonl',)
     # Unrolled: the layers are few, and XLA runs them faster so on a CPU.
     preset = 'nano' if arg.smoke else 'micro'

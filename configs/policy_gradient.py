@@ -50,7 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     'gdpo': {},
 }
 # A second reward, of which GDPO makes an advantage of its own: words beyond 12 cost.
-SHORT = dict(fn='rlhf_jax.data.tiny_tldr:words_over', args={'limit': 12}, weight=-0.5)
+SHORT = dict(
+    fn='rlhf_jax.datasets.tiny_tldr:words_over', args={'limit': 12}, weight=-0.5
+)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

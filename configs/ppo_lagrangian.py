@@ -27,7 +27,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.ppo_lagrangian = stage(
         'ppo_lagrangian',
         **settings,
-        cost=dict(fn='rlhf_jax.data.tiny_tldr:words_over', args={'limit': arg.words}),
+        cost=dict(
+            fn='rlhf_jax.datasets.tiny_tldr:words_over', args={'limit': arg.words}
+        ),
         critic=settings['rewards']['rm']['model'],
         cost_critic=settings['init'],
         critic_optim=settings['optim'],

@@ -23,7 +23,7 @@ from rlhf_jax.stages.kinds import stage
 
 COMPARISONS = f'{ladder.DATA}/comparisons:'
 REFERENCES = f'{ladder.DATA}/demonstrations:test'
-JUDGED = 'python:rlhf_jax.data.tiny_judgements:'
+JUDGED = 'python:rlhf_jax.datasets.tiny_judgements:'
 HEADS = ('coverage', 'faithfulness', 'brevity')
 # The data, the usual loss, and what else goes with them.
 KINDS = {

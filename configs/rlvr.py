@@ -23,7 +23,7 @@ from rlhf_jax.stages.settings import (
     ModelSettings,
 )
 
-DATA = 'python:rlhf_jax.data.tiny_math'
+DATA = 'python:rlhf_jax.datasets.tiny_math'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.seed = arg.seed
     config.stages = ('pretrain', 'sft', 'policy_gradient')
-    config.tokenizer = 'rlhf_jax.data.tiny_math:tokenizer'
+    config.tokenizer = 'rlhf_jax.datasets.tiny_math:tokenizer'
     config.metrics = ('jsonl',)
     # Unrolled: the layers are few, and XLA runs them faster so on a CPU.
     preset = 'nano' if arg.smoke else 'micro'

@@ -4,8 +4,8 @@
 
 The sentiment task of Ziegler et al. 2019 (arXiv 1909.08593, §3.1): continue an opening,
 and be positive. The reward model learns from pairs of a positive and a negative text;
-``data/sentiment.py`` judges, by other means, on the other half of the labels. Ziegler
-et al. cut at 24 tokens; here a response that does not end within 32 scores -1.
+``datasets/sentiment.py`` judges, by other means, on the other half of the labels.
+Ziegler et al. cut at 24 tokens; here a response that does not end within 32 scores -1.
 
 Arguments, by default GPT-2 and the IMDb reviews of TFDS: ``model`` a directory or hub
 name; ``stories`` a text file, for the openings; ``labels`` a directory with
@@ -26,7 +26,7 @@ from rlhf_jax.stages.settings import (
 )
 
 REVIEWS = 'tfds:imdb_reviews/plain_text:train'
-RECORDS = 'python:rlhf_jax.data.sentiment'
+RECORDS = 'python:rlhf_jax.datasets.sentiment'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -86,7 +86,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         init='sft',
         rewards={'rm': dict(model='rm')},
         critic='rm',
-        gold=dict(fn='rlhf_jax.data.sentiment:judge', args=dict(labels=labels)),
+        gold=dict(fn='rlhf_jax.datasets.sentiment:judge', args=dict(labels=labels)),
         base=arg.model,
         prompts=openings('prompts', 'train'),
         eval_prompts=openings('prompts', 'test'),

@@ -38,10 +38,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         prompt_buckets=config.ppo.prompt_buckets,
         max_new_tokens=config.ppo.max_new_tokens,
         # Written beside the responses, for the report alone.
-        rewards={'gold': dict(fn='rlhf_jax.data.tiny_tldr:gold')},
+        rewards={'gold': dict(fn='rlhf_jax.datasets.tiny_tldr:gold')},
     )
     config.labelled = stage(
-        'label', responses='stage:drawn', fn='rlhf_jax.data.tiny_tldr:annotate'
+        'label', responses='stage:drawn', fn='rlhf_jax.datasets.tiny_tldr:annotate'
     )
     config.rm_2 = ConfigDict(config.rm.to_dict())
     config.rm_2.init = f'{first}rm'  # it goes on from the first

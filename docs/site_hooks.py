@@ -24,7 +24,7 @@ OUTSIDE = (
     'benchmarks/README.md',
     'examples/library.py',
     'examples/ppo_in_one_file.py',
-    'rlhf_jax/data/tiny_base/README.md',
+    'rlhf_jax/datasets/tiny_base/README.md',
 )
 LINK = re.compile(r'(\]\()(?!\w+:)([^)\s#]+)(#[^)\s]*)?(\))')
 

@@ -46,9 +46,10 @@ from rlhf_jax import (
     start_from,
     train_state,
 )
-from rlhf_jax.data import pipeline, tiny_tldr
+from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.data.stops import eos_ids
+from rlhf_jax.datasets import tiny_tldr
 from rlhf_jax.evals.policy import win_rate
 
 DATA = 'tfds:tiny_tldr'

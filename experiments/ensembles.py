@@ -27,7 +27,7 @@ from experiments.overoptimisation import plot, run_ppo, smooth
 from rlhf_jax.evals.policy import mean_interval
 from rlhf_jax.main import launch
 
-NOISY = 'python:rlhf_jax.data.tiny_tldr:comparisons?flipped_percent='
+NOISY = 'python:rlhf_jax.datasets.tiny_tldr:comparisons?flipped_percent='
 # What decides the numbers, beside the base; written beside them.
 SETTINGS = (
     'seeds',

@@ -5,7 +5,7 @@
 Runs the stage ``pretrain`` of ``configs/ladder.py:scratch`` twice, on short texts and
 then for longer on more articles; both resume like any other run. Writes the result as a
 Hugging Face directory with a model card. The package has it in
-``rlhf_jax/data/tiny_base``, and ``init='tiny'`` loads it.
+``rlhf_jax/datasets/tiny_base``, and ``init='tiny'`` loads it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from configs.ladder import get_config
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
 
-DRILLS = 'python:rlhf_jax.data.tiny_tldr:drills?count=20000'
-ARTICLES = 'python:rlhf_jax.data.tiny_tldr:more_articles?count=100000'
+DRILLS = 'python:rlhf_jax.datasets.tiny_tldr:drills?count=20000'
+ARTICLES = 'python:rlhf_jax.datasets.tiny_tldr:more_articles?count=100000'
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -31,7 +31,7 @@ pipeline_tag: text-generation
 # The base model of tiny_tldr
 
 A decoder of {parameters:,} parameters (the Llama family; {size}) that has read the texts
-of the embedded summarisation world, `rlhf_jax/data/tiny_tldr.py`: articles of 40 words
+of the embedded summarisation world, `rlhf_jax/datasets/tiny_tldr.py`: articles of 40 words
 about invented people, retellings of their facts, and facts that are called right or
 wrong. It can copy a person's facts and tell a fact from an invention; it has seen no
 summary and no preference. It is of no use outside that world.

@@ -54,7 +54,7 @@ def test_a_wheel_holds_every_file_of_the_package(wheel):
         if path.is_file() and '__pycache__' not in path.parts
     }
     assert {'rlhf_jax/py.typed', 'rlhf_jax/report.html'} <= ours
-    assert 'rlhf_jax/data/tiny_base/model.safetensors' in ours
+    assert 'rlhf_jax/datasets/tiny_base/model.safetensors' in ours
     assert ours <= held, sorted(ours - held)
     rest = {name for name in held - ours if '.dist-info/' not in name}
     assert not rest

@@ -28,6 +28,7 @@ BESIDE = {
     'files': set(),
     'verify': set(),
     'data': {'config', 'files', 'ops', 'ranges', 'types', 'verify'},
+    'datasets': {'config', 'data', 'ops', 'types', 'verify'},
     'pages': {'responses'},
     'report': {'files', 'pages', 'stages'},
     'metrics': {'config', 'files', 'types'},

@@ -42,7 +42,7 @@ Place = Callable[[tuple[str, ...], np.ndarray], Array]
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DOWNLOADS = ('*.json', '*.safetensors', 'tokenizer*', '*.model', '*.txt')
 # Models that the package ships, by name: a decoder that knows the text of tiny_tldr.
-SHIPPED = {'tiny': Path(__file__).parents[1] / 'data' / 'tiny_base'}
+SHIPPED = {'tiny': Path(__file__).parents[1] / 'datasets' / 'tiny_base'}
 PIECE = 2**22  # numbers that are checked at a time
 READABLE = ('F64', 'F32', 'F16', 'BF16')
 OLD_NAMES = (

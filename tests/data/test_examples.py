@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.examples import mismatched
-from rlhf_jax.data.tiny_tldr import tokenizer
+from rlhf_jax.datasets.tiny_tldr import tokenizer
 
 PAIRED = [
     {'prompt': f'p {i} ', 'chosen': ' good' * (i + 1), 'rejected': f' bad {i}'}

@@ -15,11 +15,12 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import pipeline, tiny_tldr, token_cache
+from rlhf_jax.data import pipeline, token_cache
 from rlhf_jax.data.joining import decode_behind, find_joint, open_prompts
 from rlhf_jax.data.loading import Limits
 from rlhf_jax.data.reward_data import Wanted, load_judgements
 from rlhf_jax.data.tokenizer import encode, load_tokenizer
+from rlhf_jax.datasets import tiny_tldr
 from rlhf_jax.stages.scoring import step_batch, text_batch
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'

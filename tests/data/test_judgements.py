@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.data import pipeline, tiny_judgements, tiny_tldr
+from rlhf_jax.data import pipeline
 from rlhf_jax.data.loading import Limits
 from rlhf_jax.data.reward_data import Wanted, load_judgements
+from rlhf_jax.datasets import tiny_judgements, tiny_tldr
 
 LIMITS = Limits(48, 'drop', 'error')
 
@@ -304,7 +305,7 @@ def test_embedded_judgements_are_good_records(tokenizer):
     ):
         fields = dict(heads=(), rating_range=(0.0, 4.0), rating_unit='given', by='it')
         wanted = Wanted(kind=kind, **fields | wanted, step_separator='\n')
-        spec = f'python:rlhf_jax.data.tiny_judgements:{name}?split=test'
+        spec = f'python:rlhf_jax.datasets.tiny_judgements:{name}?split=test'
         data = load_judgements(spec, tokenizer, wanted, Limits(88, 'drop', 'error'))
         assert data.counts.skipped_bad == 0 and data.counts.kept >= 495
 

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import pipeline, tiny_tldr, token_cache
+from rlhf_jax.data import pipeline, token_cache
 from rlhf_jax.data.tokenizer import encode, word_tokenizer
+from rlhf_jax.datasets import tiny_tldr
 
 TEXTS = ['News of Anna.', '', ' Tom sold boats', 'ünï 日本語 🙂']
 

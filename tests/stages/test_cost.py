@@ -43,7 +43,8 @@ def records(tmp_path_factory):
         )
     path = tmp_path_factory.mktemp('data') / 'train.jsonl'
     path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
-    return f'python:rlhf_jax.data.safe_rlhf:costs?data=jsonl:{path}&template={{prompt}}'
+    reader = 'rlhf_jax.datasets.safe_rlhf:costs'
+    return f'python:{reader}?data=jsonl:{path}&template={{prompt}}'
 
 
 def get_config(records, **cost):

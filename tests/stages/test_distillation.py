@@ -78,7 +78,7 @@ def test_a_larger_teacher_and_no_reward(done):
 
 
 def _tiny():
-    from rlhf_jax.data import tiny_base
+    from rlhf_jax.datasets import tiny_base
 
     return pathlib.Path(tiny_base.__path__[0])
 

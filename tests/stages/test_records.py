@@ -42,11 +42,14 @@ def config_below(finished):
         max_new_tokens=8,
         rewards={
             'rm': dict(model=f'{run}/rm'),
-            'gold': dict(fn='rlhf_jax.data.tiny_tldr:gold', weight=0.0),
+            'gold': dict(fn='rlhf_jax.datasets.tiny_tldr:gold', weight=0.0),
         },
     )
     config.labelled = stage(
-        'label', responses='stage:drawn', fn='rlhf_jax.data.tiny_tldr:annotate', pairs=2
+        'label',
+        responses='stage:drawn',
+        fn='rlhf_jax.datasets.tiny_tldr:annotate',
+        pairs=2,
     )
     config.second = stage(
         'reward_model',
@@ -62,7 +65,7 @@ def config_below(finished):
         policy=f'{run}/ppo',
         reference=f'{run}/sft',
         eval_prompts=f'{DATA}/prompts:test[:16]',
-        gold=dict(fn='rlhf_jax.data.tiny_tldr:gold'),
+        gold=dict(fn='rlhf_jax.datasets.tiny_tldr:gold'),
         eval_batch_size=16,
         prompt_buckets=(56,),
         max_new_tokens=28,

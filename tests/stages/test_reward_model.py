@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import checkpoint, hf, sharding
 from rlhf_jax.config import section
-from rlhf_jax.data import tiny_tldr
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.joining import decode_behind
+from rlhf_jax.datasets import tiny_tldr
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
 from rlhf_jax.models.heads import ScalarModel

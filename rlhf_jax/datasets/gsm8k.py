@@ -5,7 +5,7 @@ A problem is ``{'question': …, 'answer': …}``; the answer is worked and ends
 ``prompt``, ``completion`` (the worked answer) and ``reference`` (the final number), so
 that one spec serves SFT and a stage that is rewarded for right answers:
 
-    python:rlhf_jax.data.gsm8k:records?data=jsonl:train.jsonl&annotations=strip
+    python:rlhf_jax.datasets.gsm8k:records?data=jsonl:train.jsonl&annotations=strip
 
 Source: Cobbe et al. 2021, arXiv 2110.14168, and its released files ``train.jsonl`` and
 ``test.jsonl``; the Parquet files of ``openai/gsm8k`` have the same fields. Read

@@ -15,7 +15,7 @@ each for the splits ``train`` and ``test``:
 
 A problem belongs to one split by the checksum of its text, so that no problem of a test
 split stands in any train split; the sums in them are the same few thousand. Specs read
-``python:rlhf_jax.data.tiny_math:prompts?split=train``; ``sources.py`` reads them.
+``python:rlhf_jax.datasets.tiny_math:prompts?split=train``; ``sources.py`` reads them.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from rlhf_jax.data import tiny_math
 from rlhf_jax.data.sources import read
+from rlhf_jax.datasets import tiny_math
 from rlhf_jax.verify import numeric_answer
 
 GAINED = re.compile(r'(?:buys|finds|wins|gets) (\d+)')
@@ -74,10 +74,10 @@ def test_no_test_problem_is_in_a_training_split():
 def test_records_are_the_same_every_time_and_read_by_a_spec():
     once, again = first('prompts', 'test'), first('prompts', 'test')
     assert once == again
-    spec = 'python:rlhf_jax.data.tiny_math:prompts?split=test[:3]'
+    spec = 'python:rlhf_jax.datasets.tiny_math:prompts?split=test[:3]'
     assert [record.fields for record in read(spec)] == once[:3]
     with pytest.raises(ValueError, match="no split 'tset'; did you mean 'test'"):
-        read('python:rlhf_jax.data.tiny_math:prompts?split=tset')
+        read('python:rlhf_jax.datasets.tiny_math:prompts?split=tset')
 
 
 def test_the_tokenizer_spells_numbers_and_loses_nothing():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import hf
-from rlhf_jax.data import pipeline, tiny_tldr, tiny_world
+from rlhf_jax.data import pipeline
 from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.datasets import tiny_tldr, tiny_world
 from rlhf_jax.evals import language_model
 from rlhf_jax.models.heads import CausalLM
 

@@ -33,9 +33,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import tiny_people, tiny_world
-from rlhf_jax.data.tiny_world import SEPARATOR, Article
 from rlhf_jax.data.tokenizer import word_tokenizer
+from rlhf_jax.datasets import tiny_people, tiny_world
+from rlhf_jax.datasets.tiny_world import SEPARATOR, Article
 
 SEED = 20230  # of every article; example i of a config draws from (SEED, config, i)
 CUE = 'TL;DR:'
@@ -309,8 +309,8 @@ def comparisons(
 ) -> list[dict[str, Any]]:
     """The config ``comparisons`` with other annotators, as a source:
 
-        python:rlhf_jax.data.tiny_tldr:comparisons?length_taste=2
-        python:rlhf_jax.data.tiny_tldr:comparisons?split=test&flipped_percent=25
+        python:rlhf_jax.datasets.tiny_tldr:comparisons?length_taste=2
+        python:rlhf_jax.datasets.tiny_tldr:comparisons?split=test&flipped_percent=25
 
     The pairs of summaries are always the same. Exactly the share of the labels is
     flipped, on top of the annotators' own mistakes; those of a smaller share are among
@@ -363,7 +363,7 @@ def _turned(record: dict[str, Any], turn: bool) -> dict[str, Any]:
 def more_articles(count: str = '100000') -> list[dict[str, Any]]:
     """Further texts of the config ``articles``, none of which is in its splits:
 
-        python:rlhf_jax.data.tiny_tldr:more_articles?count=100000
+        python:rlhf_jax.datasets.tiny_tldr:more_articles?count=100000
 
     Args:
         count: how many, as text, because it comes from a data spec.

@@ -32,7 +32,7 @@ def file(tmp_path):
 
 
 def fields(what, path, more=''):
-    spec = f'python:rlhf_jax.data.safe_rlhf:{what}?data=jsonl:{path}{more}'
+    spec = f'python:rlhf_jax.datasets.safe_rlhf:{what}?data=jsonl:{path}{more}'
     return [record.fields for record in read(spec)]
 
 

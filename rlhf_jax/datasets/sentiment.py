@@ -11,7 +11,7 @@ The task of Ziegler et al. 2019 (arXiv 1909.08593, §3.1) on data that anybody h
 
 A text belongs to one part by its checksum, so that equal texts never stand in two, and
 the records are the same on every machine. ``sources.py`` reads the functions here as
-``python:rlhf_jax.data.sentiment:pairs?stories=…&labels=…&part=train``.
+``python:rlhf_jax.datasets.sentiment:pairs?stories=…&labels=…&part=train``.
 """
 
 from __future__ import annotations

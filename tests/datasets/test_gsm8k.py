@@ -20,7 +20,7 @@ PROBLEMS = [
     },
     {'question': 'It is {hot}. It cools by 5 from 2. How cold?', 'answer': '#### -3'},
 ]
-RECORDS = 'python:rlhf_jax.data.gsm8k:records'
+RECORDS = 'python:rlhf_jax.datasets.gsm8k:records'
 
 
 @pytest.fixture

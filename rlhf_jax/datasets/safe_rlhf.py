@@ -4,8 +4,10 @@ A record has ``prompt``, ``response_0``, ``response_1``, a verdict on each
 (``is_response_0_safe``, ``is_response_1_safe``), and the numbers of the more helpful
 and of the less harmful one (``better_response_id``, ``safer_response_id``):
 
-    python:rlhf_jax.data.safe_rlhf:costs?data=jsonl:train.jsonl        (cost)
-    python:rlhf_jax.data.safe_rlhf:preferences?data=jsonl:train.jsonl  (rm, preference)
+    python:rlhf_jax.datasets.safe_rlhf:costs?data=jsonl:train.jsonl
+    python:rlhf_jax.datasets.safe_rlhf:preferences?data=jsonl:train.jsonl
+
+The first are for a cost model, the second for a reward model or a preference loss.
 
 Source: Dai et al. 2023 (Safe RLHF), arXiv 2310.12773; Ji et al. 2024 (PKU-SafeRLHF),
 arXiv 2406.15513; the files of ``PKU-Alignment/PKU-SafeRLHF`` have these fields among

@@ -13,8 +13,8 @@ import dataclasses
 
 import numpy as np
 
-from rlhf_jax.data import tiny_world
-from rlhf_jax.data.tiny_world import PHRASES, SLOTS, Article, Facts, pick
+from rlhf_jax.datasets import tiny_world
+from rlhf_jax.datasets.tiny_world import PHRASES, SLOTS, Article, Facts, pick
 
 OPENINGS = (
     'it was said that',

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data import sentiment
 from rlhf_jax.data.sources import read
+from rlhf_jax.datasets import sentiment
 from tests.small_config import config_file
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -268,7 +268,7 @@ def test_real_labels():
     accuracy, count = sentiment.judge_accuracy(str(SHARED))
     assert accuracy > 0.75 and count > 1500
     query = urllib.parse.urlencode({'stories': stories, 'part': 'test'})
-    records = read(f'python:rlhf_jax.data.sentiment:prompts?{query}[:20]')
+    records = read(f'python:rlhf_jax.datasets.sentiment:prompts?{query}[:20]')
     assert [r.fields['prompt'] for r in records] == [
         r['prompt'] for r in list(sentiment.prompts(stories, 'test'))[:20]
     ]

@@ -2,9 +2,9 @@
 
 Sources for reward models that learn from more than pairs, each the same at every call:
 
-    python:rlhf_jax.data.tiny_judgements:rankings?split=train
-    python:rlhf_jax.data.tiny_judgements:ratings?split=train
-    python:rlhf_jax.data.tiny_judgements:steps?split=train
+    python:rlhf_jax.datasets.tiny_judgements:rankings?split=train
+    python:rlhf_jax.datasets.tiny_judgements:ratings?split=train
+    python:rlhf_jax.datasets.tiny_judgements:steps?split=train
 
 The annotators of rankings are those of the comparisons, and a ranking of two has their
 odds. The records are those of ``judgements.py``; no example is in both splits.
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import tiny_world
-from rlhf_jax.data.tiny_people import ANNOTATORS, any_summary, spoil
-from rlhf_jax.data.tiny_tldr import SEED, make_prompt
+from rlhf_jax.datasets import tiny_world
+from rlhf_jax.datasets.tiny_people import ANNOTATORS, any_summary, spoil
+from rlhf_jax.datasets.tiny_tldr import SEED, make_prompt
 
 SIZES = {'train': 4_000, 'test': 500}
 SPOILT = 0.2  # of the summaries

@@ -11,10 +11,11 @@ import pytest
 import tensorflow_datasets as tfds
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import formats, tiny_people, tiny_tldr, tiny_world
+from rlhf_jax.data import formats
 from rlhf_jax.data.sources import read
-from rlhf_jax.data.tiny_world import LEXICON, SLOT_OF
 from rlhf_jax.data.tokenizer import learn_words
+from rlhf_jax.datasets import tiny_people, tiny_tldr, tiny_world
+from rlhf_jax.datasets.tiny_world import LEXICON, SLOT_OF
 
 ARTICLE = (
     'News of Anna. Tom, a pilot, sold boats in Rome. Due to rain, Anna found lamps. '
@@ -329,7 +330,7 @@ def test_examples_stay_as_they_are():
 WRITER = """
 import sys
 import tensorflow_datasets as tfds
-import rlhf_jax.data.tiny_tldr
+import rlhf_jax.datasets.tiny_tldr
 builder = tfds.builder(
     'tiny_tldr/prompts', data_dir=sys.argv[1], file_format='array_record'
 )
@@ -385,7 +386,7 @@ def test_comparisons_keep_their_numbers(tmp_path, monkeypatch):
         assert all(text.startswith(' ') for text in texts)
 
 
-SOURCE = 'python:rlhf_jax.data.tiny_tldr:comparisons?split=test'
+SOURCE = 'python:rlhf_jax.datasets.tiny_tldr:comparisons?split=test'
 
 
 def test_comparisons_with_a_share_of_the_labels_flipped():
@@ -436,16 +437,16 @@ def test_comparisons_by_annotators_who_like_length_more():
 )
 def test_mistakes_in_comparisons(mistake):
     with pytest.raises(ValueError, match="use 'train' or 'test', 0 or more, and 0 to"):
-        read(f'python:rlhf_jax.data.tiny_tldr:comparisons?{mistake}')
+        read(f'python:rlhf_jax.datasets.tiny_tldr:comparisons?{mistake}')
 
 
 def test_more_articles_are_none_of_the_splits():
-    more = read('python:rlhf_jax.data.tiny_tldr:more_articles?count=20')
+    more = read('python:rlhf_jax.datasets.tiny_tldr:more_articles?count=20')
     config = tiny_tldr.TinyTldr.builder_configs['articles']
     wanted = tiny_tldr.make_example(config, config.train + config.test)
     assert len(more) == 20 and more[0].fields == wanted
     with pytest.raises(ValueError, match="count='0'; use a whole number above 0"):
-        read('python:rlhf_jax.data.tiny_tldr:more_articles?count=0')
+        read('python:rlhf_jax.datasets.tiny_tldr:more_articles?count=0')
 
 
 def test_an_unknown_config_is_named(tmp_path):
