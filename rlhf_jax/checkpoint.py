@@ -262,7 +262,11 @@ def check_result(stage_dir: Path) -> None:
     Raises:
         ValueError: the stage has not finished, or a file is damaged or missing.
     """
-    load_model_configs(stage_dir)
+    makes_models = (stage_dir / 'params').exists() or (
+        stage_dir / 'model.json'
+    ).exists()
+    if makes_models or not has_checksums(stage_dir):  # those list a file that is gone
+        load_model_configs(stage_dir)
     if not has_checksums(stage_dir):
         warnings.warn(
             f'{stage_dir} has no {CHECKSUMS} (an earlier version wrote none); its '

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -129,6 +130,18 @@ def test_a_killed_stage_goes_on_and_writes_the_same(done, finished, tmp_path):
     assert seen == [0, 'killed', 1, 2]
     one, other = (path / 'drawn' / 'records.jsonl' for path in (done[0], tmp_path))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_goes_on_behind_stages_that_leave_no_model(done, finished, tmp_path):
+    shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'ranked' / 'done.json').unlink()
+    launch(config_below(finished), tmp_path)
+    assert (tmp_path / 'ranked' / 'done.json').exists()
+    (tmp_path / 'ranked' / 'done.json').unlink()
+    path = tmp_path / 'labelled' / 'records.jsonl'
+    path.write_text(path.read_text().replace('prompt', 'Prompt', 1))
+    with pytest.raises(ValueError, match='labelled is damaged: records.jsonl'):
+        launch(config_below(finished), tmp_path)
 
 
 def test_what_was_labelled_is_what_was_sampled(done):
