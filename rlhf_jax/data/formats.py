@@ -38,9 +38,10 @@ TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
 
 # What the records of a stage can be read as, by what they hold.
 READABLE_AS = {
-    'demonstrations': ('demonstrations', 'prompts'),
-    'comparisons': ('comparisons', 'unpaired', 'prompts'),
+    'demonstrations': ('demonstrations', 'responses', 'prompts'),
+    'comparisons': ('comparisons', 'responses', 'unpaired', 'prompts'),
     'rankings': ('rankings', 'prompts'),
+    'ratings': ('ratings', 'prompts'),
     'prompts': ('prompts',),
 }
 

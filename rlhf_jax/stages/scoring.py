@@ -275,20 +275,21 @@ def _load_scores(run: Run, reward: Reward) -> tuple[Callable[..., Scored], int]:
         return lambda *text: Scored(compiled(params, *text)), model.config.max_positions
     model, params = load_ensemble(run, named)
     params = frozen(run, model, params)
-    combined = run.compile(
-        lambda params, tokens, mask: combine_members(
-            ensemble_scores(params, tokens, mask, model=model),
-            source.combine or 'mean',
-            source.uncertainty_coef,
-        ),
-        inputs=inputs,
-        outputs=('batch', 'batch'),
-        donate=(),
+
+    def combine(params: Params, tokens: Array, mask: Array) -> tuple[Array, ...]:
+        members = ensemble_scores(params, tokens, mask, model=model)
+        combined = combine_members(
+            members, source.combine or 'mean', source.uncertainty_coef
+        )
+        return *combined, members
+
+    compiled = run.compile(
+        combine, inputs=inputs, outputs=('batch', 'batch', 'batch'), donate=()
     )
 
     def score(tokens: Array, mask: Array) -> Scored:
-        scores, deviation = combined(params, tokens, mask)
-        return Scored(scores, deviation=deviation)
+        scores, deviation, members = compiled(params, tokens, mask)
+        return Scored(scores, deviation=deviation, members=members)
 
     return score, model.config.max_positions
 
