@@ -14,7 +14,7 @@ import hashlib
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.preference import load as load_loss
+from rlhf_jax.ranges import above
 from rlhf_jax.responses import GOLD
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
@@ -47,9 +48,27 @@ from rlhf_jax.stages.offline import (
 )
 from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.sampler import check_sampler, make_sampler
-from rlhf_jax.stages.settings import PreferenceSettings
+from rlhf_jax.stages.settings import (
+    EvaluationSettings,
+    OfflineSettings,
+    RewardSource,
+    SamplerSettings,
+)
 from rlhf_jax.stages.sources import check_policy, check_positions, frozen, load_policy
 from rlhf_jax.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(OfflineSettings, SamplerSettings, EvaluationSettings):
+    """Preference optimisation on fixed data. The settings of its loss stand beside
+    these; None is the loss's own default, see ``config.unset``.
+    """
+
+    name: str  # of the loss: a module of rlhf_jax.preference, or package.module
+    temperature: Annotated[float, above(0)] = 1.0  # of the samples at the end
+    # By name; they score the samples at the end, for the report
+    rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
+
 
 SETTINGS = (PreferenceSettings, PreferenceHParams)
 CHOICE = Choice('name', load_loss)
