@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from rlhf_jax import preference, reward_losses
-from rlhf_jax.algos.preference import check_batch, preference_loss
+from rlhf_jax.algos.preference import batch_logps, check_batch, preference_loss
 from rlhf_jax.algos.rm import RMHParams, rm_loss
 from rlhf_jax.algos.soft_labels import (
     expected_agreement,
     expected_preference_loss,
     expected_reward_loss,
 )
-from rlhf_jax.preference import aot, discopop, dpo, ipo, sppo
+from rlhf_jax.preference import aot, dpo, ipo, sppo
 from rlhf_jax.reward_losses import bradley_terry
 from tests.algos.test_preference import PARAMS, REF, ROWS, _pairs
 from tests.algos.test_rm import PARAMS as SCORES
@@ -195,18 +195,19 @@ def test_regressions_aim_at_the_expected_target(loss):
     np.testing.assert_allclose(jax.grad(total)(aim), 0, atol=1e-5)
 
 
-def test_discopop_overflows_in_no_order_that_a_certain_label_excludes():
-    far = two_pairs().replace(logps=jnp.array([[4000.0, 0], [0, 4000]]), tokens=None)
+def test_an_overflow_of_the_other_order_does_not_reach_a_certain_pair():
+    class Steep:
+        @staticmethod
+        def loss(pairs, hp):
+            return jnp.exp(pairs.logps[:, 1] - pairs.logps[:, 0]), pairs.logps
 
-    def total(scale):
-        pairs = far.replace(logps=far.logps * scale)
-        p = jnp.array([1.0, 0.0])
-        return jnp.sum(
-            expected_preference_loss(pairs, p, discopop, discopop.HParams())[0]
-        )
+    def total(logps):
+        pairs, p = two_pairs().replace(logps=logps), jnp.array([1.0, 0.0])
+        return jnp.sum(expected_preference_loss(pairs, p, Steep, None)[0])
 
-    value, gradient = jax.value_and_grad(total)(1.0)
-    assert np.isfinite(value) and np.isfinite(gradient)
+    value, gradient = jax.value_and_grad(total)(jnp.array([[0.0, -100], [-100, 0]]))
+    assert value == pytest.approx(2 * np.exp(-100), abs=1e-30)
+    assert np.isfinite(gradient).all()
 
 
 def test_the_step_weighs_and_counts_by_probability(bigram):
@@ -226,8 +227,6 @@ def test_the_step_weighs_and_counts_by_probability(bigram):
 
 
 def _log_ratios(batch, model):
-    from rlhf_jax.algos.preference import batch_logps
-
     return batch_logps(PARAMS, batch, model=model).log_ratios
 
 

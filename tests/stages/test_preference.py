@@ -349,7 +349,10 @@ def test_soft_labels_train_and_are_measured(tmp_path):
 
 @pytest.mark.parametrize(
     ('loss', 'why'),
-    [('aot', 'compares the pairs of a batch'), ('kto', 'needs responses that are good or bad for certain')],
+    [
+        ('aot', 'compares the pairs of a batch'),
+        ('kto', 'needs responses that are good or bad for certain'),
+    ],
 )
 def test_losses_that_need_certain_labels(tmp_path, never_compiled, loss, why):  # noqa: F811
     data = soft_file(tmp_path / 'a.jsonl')
