@@ -10,6 +10,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.labels.judge import demonstrations, read_prompt
 from rlhf_jax.labels.records import read_items, read_labels
 from rlhf_jax.main import launch
+from rlhf_jax.stages import judging
 from rlhf_jax.stages.kinds import stage
 from tests.small_config import get_config
 from tests.test_main import fails, never_compiled  # noqa: F401
@@ -280,3 +281,66 @@ def test_a_prompt_file_that_lacks_a_place_is_told(tmp_path):
     path.write_text('{prompt} {reasoning} {reasoning}')
     with pytest.raises(ValueError, match='stands there 2 times'):
         read_prompt(path, ('prompt',))
+
+
+def test_what_is_said_of_1_does_not_include_10():
+    # p(1…) = 0.5, of which 0.2 go on to 10; p(2) = 0.3; the rest is something else.
+    logps = np.log([[0.5, 0.3, 0.2]])
+    shares = judging._shares(logps, [[7], [8], [7, 9]])
+    np.testing.assert_allclose(shares, [[0.375, 0.375, 0.25]])
+    np.testing.assert_allclose(
+        judging._shares(logps, [[7], [8], [9]]), [[0.5, 0.3, 0.2]]
+    )
+
+
+def test_a_language_model_rates_as_a_reward(finished, tmp_path):
+    config = get_config()
+    config.stages = ('drawn', 'ppo')
+    rewards = {
+        'ai': dict(
+            model=f'{finished}/sft', rating=dict(judge_buckets=(512,), highest=5)
+        )
+    }
+    config.drawn = stage(
+        'sample',
+        policy=f'{finished}/sft',
+        prompts='tfds:tiny_tldr/prompts:train[:8]',
+        num_samples=2,
+        batch_size=8,
+        prompt_buckets=(56,),
+        max_new_tokens=8,
+        rewards=rewards,
+    )
+    ppo = {
+        k: v for k, v in config.ppo.to_dict().items() if k not in ('kind', 'rewards')
+    }
+    ppo |= {'init': f'{finished}/sft', 'critic': f'{finished}/rm', 'num_rollouts': 2}
+    config.ppo = stage('ppo', **ppo, rewards=rewards)
+    launch(config, tmp_path)
+    scores = [row['score_ai'] for row in rows(tmp_path / 'drawn' / 'records.jsonl')]
+    assert all(1 < score < 5 for score in scores) and len(set(scores)) > 4
+    found = rows(tmp_path / 'ppo' / 'metrics.jsonl')
+    assert any('rewards/ai' in row for row in found)
+
+
+@pytest.mark.parametrize(
+    'source, words',
+    [
+        ({'rating': dict(highest=1)}, ['highest=1 is not above lowest=1']),
+        ({'rating': {}, 'heads': {'a': 1.0}}, ['has rating and heads']),
+        ({'rating': dict(prompt_file='/nowhere')}, ['/nowhere cannot be read']),
+    ],
+)
+def test_bad_ratings_are_told(source, words, tmp_path):
+    config = get_config()
+    config.stages = ('drawn',)
+    config.drawn = stage(
+        'sample',
+        policy='tiny',
+        prompts='tfds:tiny_tldr/prompts:train[:8]',
+        rewards={'ai': dict(model='tiny', **source)},
+    )
+    with pytest.raises(ValueError) as error:
+        launch(config, tmp_path)
+    for word in words:
+        assert word in str(error.value)

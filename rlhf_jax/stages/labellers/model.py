@@ -21,15 +21,17 @@ import numpy as np
 from rlhf_jax.labels.judge import COMPARE, flat, read_prompt
 from rlhf_jax.labels.records import Form, Label
 from rlhf_jax.ranges import Range
-from rlhf_jax.stages.judging import Judge, JudgeHParams, check_judge, load_judge
+from rlhf_jax.stages.judging import Judge, check_judge, load_judge
 from rlhf_jax.stages.labellers import Answered, Asked
 from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.settings import ModelName, QuestionSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HParams(JudgeHParams):
+class HParams(QuestionSettings):
     """A judge of pairs."""
 
+    judge: ModelName  # a language model
     labels: tuple[str, ...] = (' 1', ' 2')  # what follows for the first, the second
     # lowest and highest probability that a label gets
     clamp: Annotated[tuple[float, ...] | None, Range(0, 1, ascending=True)] = None
@@ -54,7 +56,7 @@ def check(run: Run, where: str, hp: HParams) -> Judge:
     if hp.clamp is not None and len(hp.clamp) != 2:
         raise ValueError(f'{where}.clamp={hp.clamp}: use (lowest, highest), or None')
     prompt = read_prompt(hp.prompt_file or COMPARE, ('prompt', 'first', 'second'))
-    return check_judge(run, where, hp, prompt, hp.labels)
+    return check_judge(run, f'{where}.judge', hp.judge, hp, prompt, hp.labels)
 
 
 def label(asked: Asked) -> Answered:
@@ -70,8 +72,8 @@ def label(asked: Asked) -> Answered:
         for item in items
         for one, other in ((0, 1), (1, 0))
     ]
-    logps, thoughts = ask(questions)
-    shown_first = np.exp(logps[:, 0]).reshape(-1, 2)  # [N, order]
+    said, thoughts = ask(questions)
+    shown_first = said[:, 0].reshape(-1, 2)  # [N, order]
     probabilities = (shown_first[:, 0] + 1 - shown_first[:, 1]) / 2
     if hp.clamp is not None:
         probabilities = probabilities.clip(*hp.clamp)
