@@ -320,7 +320,7 @@ def test_a_language_model_rates_as_a_reward(finished, tmp_path):
     scores = [row['score_ai'] for row in rows(tmp_path / 'drawn' / 'records.jsonl')]
     assert all(1 < score < 5 for score in scores) and len(set(scores)) > 4
     found = rows(tmp_path / 'ppo' / 'metrics.jsonl')
-    assert any('rewards/ai' in row for row in found)
+    assert any('reward/ai' in row for row in found)
 
 
 @pytest.mark.parametrize(
