@@ -3,7 +3,7 @@
 By dimension, in this order: the training items; then main items as the file has them,
 those first that others have begun, with gold items and repeats in between. What is on a
 screen counts for half an hour, so that two labellers are not asked for the same last
-label. All that is drawn is a function of the plan's seed and of names, so that a restart
+label. What is drawn is a function of the plan's seed and of names, so that a restart
 changes nothing. Read ``session.py`` next.
 """
 

@@ -1,8 +1,8 @@
 """What the page is sent, and what becomes of what it sends: answers and their undoing.
 
 The page knows places (what stands first, second, … on the screen) and the key of a
-task; here they become completions and items. It is not told which items are gold or repeats.
-Read ``server.py`` next.
+task; here they become completions and items. It is not told which items are gold or
+repeats. Read ``server.py`` next.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ DATABASE = 'labels.db'
 VERSION = 1  # of the tables
 PATIENCE = 30.0  # seconds that a transaction waits for another one
 # '' stands for the one dimension without a name, since NULLs differ from each other.
-# The id of an answer is made by the page, so that one that is sent twice is stored once;
-# of a task (item, dimension, repeat) a labeller has one answer.
+# The page makes the id of an answer, so that one that is sent twice is stored once; of
+# a task (item, dimension, repeat) a labeller has one answer.
 TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS labellers (
