@@ -127,8 +127,8 @@ function comparison(task, plan, say) {
   const ends = element(
     'div',
     { class: 'ends' },
-    element('span', { class: 'first' }, '◀ A is better'),
-    element('span', { class: 'second' }, 'B is better ▶'),
+    element('span', { class: 'first' }, '◀ A is far better'),
+    element('span', { class: 'second' }, 'B is far better ▶'),
   );
   const node = element('div', {}, half > 1 ? ends : null, row.node);
   return { node, keys, press, bad: 'Both bad' };

@@ -310,7 +310,7 @@ function showFeedback({ right, expected, why }, said) {
     return true;
   };
   item.keys = [['Enter', 'Go on']];
-  const title = right ? '✓ As the guideline has it' : '✗ The guideline has it otherwise';
+  const title = right ? '✓ As expected' : '✗ Another answer was expected';
   at('footer').replaceChildren(element(
     'div',
     { class: `feedback ${right ? 'right' : 'wrong'}`, role: 'alert' },
@@ -351,10 +351,11 @@ function showGuideline(opens) {
   if (aside.dataset.dimension !== item.task.dimension) {
     const title = item.task.dimension ? `Guideline: ${item.task.dimension}` : 'Guideline';
     const close = element('button', { type: 'button', onclick: toggleGuideline }, 'Close', element('kbd', {}, 'g'));
-    aside.replaceChildren(element('header', {}, element('h2', {}, title), close), render(text));
+    aside.replaceChildren(element('div', {}, element('header', {}, element('h2', {}, title), close), render(text)));
+    aside.scrollTop = 0;
     const first = aside.dataset.dimension === undefined;
     aside.dataset.dimension = item.task.dimension;
-    if (first) aside.hidden = !text || !WIDE.matches;
+    if (first) aside.hidden = !text || (!WIDE.matches && state.answered > 0);
   }
   if (opens && text) aside.hidden = false;
 }
@@ -379,7 +380,7 @@ function drawTools() {
     tool('Markdown', 'm', toggleMarkdown, view.markdown);
     if (plan.guidelines[item.task.dimension]) tool('Guideline', 'g', toggleGuideline, !at('guideline').hidden);
   }
-  tool('Keys', '?', toggleHelp);
+  tool('Keys', '?', toggleHelp).classList.add('keys');
   at('tools').replaceChildren(...tools);
 }
 
