@@ -52,7 +52,8 @@ def _allowed():
     # The only ones that see both the ladder and what stands beside it.
     everything = below | set(BESIDE) | {'stages'}
     table['stages'] = everything
-    commands = {'main', 'sample', 'export', 'scripts', 'workdir', 'command_line'}
+    commands = {'main', 'sample', 'export', 'label', 'scripts', 'workdir'}
+    commands |= {'command_line'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names
