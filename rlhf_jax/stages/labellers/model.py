@@ -19,10 +19,10 @@ from typing import Annotated, Any
 import numpy as np
 
 from rlhf_jax.labels.judge import COMPARE, flat, read_prompt
-from rlhf_jax.labels.records import Form, Label
+from rlhf_jax.labels.records import Label
 from rlhf_jax.ranges import Range
 from rlhf_jax.stages.judging import Judge, check_judge, load_judge
-from rlhf_jax.stages.labellers import Answered, Asked
+from rlhf_jax.stages.labellers import Answered, Asked, Asks
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import ModelName, QuestionSettings
 
@@ -37,9 +37,9 @@ class HParams(QuestionSettings):
     clamp: Annotated[tuple[float, ...] | None, Range(0, 1, ascending=True)] = None
 
 
-def form(hp: HParams) -> Form:
+def asks(hp: HParams) -> Asks:
     """Comparisons alone."""
-    return 'comparison'
+    return Asks('comparison', 2)
 
 
 def check(run: Run, where: str, hp: HParams) -> Judge:
