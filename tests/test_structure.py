@@ -175,6 +175,16 @@ def test_the_pure_parts_read_no_config_and_touch_no_disk(path):
                 assert path == PACKAGE / 'ops/layout.py', f'{path}:{node.lineno}'
 
 
+def test_one_file_has_what_is_for_cpus_alone():
+    """Nothing else in a program asks whether it is for one."""
+    door = PACKAGE / 'ops/cpu.py', PACKAGE / 'ops/layout.py'  # layout.platform says it
+    programs = [path for path in FILES if _part(path) in PURE | {'sharding'}]
+    for path in {*programs} - {*door}:
+        for node in ast.walk(_tree(path)):
+            is_asked = isinstance(node, ast.Constant) and node.value == 'cpu'
+            assert not is_asked, f'{path}:{node.lineno}; see ops/cpu.py'
+
+
 @pytest.mark.parametrize('path', FILES, ids=NAMES)
 def test_files_and_functions_are_short(path):
     lines = path.read_text(encoding='utf-8').count('\n')
