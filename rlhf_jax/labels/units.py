@@ -171,8 +171,12 @@ def answers(labels: Sequence[Label], items: Sequence[Item] | None = None) -> Ans
                 )
             found[key] = value, strength
     order = {name: i for i, name in enumerate(known)}
-    units = list(dict.fromkeys(unit for unit, _ in found))
-    units.sort(key=lambda unit: order.get(unit.item, len(order)))
+    for unit, _ in found:
+        order.setdefault(unit.item, len(order))
+    units = sorted(
+        {unit for unit, _ in found},
+        key=lambda unit: (order[unit.item], unit.dimension or '', unit.pair or ()),
+    )
     if len({unit.pair is None for unit in units}) > 1:
         raise ValueError(
             'there are ratings beside comparisons or rankings, which do not compare; '
