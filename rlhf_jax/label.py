@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
             store = _opened(folder, items)
             labels = read_given(named_path(given), items, plan)
             added = add_labels(store, labels)
-            print(f'added {added} of {len(labels)} labels; the others were there')
+            print(f'added {added} labels; {len(labels) - added} were there already')
             print(progress(items, labels_of(folder / DATABASE), plan).line)
         else:
             serve(folder, values.host, values.port)
@@ -181,7 +181,7 @@ def _introduce(
             'trusted one let a proxy with TLS stand before it'
         )
     if refused := store.refused():
-        print(f'{refused} requests had a wrong token so far')
+        print(f'Requests with a wrong token so far: {refused}')
     print('Ctrl-C stops; the same command goes on.', flush=True)
 
 

@@ -1,8 +1,8 @@
 """Labels in and out of a database: as they are, and as comparisons.
 
 A file to read has labels (fields of :class:`~rlhf_jax.labels.records.Label`) or
-comparisons (``prompt``, ``chosen``, ``rejected``), which are matched with the items by
-their texts. Read ``label.py`` of the package next.
+comparisons (``prompt``, ``chosen``, ``rejected``), which are matched with the main
+items by their texts. Read ``label.py`` of the package next.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def read_given(path: Path, items: Sequence[Item], plan: LabelPlan) -> list[Label
     by_text: dict[tuple[str, frozenset[str]], list[Item]] = {}
     for item in items:
         key = (json.dumps(item.prompt), frozenset(item.completions))
-        by_text.setdefault(key, []).append(item)
+        if item.purpose == 'main':
+            by_text.setdefault(key, []).append(item)
     labels = []
     for record in sources.read(f'jsonl:{path}'):
         fields, where = record.present, record.where

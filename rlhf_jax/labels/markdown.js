@@ -239,6 +239,8 @@ function emphasis(text, start, failed) {
   }
   let end = text.indexOf(marks, after + 1);
   while (end >= 0) {
+    // Of three marks that close two emphases, the inner one takes the first.
+    while (marks.length === 2 && text[end + 2] === marks[0]) end += 1;
     const next = text[end + marks.length] ?? '';
     const doubled = marks.length === 1 && (next === marks || text[end - 1] === marks);
     const word = marks.includes('_') && /[\p{L}\p{N}]/u.test(next);
