@@ -13,7 +13,14 @@ setup(
     python_requires='>=3.11',
     packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
     package_data={
-        'rlhf_jax': ['py.typed', '*.html', 'datasets/*.txt', 'datasets/tiny_base/*']
+        'rlhf_jax': [
+            'py.typed',
+            '*.html',
+            'labels/*.txt',
+            'datasets/*.txt',
+            'datasets/*.md',
+            'datasets/tiny_base/*',
+        ]
     },
     entry_points={
         'console_scripts': [
