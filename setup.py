@@ -13,8 +13,9 @@ setup(
     python_requires='>=3.11',
     packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
     package_data={
-        'rlhf_jax': ['py.typed', '*.html', 'datasets/*.txt', 'datasets/tiny_base/*'],
-        'rlhf_jax.labels': ['*.html', '*.css', '*.js'],
+        'rlhf_jax': ['py.typed', '*.html'],
+        'rlhf_jax.labels': ['*.html', '*.css', '*.js', '*.txt'],
+        'rlhf_jax.datasets': ['*.txt', '*.md', 'tiny_base/*'],
     },
     entry_points={
         'console_scripts': [

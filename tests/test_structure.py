@@ -28,7 +28,7 @@ BESIDE = {
     'files': set(),
     'verify': set(),
     'data': {'config', 'files', 'ops', 'ranges', 'types', 'verify'},
-    'datasets': {'config', 'data', 'files', 'ops', 'types', 'verify'},
+    'datasets': {'config', 'data', 'files', 'labels', 'ops', 'types', 'verify'},
     'labels': {'config', 'data', 'files', 'ranges', 'types'},
     'pages': {'responses'},
     'report': {'files', 'pages', 'stages'},

@@ -257,14 +257,19 @@ def to_unpaired(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Jud
     return Judged(prompt, only, [[float(label)]], meta, record.where, templated)
 
 
-def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Reads a prompt; ``reference``, else an answer in the record, is its reference.
+class Turns(NamedTuple):
+    """What a record asks, before any template."""
 
-    An empty reference is none: the prompt can be used all the same.
+    messages: chat.Messages | None  # up to the answer; None where the prompt is text
+    goes_on: bool  # the last message is of the assistant, and the answer goes on in it
+    answer: Any  # that the record has; None where it has none
+
+
+def to_turns(record: SourceRecord) -> Turns:
+    """The messages of a prompt, and an answer to it.
 
     Raises:
-        BadRecord: the prompt is missing, of the wrong type or empty.
-        ValueError: messages, and the tokenizer has no chat template.
+        BadRecord: the prompt is missing or of the wrong type.
     """
     fields = record.present
     name = next((name for name in ('completion', 'chosen') if name in fields), None)
@@ -285,6 +290,20 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
         prompt = field_of(record, 'prompt')
         turns = _messages(record, 'prompt') if isinstance(prompt, list) else None
         goes_on = turns is not None and _goes_on(record, turns)
+    return Turns(turns, goes_on, reference)
+
+
+def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Reads a prompt; ``reference``, else an answer in the record, is its reference.
+
+    An empty reference is none: the prompt can be used all the same.
+
+    Raises:
+        BadRecord: the prompt is missing, of the wrong type or empty.
+        ValueError: messages, and the tokenizer has no chat template.
+    """
+    fields, (turns, goes_on, reference) = record.present, to_turns(record)
+    prompt = fields.get('prompt')
     if turns is not None:
         with _placed(record):
             told = chat.told(fields, tokenizer)

@@ -17,8 +17,9 @@ import numpy as np
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
+from rlhf_jax.labels.aggregation import Method
 from rlhf_jax.labels.judge import flat
-from rlhf_jax.labels.outcomes import Aggregate, to_records
+from rlhf_jax.labels.outcomes import to_records
 from rlhf_jax.labels.pairs import Rule, draw, group
 from rlhf_jax.labels.records import Item, to_row
 from rlhf_jax.labels.store import ITEMS
@@ -49,7 +50,8 @@ class LabelSettings:
     )
     per_prompt: Annotated[int, at_least(1)] = 1  # items of a prompt at most
     limit: Annotated[int | None, at_least(1)] = None  # items in all
-    aggregate: Aggregate = 'majority'  # what becomes of several labels of an item
+    # what becomes of several labels of an item, see labels/aggregation.py
+    aggregate: Method = 'share'
 
 
 SETTINGS = (LabelSettings,)
