@@ -38,16 +38,6 @@ GOLD = ('gold_chosen', 'gold_rejected')  # true rewards, which are never learned
 TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
 
 
-# What the records of a stage can be read as, by what they hold.
-READABLE_AS = {
-    'demonstrations': ('demonstrations', 'responses', 'prompts'),
-    'comparisons': ('comparisons', 'responses', 'unpaired', 'prompts'),
-    'rankings': ('rankings', 'prompts'),
-    'ratings': ('ratings', 'prompts'),
-    'prompts': ('prompts',),
-}
-
-
 class BadRecord(ValueError):
     """A record that cannot be used as asked; ``on_bad='skip'`` leaves it out."""
 
