@@ -20,6 +20,7 @@ setup(
             'rlhf-jax = rlhf_jax.scripts:train',
             'rlhf-jax-sample = rlhf_jax.scripts:sample',
             'rlhf-jax-export = rlhf_jax.scripts:export',
+            'rlhf-jax-agreement = rlhf_jax.scripts:agreement',
         ]
     },
     install_requires=[

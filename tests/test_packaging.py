@@ -13,7 +13,7 @@ import pytest
 from tests.small_config import ROOT
 
 PACKAGE = ROOT / 'rlhf_jax'
-COMMANDS = ('rlhf-jax', 'rlhf-jax-sample', 'rlhf-jax-export')
+COMMANDS = ('rlhf-jax', 'rlhf-jax-sample', 'rlhf-jax-export', 'rlhf-jax-agreement')
 
 
 def _setup(name):

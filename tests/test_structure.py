@@ -53,6 +53,7 @@ def _allowed():
     everything = below | set(BESIDE) | {'stages'}
     table['stages'] = everything
     commands = {'main', 'sample', 'export', 'scripts', 'workdir', 'command_line'}
+    commands |= {'agreement'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names
