@@ -23,6 +23,7 @@ setup(
             'rlhf-jax-sample = rlhf_jax.scripts:sample',
             'rlhf-jax-export = rlhf_jax.scripts:export',
             'rlhf-jax-label = rlhf_jax.scripts:label',
+            'rlhf-jax-agreement = rlhf_jax.scripts:agreement',
         ]
     },
     install_requires=[

@@ -53,8 +53,8 @@ def _allowed():
     # The only ones that see both the ladder and what stands beside it.
     everything = below | set(BESIDE) | {'evaluators', 'stages'}
     table['stages'] = everything
-    commands = {'main', 'sample', 'export', 'label', 'scripts', 'workdir'}
-    commands |= {'command_line'}
+    commands = {'main', 'sample', 'export', 'label', 'agreement', 'scripts'}
+    commands |= {'workdir', 'command_line'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names
