@@ -1,5 +1,5 @@
-"""The installed commands: ``rlhf-jax``, ``rlhf-jax-sample``, ``rlhf-jax-export``,
-``rlhf-jax-agreement``.
+"""The installed commands: ``rlhf-jax``, and ``-sample``, ``-export``, ``-label`` and
+``-agreement`` behind it.
 
 They are ``python -m rlhf_jax.main``, ``….sample`` and so on. Like these they
 find modules of the folder that they are called in, so that a setting can name one
@@ -31,6 +31,11 @@ def export() -> None:
 def agreement() -> None:
     """``rlhf-jax-agreement``: see ``rlhf_jax/agreement.py``."""
     _run('agreement')
+
+
+def label() -> None:
+    """``rlhf-jax-label``: see ``rlhf_jax/label.py``."""
+    _run('label')
 
 
 def _run(name: str) -> None:

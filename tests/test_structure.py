@@ -28,7 +28,7 @@ BESIDE = {
     'files': set(),
     'verify': set(),
     'data': {'config', 'files', 'ops', 'ranges', 'types', 'verify'},
-    'datasets': {'config', 'data', 'files', 'ops', 'types', 'verify'},
+    'datasets': {'config', 'data', 'files', 'labels', 'ops', 'types', 'verify'},
     'labels': {'config', 'data', 'files', 'ranges', 'types'},
     'pages': {'responses'},
     'report': {'files', 'pages', 'stages'},
@@ -52,8 +52,8 @@ def _allowed():
     # The only ones that see both the ladder and what stands beside it.
     everything = below | set(BESIDE) | {'stages'}
     table['stages'] = everything
-    commands = {'main', 'sample', 'export', 'scripts', 'workdir', 'command_line'}
-    commands |= {'agreement'}
+    commands = {'main', 'sample', 'export', 'label', 'agreement', 'scripts'}
+    commands |= {'workdir', 'command_line'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names
@@ -173,6 +173,16 @@ def test_the_pure_parts_read_no_config_and_touch_no_disk(path):
             assert called not in calls, f'{path}:{node.lineno} calls {called}'
             if called == 'get_backend':  # where no mesh says it
                 assert path == PACKAGE / 'ops/layout.py', f'{path}:{node.lineno}'
+
+
+def test_one_file_has_what_is_for_cpus_alone():
+    """Nothing else in a program asks whether it is for one."""
+    door = PACKAGE / 'ops/cpu.py', PACKAGE / 'ops/layout.py'  # layout.platform says it
+    programs = [path for path in FILES if _part(path) in PURE | {'sharding'}]
+    for path in {*programs} - {*door}:
+        for node in ast.walk(_tree(path)):
+            is_asked = isinstance(node, ast.Constant) and node.value == 'cpu'
+            assert not is_asked, f'{path}:{node.lineno}; see ops/cpu.py'
 
 
 @pytest.mark.parametrize('path', FILES, ids=NAMES)

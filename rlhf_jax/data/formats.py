@@ -21,22 +21,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import chat
+from rlhf_jax.data.fields import (
+    FIELDS,
+    BadRecord,
+    field_of,
+    number_of,
+    other_fields,
+    text_of,
+)
 from rlhf_jax.data.sources import SourceRecord
 from rlhf_jax.data.template_limits import TemplateStuck
-from rlhf_jax.ranges import LARGEST_SCORE
 
-FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
 GOLD = ('gold_chosen', 'gold_rejected')  # true rewards, which are never learned from
 TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
-
 
 # What the records of a stage can be read as, by what they hold.
 READABLE_AS = {
@@ -46,10 +49,6 @@ READABLE_AS = {
     'ratings': ('ratings', 'prompts'),
     'prompts': ('prompts',),
 }
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used as asked; ``on_bad='skip'`` leaves it out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,14 +256,19 @@ def to_unpaired(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Jud
     return Judged(prompt, only, [[float(label)]], meta, record.where, templated)
 
 
-def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Reads a prompt; ``reference``, else an answer in the record, is its reference.
+class Turns(NamedTuple):
+    """What a record asks, before any template."""
 
-    An empty reference is none: the prompt can be used all the same.
+    messages: chat.Messages | None  # up to the answer; None where the prompt is text
+    goes_on: bool  # the last message is of the assistant, and the answer goes on in it
+    answer: Any  # that the record has; None where it has none
+
+
+def to_turns(record: SourceRecord) -> Turns:
+    """The messages of a prompt, and an answer to it.
 
     Raises:
-        BadRecord: the prompt is missing, of the wrong type or empty.
-        ValueError: messages, and the tokenizer has no chat template.
+        BadRecord: the prompt is missing or of the wrong type.
     """
     fields = record.present
     name = next((name for name in ('completion', 'chosen') if name in fields), None)
@@ -285,6 +289,20 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
         prompt = field_of(record, 'prompt')
         turns = _messages(record, 'prompt') if isinstance(prompt, list) else None
         goes_on = turns is not None and _goes_on(record, turns)
+    return Turns(turns, goes_on, reference)
+
+
+def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Reads a prompt; ``reference``, else an answer in the record, is its reference.
+
+    An empty reference is none: the prompt can be used all the same.
+
+    Raises:
+        BadRecord: the prompt is missing, of the wrong type or empty.
+        ValueError: messages, and the tokenizer has no chat template.
+    """
+    fields, (turns, goes_on, reference) = record.present, to_turns(record)
+    prompt = fields.get('prompt')
     if turns is not None:
         with _placed(record):
             told = chat.told(fields, tokenizer)
@@ -311,65 +329,6 @@ def to_text(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Text:
         BadRecord: ``text`` is missing, no text or empty.
     """
     return Text(text_of(record, 'text', field_of(record, 'text')), record.where)
-
-
-def other_fields(fields: dict[str, Any], *used: str) -> dict[str, Any]:
-    """The scalar fields that mean nothing here and are kept all the same."""
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in (*FIELDS, *used) and isinstance(value, str | int | float)
-    }
-
-
-def field_of(record: SourceRecord, name: str) -> Any:
-    """A field that has to be there; BadRecord where it is not."""
-    fields = record.present
-    if name not in fields:
-        close = difflib.get_close_matches(name, fields, n=1)
-        hint = f'; is {close[0]!r} meant? Rename it' if close else ''
-        found = ', '.join(fields) or 'none'
-        raise BadRecord(
-            f'{record.where}: the field {name!r} is missing; found: {found}{hint}'
-        )
-    return fields[name]
-
-
-def number_of(record: SourceRecord, name: str, value: Any) -> float:
-    """A value that has to be a number that float32 can hold and square; BadRecord where
-    it is not.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and -LARGEST_SCORE <= value <= LARGEST_SCORE:
-        return float(value)
-    if not is_number or not abs(value) < math.inf:
-        raise BadRecord(
-            f'{record.where}: {name} is {value!r:.80}; it must be a finite number'
-        )
-    shown = f'{value:.3g}' if abs(value) < 1e300 else 'above 1e300'
-    raise BadRecord(
-        f'{record.where}: {name} is {shown}, which is beyond ±{LARGEST_SCORE:g}, and '
-        'more than float32 can square; scale it'
-    )
-
-
-def text_of(record: SourceRecord, name: str, value: Any) -> str:
-    """A value that has to be a text which is not empty; BadRecord where it is not."""
-    if not isinstance(value, str):
-        raise BadRecord(
-            f'{record.where}: {name!r} is a {type(value).__name__}, not text or a list '
-            'of messages'
-        )
-    if not value.strip():
-        raise BadRecord(f'{record.where}: {name!r} is empty')
-    try:
-        value.encode('utf-8')
-    except UnicodeEncodeError as error:
-        raise BadRecord(
-            f'{record.where}: {name!r} holds half a surrogate pair at character '
-            f'{error.start}, which is no text'
-        ) from error
-    return value
 
 
 def _messages(record: SourceRecord, name: str) -> chat.Messages:

@@ -106,6 +106,23 @@ def answer_as(
     return np.asarray(found, bool)
 
 
+def invented(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """How many facts responses state that are none of the article's main event: made
+    up, or a stranger's. [N] float64; the arguments are those of :func:`gold`.
+    """
+    pairs = zip(prompts, responses, strict=True)
+    found = [tiny_world.gold_parts(*pair).invented for pair in pairs]
+    return np.array(found, np.float64)
+
+
+def covered(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """How many of the six facts of the main event responses state. [N] float64; the
+    arguments are those of :func:`gold`.
+    """
+    pairs = zip(prompts, responses, strict=True)
+    return np.array([tiny_world.gold_parts(*p).covered for p in pairs], np.float64)
+
+
 def annotate(
     prompts: Sequence[str],
     firsts: Sequence[str],

@@ -7,9 +7,12 @@ import pytest
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
+from rlhf_jax.labels.exchange import add_labels
 from rlhf_jax.labels.judge import demonstrations, read_prompt
-from rlhf_jax.labels.records import read_items, read_labels
+from rlhf_jax.labels.records import Label, read_items, read_labels
+from rlhf_jax.labels.store import DATABASE, open_store, read_stage
 from rlhf_jax.main import launch
+from rlhf_jax.stages import judging
 from rlhf_jax.stages.kinds import stage
 from tests.small_config import get_config
 from tests.test_main import fails, never_compiled  # noqa: F401
@@ -56,11 +59,12 @@ def test_comparisons_are_labelled_anew_softly(tmp_path):
     golds = [{row['gold_chosen'], row['gold_rejected']} for row in before]
     for row in found:
         longer = len(row['chosen']) - len(row['rejected'])
-        assert longer >= 0 and row['probability'] == (0.75 if longer else 0.5)
+        assert longer >= 0 and row.get('tie', False) == (not longer)
+        assert row.get('probability', 0.5) == (0.75 if longer else 0.5)
         assert isinstance(row['was_chosen'], bool)
         assert {row['gold_chosen'], row['gold_rejected']} in golds
     said = report['stages']['said']
-    sided = [row for row in found if row['probability'] > 0.5]
+    sided = [row for row in found if 'tie' not in row]
     assert said['known_agreement'] == np.mean([row['was_chosen'] for row in sided])
     assert said['longer_chosen'] == 1.0 and said['ties'] == 12 - len(sided)
     apart = [r for r in sided if r['gold_chosen'] != r['gold_rejected']]
@@ -280,3 +284,178 @@ def test_a_prompt_file_that_lacks_a_place_is_told(tmp_path):
     path.write_text('{prompt} {reasoning} {reasoning}')
     with pytest.raises(ValueError, match='stands there 2 times'):
         read_prompt(path, ('prompt',))
+
+
+def test_what_is_said_of_1_does_not_include_10():
+    # p(1…) = 0.5, of which 0.2 go on to 10; p(2) = 0.3; the rest is something else.
+    logps = np.log([[0.5, 0.3, 0.2]])
+    shares = judging._shares(logps, [[7], [8], [7, 9]])
+    np.testing.assert_allclose(shares, [[0.375, 0.375, 0.25]])
+    np.testing.assert_allclose(
+        judging._shares(logps, [[7], [8], [9]]), [[0.5, 0.3, 0.2]]
+    )
+
+
+def test_a_language_model_rates_as_a_reward(finished, tmp_path):
+    config = get_config()
+    config.stages = ('drawn', 'ppo')
+    rewards = {
+        'ai': dict(
+            model=f'{finished}/sft', rating=dict(judge_buckets=(512,), highest=5)
+        )
+    }
+    config.drawn = stage(
+        'sample',
+        policy=f'{finished}/sft',
+        prompts='tfds:tiny_tldr/prompts:train[:8]',
+        num_samples=2,
+        batch_size=8,
+        prompt_buckets=(56,),
+        max_new_tokens=8,
+        rewards=rewards,
+    )
+    ppo = {
+        k: v for k, v in config.ppo.to_dict().items() if k not in ('kind', 'rewards')
+    }
+    ppo |= {'init': f'{finished}/sft', 'critic': f'{finished}/rm', 'num_rollouts': 2}
+    config.ppo = stage('ppo', **ppo, rewards=rewards)
+    launch(config, tmp_path)
+    scores = [row['score_ai'] for row in rows(tmp_path / 'drawn' / 'records.jsonl')]
+    assert all(1 < score < 5 for score in scores) and len(set(scores)) > 4
+    found = rows(tmp_path / 'ppo' / 'metrics.jsonl')
+    assert any('reward/ai' in row for row in found)
+
+
+@pytest.mark.parametrize(
+    'source, words',
+    [
+        ({'rating': dict(highest=1)}, ['highest=1 is not above lowest=1']),
+        ({'rating': {}, 'heads': {'a': 1.0}}, ['has rating and heads']),
+        ({'rating': dict(prompt_file='/nowhere')}, ['/nowhere cannot be read']),
+    ],
+)
+def test_bad_ratings_are_told(source, words, tmp_path):
+    config = get_config()
+    config.stages = ('drawn',)
+    config.drawn = stage(
+        'sample',
+        policy='tiny',
+        prompts='tfds:tiny_tldr/prompts:train[:8]',
+        rewards={'ai': dict(model='tiny', **source)},
+    )
+    with pytest.raises(ValueError) as error:
+        launch(config, tmp_path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def people(form='comparison', **settings):
+    return labelled(
+        by='people', form=form, labellers=('ann', 'bob'), overlap=2, **settings
+    )
+
+
+def answered(folder, make):
+    """Labels by both of every item that is written down, ``make(item, labeller)``."""
+    items, plan = read_stage(folder)
+    labels = [
+        Label(item=item.item, labeller=name, **said)
+        for item in items
+        for name in plan.labellers
+        for said in make(item, name)
+    ]
+    store = open_store(folder / DATABASE)
+    store.claim(items)
+    return add_labels(store, labels)
+
+
+def test_a_run_waits_for_people_and_goes_on(tmp_path, capsys):
+    guideline = tmp_path / 'guide.md'
+    guideline.write_text('# What is better')
+    config = people(
+        guidelines={'helpful': str(guideline)},
+        gold='tfds:tiny_tldr/comparisons:test[100:102]',
+        training='tfds:tiny_tldr/comparisons:test[200:201]',
+    )
+    config.stages = ('said', 'learned')
+    config.learned = config.rm
+    config.learned.init, config.learned.train = 'scratch', 'stage:said'
+    config.learned.eval, config.learned.batch_size = 'stage:said', 4
+    config.learned.references = None
+    workdir = tmp_path / 'run'
+    with pytest.raises(SystemExit) as stop:
+        launch(config, workdir)
+    assert stop.value.code == 75
+    told = capsys.readouterr().out
+    assert 'said: 0 of 12 items have 2 labels' in told
+    assert f'python -m rlhf_jax.label --workdir {workdir} --stage said' in told
+    purposes = [item.purpose for item in read_items(workdir / 'said' / 'items.jsonl')]
+    assert purposes == ['main'] * 12 + ['training'] + ['gold'] * 2
+
+    def half(item, name):
+        return [{'probability': 1.0}] if name == 'ann' else []
+
+    answered(workdir / 'said', half)
+    with pytest.raises(SystemExit):
+        launch(config, workdir)
+    assert 'ann 12, bob 0' in capsys.readouterr().out
+
+    def rest(item, name):
+        number = int(item.item) if item.purpose == 'main' else 0
+        if name == 'ann':
+            return []
+        if number == 3:
+            return [{'verdict': 'bad'}]
+        return [{'probability': float(number % 2), 'strength': 1 + number % 4}]
+
+    answered(workdir / 'said', rest)
+    launch(config, workdir)
+    found = rows(workdir / 'said' / 'records.jsonl')
+    assert [row['item'] for row in found] == [str(i) for i in range(12)]
+    assert [row.get('tie', False) for row in found] == [
+        i % 2 == 0 for i in range(12)
+    ]  # ann says 1, bob 0; of the odd ones both say 1, or ann alone
+    assert found[3]['labeller'] == 'ann' and found[5]['strength'] == 2
+    assert (workdir / 'learned' / 'done.json').exists()
+
+
+def test_people_rate_by_dimension_and_rank(tmp_path):
+    responses = tmp_path / 'responses.jsonl'
+    rows_ = [
+        {'prompt': [{'role': 'user', 'content': f'p{i}'}], 'completion': f' c{j}'}
+        for i in range(2)
+        for j in range(3)
+    ]
+    files.write_rows(responses, rows_)
+    for name in ('helpful', 'brief'):
+        (tmp_path / f'{name}.md').write_text(name)
+    guidelines = {n: str(tmp_path / f'{n}.md') for n in ('helpful', 'brief')}
+    spec = f'jsonl:{responses}'
+    config = people('rating', responses=spec, guidelines=guidelines, per_prompt=3)
+    with pytest.raises(SystemExit):
+        launch(config, tmp_path / 'rated')
+
+    def rate(item, name):
+        value = int(item.completions[0][-1]) + (name == 'bob')
+        return [
+            {'dimension': 'helpful', 'rating': 1 + value},
+            {'dimension': 'brief', 'rating': 2},
+        ]
+
+    answered(tmp_path / 'rated' / 'said', rate)
+    launch(config, tmp_path / 'rated')
+    found = rows(tmp_path / 'rated' / 'said' / 'records.jsonl')
+    assert len(found) == 6 and found[0]['prompt'] == [{'role': 'user', 'content': 'p0'}]
+    for row in found:
+        helpful = int(row['completion'][-1]) + 1.5
+        assert row['ratings'] == {'helpful': helpful, 'brief': 2.0}
+
+    config = people('ranking', responses=spec, ranked=3)
+    with pytest.raises(SystemExit):
+        launch(config, tmp_path / 'ranked')
+    answered(tmp_path / 'ranked' / 'said', lambda item, name: [{'ranks': (1, 2, 2)}])
+    launch(config, tmp_path / 'ranked')
+    found = rows(tmp_path / 'ranked' / 'said' / 'records.jsonl')
+    assert len(found) == 4 and {row['labeller'] for row in found} == {'ann', 'bob'}
+    assert all(len(row['completions']) == 3 for row in found)
+    assert all(row['ranks'] == [1, 2, 2] for row in found)

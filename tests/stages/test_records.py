@@ -50,7 +50,7 @@ def config_below(finished):
         'label',
         responses='stage:drawn',
         fn='rlhf_jax.datasets.tiny_tldr:annotate',
-        pairs=2,
+        per_prompt=2,
     )
     config.second = stage(
         'reward_model',
