@@ -31,7 +31,7 @@ BESIDE = {
     'datasets': {'config', 'data', 'files', 'labels', 'ops', 'types', 'verify'},
     'labels': {'config', 'data', 'files', 'ranges', 'types'},
     'pages': {'responses'},
-    'report': {'files', 'pages', 'stages'},
+    'report': {'evaluators', 'files', 'pages', 'stages'},
     'metrics': {'config', 'files', 'types'},
     'optim': {'types', 'ranges'},
     'sharding': {'optim', 'ops', 'types'},
@@ -49,8 +49,9 @@ def _allowed():
         below |= names
     for name, may in BESIDE.items():
         table[name] = may | {name}
+    table['evaluators'] = below | {'evaluators', 'pages'}
     # The only ones that see both the ladder and what stands beside it.
-    everything = below | set(BESIDE) | {'stages'}
+    everything = below | set(BESIDE) | {'evaluators', 'stages'}
     table['stages'] = everything
     commands = {'main', 'sample', 'export', 'label', 'agreement', 'scripts'}
     commands |= {'workdir', 'command_line'}
@@ -105,7 +106,7 @@ TRAINING = 'loop offline reward_function rollouts sampler scoring sources watchi
 @pytest.mark.parametrize('name', TRAINING.split())
 def test_training_knows_nothing_of_evaluation_and_report(name):
     for found, line in _imports(PACKAGE / 'stages' / f'{name}.py'):
-        for other in ('evals', 'pages', 'report', 'stages.evaluation'):
+        for other in ('evals', 'evaluators', 'pages', 'report', 'stages.evaluation'):
             place = f'{name}.py:{line} imports {found}'
             assert not found.startswith(f'rlhf_jax.{other}'), place
 

@@ -245,7 +245,8 @@ def _facts(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the comparisons are like."""
     if 'chosen' not in records[0]:
         return {}
-    sure = [row for row in records if 'tie' not in row]
+    sure = [row for row in records if row.get('probability', 1.0) > 0.5]
+    sure = [row for row in sure if 'tie' not in row]
     certainty = [row.get('probability', 1.0) for row in sure]
     facts: dict[str, Any] = {'ties': len(records) - len(sure)}
     if sure:

@@ -162,6 +162,8 @@ class EvaluationSettings:
     num_samples: Annotated[int, at_least(0)] = 16  # before and after, samples.jsonl
     # the report's bar for the lower end of the interval
     expected_win_rate: Annotated[float, between(0, 1)] = 0.5
+    # What else is measured: modules of rlhf_jax.evaluators, or package.module
+    evaluators: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -337,9 +337,12 @@ def test_markdown_and_differences(serve):
 # Answers whatever is on the screen, and remembers what was acknowledged.
 DRIVEN = """
 window.acknowledged = [];
+window.unanswered = 0;
 const real = window.fetch;
 window.fetch = async (path, how) => {
+  window.unanswered += 1;
   const reply = await real(path, how);
+  window.unanswered -= 1;
   if (path === 'answer' && reply.ok) window.acknowledged.push(JSON.parse(how.body).id);
   return reply;
 };
@@ -385,6 +388,8 @@ def test_no_acknowledged_answer_is_lost_or_doubled_while_the_server_is_killed(tm
         for page in pages:
             page.wait_for_end()
         acknowledged = [x for p in pages for x in p.run('return window.acknowledged')]
+        lost = sum(page.run('return window.unanswered') for page in pages)
+        assert lost >= 20, 'the server was killed while answers were on their way'
         assert all(page.errors() == [] for page in pages)
     finally:
         serving.end(signal.SIGKILL)

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
+from rlhf_jax.labels import judge
 from rlhf_jax.labels.exchange import add_labels
 from rlhf_jax.labels.judge import demonstrations, read_prompt
 from rlhf_jax.labels.records import Label, read_items, read_labels
@@ -150,7 +151,6 @@ def test_a_judge_is_the_softmax_of_the_labels_by_hand(judged, finished):
     import jax.numpy as jnp
 
     from rlhf_jax.data.tokenizer import encode
-    from rlhf_jax.labels import judge
     from rlhf_jax.sharding import ParallelConfig, make_mesh
     from rlhf_jax.stages.run import Run, load_run_tokenizer
     from rlhf_jax.stages.sources import load_policy
@@ -200,6 +200,28 @@ def test_reasoning_is_written_and_then_read(finished, tmp_path):
     assert all(0.45 <= x.probability <= 0.55 for x in labels)
     assert all('\n---\n' in x.note for x in labels)
     assert report['stages']['said']['judge_reasoning_characters'] > 0
+
+
+def test_a_judge_goes_by_principles_of_a_constitution(finished, tmp_path):
+    path = tmp_path / 'constitution.md'
+    sections = [f'## {name}\nPreference question: Which is {name}?' for name in 'ab']
+    path.write_text('\n\n'.join(sections))
+    settings = dict(
+        by='model',
+        judge=f'{finished}/sft',
+        constitution=str(path),
+        judge_batch_size=8,
+        labels=(' right', ' wrong'),
+    )
+    launch(labelled(**settings), tmp_path / 'run')
+    items = read_items(tmp_path / 'run' / 'said' / 'items.jsonl')
+    assert {item.why for item in items} == {'a', 'b'}
+    again = dict(settings, prompt_file=str(judge.COMPARE))
+    with pytest.raises(ValueError, match='no place {principle}; use both or neither'):
+        launch(labelled(**again), tmp_path / 'again')
+    path.write_text('')
+    with pytest.raises(ValueError, match='constitution.md'):
+        launch(labelled(**settings), tmp_path / 'empty')
 
 
 def test_text_that_looks_like_a_place_is_no_place(tmp_path):
@@ -373,6 +395,7 @@ def test_a_run_waits_for_people_and_goes_on(tmp_path, capsys):
     guideline = tmp_path / 'guide.md'
     guideline.write_text('# What is better')
     config = people(
+        aggregate='majority',
         guidelines={'helpful': str(guideline)},
         gold='tfds:tiny_tldr/comparisons:test[100:102]',
         training='tfds:tiny_tldr/comparisons:test[200:201]',

@@ -72,8 +72,8 @@ def check(run: Run, where: str, hp: HParams) -> Checked:
     if prompt.asks_principle != (hp.constitution is not None):
         raise ValueError(
             f'{where}.constitution={hp.constitution!r}, and {prompt.where} has '
-            f'{"a" if prompt.asks_principle else "no"} place {{principle}}; use both or '
-            'neither'
+            f'{"a" if prompt.asks_principle else "no"} place {{principle}}; use both '
+            'or neither'
         )
     principles = []
     if hp.constitution is not None:
