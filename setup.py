@@ -22,8 +22,8 @@ setup(
             'rlhf-jax = rlhf_jax.scripts:train',
             'rlhf-jax-sample = rlhf_jax.scripts:sample',
             'rlhf-jax-export = rlhf_jax.scripts:export',
-            'rlhf-jax-agreement = rlhf_jax.scripts:agreement',
             'rlhf-jax-label = rlhf_jax.scripts:label',
+            'rlhf-jax-agreement = rlhf_jax.scripts:agreement',
         ]
     },
     install_requires=[

@@ -24,9 +24,10 @@ from rlhf_jax.datasets import tiny_critiques
 from rlhf_jax.stages.kinds import stage
 
 CRITIQUES = 'python:rlhf_jax.datasets.tiny_critiques:demonstrations'
+COUNTED = 'rlhf_jax.datasets.tiny_tldr:'
 COUNTS = {
-    name: dict(fn=f'rlhf_jax.datasets.tiny_tldr:{name}')
-    for name in ('invented', 'covered')
+    'invented': dict(fn=f'{COUNTED}invented', weight=-1.0),
+    'covered': dict(fn=f'{COUNTED}covered'),
 }
 
 
@@ -58,6 +59,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sft_2.init = first
     config.sft_2.train = 'stage:revised'
     config.sft_2.num_steps = 4 if arg.smoke else 120
+    config.sft_2.buckets = (88,)
     config.sft_2.optim.learning_rate = 5e-4
     held_out = dict(
         eval_prompts=f'{DATA}/prompts:test[:{count}]'
@@ -104,6 +106,6 @@ def revising(arg: ConfigDict, policy: str, prompts: str, **settings: str) -> Con
         max_new_tokens=28,
         critique_buckets=(96, 152),
         max_critique_tokens=56,
-        rewards=COUNTS | {'gold': GOLD},
+        rewards=COUNTS | {'gold': GOLD | {'weight': 0.0}},
         **settings,
     )

@@ -163,8 +163,9 @@ def load(run: Run, stage: str, settings: ReviseSettings) -> ReviseJob:
     asked = [Asked(found[prompt.where], prompt) for prompt in prompts.records]
     for one in asked:
         _check_asked(where, settings, templates, one)
-    longest = settings.prompt_buckets[-1] + settings.max_new_tokens
-    rewards = scoring.check_rewards(run, where, settings.rewards, longest, [prompts])
+    rewards = scoring.check_rewards(
+        run, where, settings.rewards, _scored_length(settings), [prompts]
+    )
     return ReviseJob(stage, settings, prompts, asked, principles, templates, rewards)
 
 
@@ -201,6 +202,11 @@ def _critic_settings(settings: ReviseSettings, step: int) -> ReviseSettings:
     return dataclasses.replace(
         settings, prompt_buckets=settings.critique_buckets, max_new_tokens=size
     )
+
+
+def _scored_length(settings: ReviseSettings) -> int:
+    """Tokens of prompt, response and EOS."""
+    return settings.prompt_buckets[-1] + settings.max_new_tokens + 1
 
 
 def _check_asked(
@@ -428,8 +434,7 @@ def _scored(
     run: Run, job: ReviseJob, scorers: Any, batch: Any, begun: list[Trail]
 ) -> int:
     """Writes the scores of first responses and last revisions into the begun."""
-    settings, cut = job.settings, 0
-    limit = settings.prompt_buckets[-1] + settings.max_new_tokens
+    limit, cut = _scored_length(job.settings), 0
     for end, texts in (
         ('before', [trail['response'] for trail in begun]),
         ('after', [last(trail) for trail in begun]),
