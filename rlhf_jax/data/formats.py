@@ -135,7 +135,7 @@ def to_demonstration(
         ValueError: messages, and the tokenizer has no chat template.
     """
     name = answer_field(record)
-    if name == 'chosen' and (probability := how_sure(record)[0]) < 0.5:
+    if name == 'chosen' and (probability := _how_sure(record)[0]) < 0.5:
         raise BadRecord(
             f'{record.where}: chosen is the worse answer (probability '
             f'{probability:g}); swap chosen and rejected, or leave it out'
@@ -193,20 +193,16 @@ def to_comparison(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> J
     margin = number_of(record, 'margin', fields.get('margin', 0.0))
     for name in GOLD:
         number_of(record, name, fields.get(name, 0.0))
-    probability, tied = how_sure(record)
+    probability, tied = _how_sure(record)
     meta = other_fields(fields, 'margin', 'probability', 'tie')
     sides = {'chosen': chosen, 'rejected': rejected}
     how = margin, probability, tied
     return Judged(prompt, sides, None, meta, record.where, templated, *how)
 
 
-def how_sure(record: SourceRecord) -> tuple[float, bool]:
-    """The probability that the chosen answer is the better one (1 where none is given,
-    ½ of a tie), and whether both were judged equal.
-
-    Raises:
-        BadRecord: ``tie`` is neither true nor false, or ``probability`` is no number
-            from 0 to 1, or stands beside a tie.
+def _how_sure(record: SourceRecord) -> tuple[float, bool]:
+    """The probability that the chosen answer is the better one, ½ of a tie, and whether
+    it is one; else BadRecord.
     """
     fields = record.present
     tie = fields.get('tie', False)

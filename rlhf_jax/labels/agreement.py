@@ -247,8 +247,10 @@ def _cases(
             continue
         item = known.get(label.item)
         if item is not None and item.known is not None and not label.repeat:
-            fields = {'item': item.item, 'labeller': 'gold', **item.known}
-            of['gold'] += _equal(label, to_label(fields, f'item {item.item!r}: known'))
+            fields = {'labeller': 'gold', **item.known, 'item': item.item}
+            gold = to_label(fields, f'item {item.item!r}: known')
+            if gold.dimension in (None, label.dimension):
+                of['gold'] += _equal(label, gold)
         first = firsts.get(_question(label))
         if label.repeat and first is not None and first.verdict == 'judged':
             of['self'] += _equal(label, first)

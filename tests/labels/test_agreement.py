@@ -1,5 +1,6 @@
 """The report of labels, by hand and with planted labellers, and the command."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -89,6 +90,13 @@ def test_single_labellers_by_hand():
     # The longer: 1 yes, 2 no, gold yes ('good'), again yes and yes.
     assert (ann['longer'], ann['longer_count']) == (pytest.approx(4 / 5), 5)
     assert cy['others'] is None and cy['others_count'] == 0 and cy['bad'] == 1
+
+
+def test_gold_of_a_dimension_is_of_that_alone():
+    gold = dataclasses.replace(GOLD, known={'probability': 1, 'dimension': 'kind'})
+    said = [label('g', 'x', p, dimension=d) for d, p in (('kind', 1), ('brief', 0))]
+    found = report([gold], said)
+    assert (found['gold'], found['gold_count']) == (1, 1)
 
 
 def test_without_items_there_is_nothing_of_gold_and_lengths():
