@@ -262,6 +262,7 @@ def test_an_answer_that_was_not_sent_is_sent_when_the_page_is_opened_again(tmp_p
         page.browser.get(link)
         until(lambda: len(labels_of(store)) == 1)
         until(lambda: '1 done' in page.text('header'))
+        page.wait_for_item()
         assert page.answers('1', store, 2).item == 'pair-1'
     finally:
         serving.end(signal.SIGKILL)
