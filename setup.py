@@ -13,8 +13,9 @@ setup(
     python_requires='>=3.11',
     packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
     package_data={
-        'rlhf_jax': ['py.typed', '*.html', 'datasets/*.txt', 'datasets/tiny_base/*'],
-        'rlhf_jax.labels': ['*.html', '*.css', '*.js'],
+        'rlhf_jax': ['py.typed', '*.html'],
+        'rlhf_jax.labels': ['*.html', '*.css', '*.js', '*.txt'],
+        'rlhf_jax.datasets': ['*.txt', '*.md', 'tiny_base/*'],
     },
     entry_points={
         'console_scripts': [
@@ -22,6 +23,7 @@ setup(
             'rlhf-jax-sample = rlhf_jax.scripts:sample',
             'rlhf-jax-export = rlhf_jax.scripts:export',
             'rlhf-jax-label = rlhf_jax.scripts:label',
+            'rlhf-jax-agreement = rlhf_jax.scripts:agreement',
         ]
     },
     install_requires=[

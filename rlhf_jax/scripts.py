@@ -1,4 +1,4 @@
-"""The installed commands: ``rlhf-jax``, ``rlhf-jax-sample``, ``-export``, ``-label``.
+"""The installed commands: ``rlhf-jax``, ``rlhf-jax-sample`` and so on.
 
 They are ``python -m rlhf_jax.main``, ``….sample`` and so on. Like these they
 find modules of the folder that they are called in, so that a setting can name one
@@ -30,6 +30,11 @@ def export() -> None:
 def label() -> None:
     """``rlhf-jax-label``: see ``rlhf_jax/label.py``."""
     _run('label')
+
+
+def agreement() -> None:
+    """``rlhf-jax-agreement``: see ``rlhf_jax/agreement.py``."""
+    _run('agreement')
 
 
 def _run(name: str) -> None:

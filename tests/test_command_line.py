@@ -6,12 +6,13 @@ from ml_collections import ConfigDict, config_dict
 from rlhf_jax.command_line import OPEN, check_sections, read_flags
 from rlhf_jax.config import build, section
 from rlhf_jax.stages import settings
-from rlhf_jax.stages.settings import PPOSettings, RewardSource
+from rlhf_jax.stages.ppo import PPOSettings
+from rlhf_jax.stages.settings import RewardSource
 
 RECIPE = """
 from ml_collections import ConfigDict
 from rlhf_jax.config import section
-from rlhf_jax.stages.settings import PPOSettings
+from rlhf_jax.stages.ppo import PPOSettings
 
 def get_config(arg=None):
     config = ConfigDict({'seed': 0})

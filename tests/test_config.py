@@ -12,7 +12,8 @@ from rlhf_jax.algos.ppo import PPOHParams
 from rlhf_jax.config import build, load_dotted, nearest, parse_arg, section, unset
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.settings import PPOSettings, RewardSource
+from rlhf_jax.stages.ppo import PPOSettings
+from rlhf_jax.stages.settings import RewardSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

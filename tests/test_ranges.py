@@ -8,13 +8,13 @@ from typing import Annotated
 
 import pytest
 
-import rlhf_jax.preference
+from rlhf_jax import preference, reward_losses, stages
+from rlhf_jax.algos import estimators
 from rlhf_jax.algos.policy_gradient import PolicyHParams
 from rlhf_jax.algos.ppo import PPOHParams
 from rlhf_jax.config import build, build_named, section, unset
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.ranges import Range, above, at_least, between, check_fields, range_of
-from rlhf_jax.stages import settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +84,39 @@ def test_hyperparameters_check_themselves():
     check_fields(PolicyHParams())
 
 
+# Any number: of a reward; SimPO's margin; of a cost
+FREE = {'weight', 'gamma', 'cost_limit'}
+# Refused with a reason of their own
+FREE |= {'label_smoothing', 'alpha', 'tau', 'nu', 'theta', 'flip_rate'}
+FREE |= {'group_size', 'lambda_init'}
+
+
 def _all_settings():
-    for part in vars(settings).values():
-        is_class = isinstance(part, type) and dataclasses.is_dataclass(part)
-        if is_class and part is not Range:
-            yield part
-    for file in pkgutil.iter_modules(rlhf_jax.preference.__path__):
-        yield importlib.import_module(f'rlhf_jax.preference.{file.name}').HParams
+    """Of every kind of stage, loss and estimator, and the dataclasses in these."""
+    waiting = []
+    for package in (stages, preference, reward_losses, estimators):
+        for file in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f'{package.__name__}.{file.name}')
+            waiting += getattr(module, 'SETTINGS', ())
+            waiting += [module.HParams] if hasattr(module, 'HParams') else []
+    found = set()
+    while waiting:
+        cls = waiting.pop()
+        if dataclasses.is_dataclass(cls) and cls not in found:
+            found.add(cls)
+            waiting += typing.get_type_hints(cls).values()
+        waiting += typing.get_args(cls)
+    return found
 
 
 def test_defaults_are_in_their_ranges_and_counts_have_one():
-    for cls in {*_all_settings(), PPOHParams, PolicyHParams, OptimConfig}:
+    classes = _all_settings()
+    assert {PPOHParams, PolicyHParams, OptimConfig} < classes
+    for cls in classes:
         hints = typing.get_type_hints(cls, include_extras=True)
         for field in dataclasses.fields(cls):
             allowed = range_of(hints[field.name])
             default = field.default
             if isinstance(default, (int, float)) and not isinstance(default, bool):
-                free = {'weight', 'gamma'}  # of a reward; SimPO's margin
-                free |= {'label_smoothing', 'alpha', 'tau'}  # refused with a reason
-                assert allowed or field.name in free, f'{cls.__name__}.{field.name}'
+                assert allowed or field.name in FREE, f'{cls.__name__}.{field.name}'
                 assert allowed is None or default in allowed

@@ -32,8 +32,18 @@ from rlhf_jax.stages.online import (
 )
 from rlhf_jax.stages.rollouts import Method, initial_state
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.settings import OnlinePreferenceSettings
+from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlinePreferenceSettings(OnlineSettings):
+    """A preference loss on the policy's own samples. The settings of the loss stand
+    beside these; None is the loss's own default, see ``config.unset``.
+    """
+
+    name: str = 'dpo'  # of the loss: a module of rlhf_jax.preference, or package.module
+
 
 SETTINGS = (
     OnlinePreferenceSettings,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from rlhf_jax.algos.policy_gradient import (
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
+from rlhf_jax.ranges import at_least
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.online import (
@@ -37,8 +38,21 @@ from rlhf_jax.stages.online import (
 )
 from rlhf_jax.stages.rollouts import Method, initial_state
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.settings import PolicyGradientSettings
+from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Outcomes, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyGradientSettings(OnlineSettings):
+    """Policy gradients. The settings of the estimator stand beside these; None is the
+    estimator's own default, see ``config.unset``.
+    """
+
+    name: str  # of the estimator: a module of algos/estimators, or package.module
+    # DAPO's dynamic sampling: prompts whose responses all score the same are replaced
+    # by others, in so many draws at most; 1: never.
+    max_draws: Annotated[int, at_least(1)] = 1
+
 
 SETTINGS = (PolicyGradientSettings, PolicyHParams, ScoreHParams, AnchorHParams)
 CHOICE = Choice('name', estimators.load)

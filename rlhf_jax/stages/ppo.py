@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ from rlhf_jax.algos.anchors import AnchorHParams
 from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import actor_critic_optimizer
+from rlhf_jax.optim import OptimConfig, actor_critic_optimizer
 from rlhf_jax.pages import policy as pages
+from rlhf_jax.ranges import at_least
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.kinds import Makes
@@ -29,7 +31,7 @@ from rlhf_jax.stages.online import (
 )
 from rlhf_jax.stages.rollouts import Method, initial_state
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.settings import PPOSettings
+from rlhf_jax.stages.settings import LENGTHS, DataSpec, ModelName, OnlineSettings
 from rlhf_jax.stages.sources import (
     check_positions,
     check_single_score,
@@ -39,6 +41,22 @@ from rlhf_jax.stages.sources import (
 from rlhf_jax.types import Params, PPOState
 
 CRITIC = 13  # a purpose folded into the stage's key; stages.rollouts has others
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOSettings(OnlineSettings):
+    """PPO."""
+
+    # What the critic starts from: a reward model (of an ensemble its first member), or
+    # a policy
+    critic: ModelName
+    critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    ptx: DataSpec | None = None  # demonstrations or text for ppo.ptx_coef
+    ptx_form: Literal['demonstrations', 'text'] = 'demonstrations'
+    ptx_buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
+    # times that every rollout is prepared and trained on
+    rollout_passes: Annotated[int, at_least(1)] = 1
+
 
 SETTINGS = (PPOSettings, PPOHParams, ScoreHParams, AnchorHParams)
 PAGE = dataclasses.replace(pages.ONLINE, title='PPO')

@@ -31,11 +31,20 @@ from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.online import Online, check_optimised, load_online, train_online
 from rlhf_jax.stages.rollouts import Method, initial_state
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.settings import LagrangianSettings
+from rlhf_jax.stages.settings import ModelName, RewardSource
 from rlhf_jax.stages.sources import load_scalar
 from rlhf_jax.types import LagrangianState, Params
 
 COST_CRITIC = 15  # a purpose folded into the stage's key; stages.ppo has another
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LagrangianSettings(ppo.PPOSettings):
+    """PPO under a constraint on a cost."""
+
+    cost: RewardSource  # of a response, above 0 where it does harm; weighs nothing
+    cost_critic: ModelName  # what the second critic starts from
+
 
 SETTINGS = (
     LagrangianSettings,

@@ -1,9 +1,10 @@
 """Reward functions: what they are given, tried before anything compiles, and called.
 
-A function of the texts, ``fn(prompts, responses, …) -> [N]`` numbers, asks for more by
-naming parameters. ``references`` gets the reference answers of the prompts' records;
-any other parameter that is a field of theirs gets that field; both one per response.
-What ``args`` sets is not asked for.
+A function gives a number per response, and gets by name what its parameters name, a
+value per response each: ``prompts``; ``responses``, which may be called ``completions``
+too; ``references``, the reference answers of the prompts' records; and any other field
+of theirs. ``**kwargs`` gets all that no parameter names, with None where a record has
+no such field. What ``args`` sets is not asked for.
 
 Before anything compiles the function is tried on the first prompt of every data set,
 with its reference answer, or else an empty text, as the response. A function
@@ -29,8 +30,9 @@ from rlhf_jax.ranges import LARGEST_SCORE
 from rlhf_jax.responses import Responses, Scored, field
 from rlhf_jax.stages.settings import RewardSource
 
-# fn(prompts, responses, **columns) -> scores [N], reward units.
+# fn(*, prompts, responses, …) -> scores [N], reward units.
 TextReward = Callable[..., np.ndarray]
+TEXTS = ('prompts', 'responses', 'completions')  # the last two are the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,8 @@ class RewardFunction:
 
     name: str  # for messages: its place in the config, and its dotted name
     fn: TextReward  # with its arguments
-    columns: tuple[str, ...]  # its parameters that the records fill
+    texts: tuple[str, ...]  # of ``TEXTS``, those that it gets
+    columns: tuple[str, ...]  # fields of the records that it gets
 
 
 def check_function(
@@ -62,15 +65,9 @@ def check_function(
             'remove it, or name a model in the place of fn'
         )
     fn = load_dotted(source.fn, f'{where}.fn')
-    try:
-        columns = _columns(where, source, fn, prompts)
-    except TypeError as error:
-        raise ValueError(
-            f'{where}: {source.fn} cannot be called with (prompts, responses) and '
-            f'args={source.args}: {error}'
-        ) from error
+    texts, columns = _asked_for(where, source, _signature(where, source, fn), prompts)
     bound = functools.partial(fn, **source.args)
-    function = RewardFunction(f'{where} ({source.fn})', bound, columns)
+    function = RewardFunction(f'{where} ({source.fn})', bound, texts, columns)
     module, _, name = source.fn.partition(':')
     check = getattr(sys.modules[module], f'check_{name}', None)
     for data in prompts:
@@ -85,23 +82,48 @@ def check_function(
     return function
 
 
-def _columns(
-    where: str, source: RewardSource, fn: TextReward, prompts: Sequence[Dataset]
-) -> tuple[str, ...]:
-    """The parameters that the records fill, of those which nothing else does.
+def _signature(where: str, source: RewardSource, fn: TextReward) -> inspect.Signature:
+    """The parameters of a function.
 
     Raises:
-        TypeError: the function cannot be called so.
+        ValueError: they cannot be told, or cannot be given by name.
     """
-    signature = inspect.signature(fn)
-    known = signature.bind_partial([], [], **source.args).arguments
-    records = [record for data in prompts for record in data.records]
-    columns = []
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'{where}.fn={source.fn!r} does not say which parameters it has; name a '
+            'Python function that calls it'
+        ) from error
     for name, parameter in signature.parameters.items():
-        if name in known or parameter.kind in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
+        if parameter.kind == parameter.POSITIONAL_ONLY:
+            raise ValueError(
+                f'{where}: {source.fn} takes {name!r} by position only, and parameters '
+                "are given by name; remove the '/'"
+            )
+    return signature
+
+
+def _asked_for(
+    where: str,
+    source: RewardSource,
+    signature: inspect.Signature,
+    prompts: Sequence[Dataset],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The texts and the fields of the records that a function gets.
+
+    Raises:
+        ValueError: it asks for what is not there, or does not take ``args``.
+    """
+    records = [record for data in prompts for record in data.records]
+    texts, columns, takes_all = [], [], False
+    for name, parameter in signature.parameters.items():
+        takes_all |= parameter.kind == parameter.VAR_KEYWORD
+        variadic = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if name in source.args or parameter.kind in variadic:
+            continue
+        if name in TEXTS:
+            texts.append(name)
             continue
         lacking = [record for record in records if field(record, name) is None]
         if len(lacking) < len(records):
@@ -115,18 +137,32 @@ def _columns(
             columns.append(name)
         elif parameter.default is parameter.empty:
             raise _missing(where, source, name, prompts)
-    signature.bind([], [], **source.args, **dict.fromkeys(columns))
-    return tuple(columns)
+    if takes_all:
+        known = {*texts, *source.args}
+        texts += [] if 'prompts' in known else ['prompts']
+        texts += [] if known & {'responses', 'completions'} else ['responses']
+        columns += sorted(_fields(records) - {*known, *TEXTS, *columns})
+    try:
+        signature.bind(**source.args, **dict.fromkeys((*texts, *columns)))
+    except TypeError as error:
+        raise ValueError(
+            f'{where}: {source.fn} does not take args={source.args}: {error}'
+        ) from error
+    return tuple(texts), tuple(columns)
+
+
+def _fields(records: Sequence[Any]) -> set[str]:
+    """What any of these records has, as :func:`field` calls it."""
+    there = {key for record in records for key in record.meta}
+    return there | {'references' for r in records if r.reference is not None}
 
 
 def _missing(
     where: str, source: RewardSource, name: str, prompts: Sequence[Dataset]
 ) -> ValueError:
-    records = [record for data in prompts for record in data.records]
-    there = {key for record in records for key in record.meta}
-    there |= {'references' for record in records if record.reference is not None}
+    there = _fields([record for data in prompts for record in data.records])
     specs = ', '.join(data.counts.spec for data in prompts) or 'no data'
-    found = nearest(name, there) if there else '; they have prompts alone'
+    found = nearest(name, {*there, *TEXTS})
     return ValueError(
         f'{where}: {source.fn} asks for {name!r}, which neither {where}.args nor the '
         f'records of {specs} have{found}'
@@ -152,12 +188,12 @@ def _call(
     columns: dict[str, list[Any]],
 ) -> np.ndarray:
     """What a function says, [N] float64; what it must not say is an error."""
-    fn, name = function.fn, function.name
-    given = {key: list(column) for key, column in columns.items()}
+    name = function.name
+    given = {n: prompts if n == 'prompts' else texts for n in function.texts} | columns
     try:
-        scores = np.asarray(fn(list(prompts), list(texts), **given), np.float64)
+        scores = _answer(function, {key: list(x) for key, x in given.items()})
     except Exception as error:
-        example = _show(_culprit(fn, prompts, texts, columns), prompts, texts)
+        example = _show(_culprit(function, given, len(texts)), prompts, texts)
         raise ValueError(
             f'{name} failed with {type(error).__name__}: {error}{example}'
         ) from error
@@ -182,17 +218,17 @@ def _call(
     return scores
 
 
+def _answer(function: RewardFunction, given: dict[str, list[Any]]) -> np.ndarray:
+    return np.asarray(function.fn(**given), np.float64)
+
+
 def _culprit(
-    fn: TextReward,
-    prompts: list[str],
-    texts: list[str],
-    columns: dict[str, list[Any]],
+    function: RewardFunction, given: dict[str, list[Any]], count: int
 ) -> int | None:
     """The first response on which the function fails by itself."""
-    for i, (prompt, text) in enumerate(zip(prompts, texts)):
-        given = {key: [column[i]] for key, column in columns.items()}
+    for i in range(count):
         try:
-            np.asarray(fn([prompt], [text], **given), np.float64)
+            _answer(function, {key: [column[i]] for key, column in given.items()})
         except Exception:
             return i
     return None

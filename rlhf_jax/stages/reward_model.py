@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ from rlhf_jax.evals import judgements, preference
 from rlhf_jax.evals.ensemble import ensemble_report
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.pages import reward_model as pages
+from rlhf_jax.ranges import at_least
 from rlhf_jax.reward_losses import RewardLoss
 from rlhf_jax.rewards import reward_model_scores
 from rlhf_jax.sharding import init_sharded
@@ -45,17 +46,38 @@ from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
     fit,
+    how_sure,
     known_gold,
     known_kinds,
 )
 from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.scoring import reads_alike
-from rlhf_jax.stages.settings import RewardSettings
+from rlhf_jax.stages.settings import DataSpec, OfflineSettings
 from rlhf_jax.stages.sources import Source, load_scalar, resolve
 from rlhf_jax.types import Params, PRNGKey
 
 # Of a report, what is logged during training.
 IN_BRIEF = ('accuracy', 'sign_accuracy', 'loss', 'rmse', 'kendall_tau', 'spread')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings(OfflineSettings):
+    """A reward model. The settings of its loss stand beside these; None is the loss's
+    own default, see ``config.unset``.
+    """
+
+    # A module of rlhf_jax.reward_losses, or package.module; it says which data it needs
+    loss: str = 'bradley_terry'
+    tokenizer: str | None = None  # of its model, when it is not the run's
+    # of an ensemble; each has a head and a data order of its own
+    members: Annotated[int, at_least(1)] = 1
+    references: DataSpec | None = None  # demonstrations whose mean score becomes 0
+    num_references: Annotated[int, at_least(1)] = 512
+    heads: tuple[str, ...] = ()  # dimensions with a score each; () for a single score
+    rating_range: tuple[float, ...] | None = None  # lowest, highest; needed for ratings
+    rating_unit: Literal['given', 'range'] = 'given'  # 'range': it becomes 0 to 1
+    step_separator: str = '\n'  # between the steps of a response
+
 
 SETTINGS = (RewardSettings, RMHParams)
 CHOICE = Choice('loss', reward_losses.load)
@@ -310,7 +332,7 @@ def examination(
     if what == 'rankings':
         scores_of, facts = outputs(text_scores, preference.score_pairs), _ranked(data)
         return lambda params: judgements.ranking_report(
-            scores_of(params), *facts, model.heads
+            scores_of(params), *facts, model.heads, examples.columns['probability']
         )
     if what == 'ratings':
         scores_of = outputs(text_scores, preference.score_pairs)
@@ -329,6 +351,7 @@ def examination(
         lengths=np.asarray([list(map(len, e.answers)) for e in examples]),
         gold=known_gold(data.records),
         kinds=known_kinds(data.records),
+        **how_sure(examples),
     )
     if members > 1:
         return lambda params: ensemble_report(scores_of(params), report_of)

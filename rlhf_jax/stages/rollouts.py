@@ -74,8 +74,8 @@ class Method:
     streams: tuple[tuple[pipeline.Dataset, tuple[int, ...]], ...] = ()  # and buckets
     group_size: int = 1  # responses to a prompt, adjacent rows of the rollout
     wants_baseline: bool = False  # see ``Scores``
-    max_draws: int = 1  # see ``PolicyGradientSettings``
-    passes: int = 1  # see ``PPOSettings.rollout_passes``
+    max_draws: int = 1  # of prompts, to replace groups of equal scores
+    passes: int = 1  # times that a rollout is prepared and trained on
     # Parameters of further models that ``prepare`` reads, frozen and on the mesh
     models: tuple[Params, ...] = ()
     # What scores the samples of the evaluation at the end alone, by name

@@ -1,7 +1,8 @@
-"""Settings of a run and of its stages, beside the hyperparameters of the steps.
+"""Settings that several kinds of stages share; those of one kind stand in its file.
 
-Defaults stand here and in the ``…HParams`` of ``algos``, and nowhere else;
-``config.section`` lays them out for the command line. Read ``stages/run.py`` next.
+Defaults stand in such dataclasses and in the ``…HParams`` of ``algos``, and nowhere
+else; ``config.section`` lays them out for the command line. Read ``stages/run.py``
+next.
 """
 
 from __future__ import annotations
@@ -83,36 +84,6 @@ class OfflineSettings(RecordSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTSettings(OfflineSettings):
-    """A stage that trains a language model on texts: SFT, pretraining."""
-
-    # 'text' is cut into pieces of the longest bucket, and all of it counts
-    form: Literal['demonstrations', 'text'] = 'demonstrations'
-    loss_on: Literal['response', 'all', 'assistant'] = 'response'  # of demonstrations
-    # several documents in a row of the longest bucket, kept apart
-    packing: Literal['best_fit'] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardSettings(OfflineSettings):
-    """A reward model. The settings of its loss stand beside these; None is the loss's
-    own default, see ``config.unset``.
-    """
-
-    # A module of rlhf_jax.reward_losses, or package.module; it says which data it needs
-    loss: str = 'bradley_terry'
-    tokenizer: str | None = None  # of its model, when it is not the run's
-    # of an ensemble; each has a head and a data order of its own
-    members: Annotated[int, at_least(1)] = 1
-    references: DataSpec | None = None  # demonstrations whose mean score becomes 0
-    num_references: Annotated[int, at_least(1)] = 512
-    heads: tuple[str, ...] = ()  # dimensions with a score each; () for a single score
-    rating_range: tuple[float, ...] | None = None  # lowest, highest; needed for ratings
-    rating_unit: Literal['given', 'range'] = 'given'  # 'range': it becomes 0 to 1
-    step_separator: str = '\n'  # between the steps of a response
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReading:
     """How the scores of the steps of a response become one."""
 
@@ -121,8 +92,32 @@ class StepReading:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionSettings:
+    """How a language model that judges is asked; see ``stages/judging.py``."""
+
+    prompt_file: str | None = None  # None for that of the package
+    # 'chat': the filled prompt is a user's turn, in the judge's chat template
+    prompt_format: Literal['text', 'chat'] = 'text'
+    # tokens of a filled prompt with its label, without what is written at {reasoning}
+    judge_buckets: Annotated[tuple[int, ...], LENGTHS] = (512,)
+    judge_batch_size: Annotated[int, at_least(1)] = 16  # filled prompts at a time
+    max_reasoning_tokens: Annotated[int, at_least(1)] = 256
+    reasoning_temperature: Annotated[float, above(0)] = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RatingSettings(QuestionSettings):
+    """A rating by a language model: the mean of its distribution over whole numbers."""
+
+    lowest: Annotated[int, at_least(0)] = 1
+    highest: Annotated[int, between(1, 99)] = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSource:
-    """What scores a response: a reward model or a Python function, exactly one."""
+    """What scores a response: a reward model, a language model that is asked for a
+    rating, or a Python function; exactly one model or function.
+    """
 
     model: ModelName | None = None
     fn: str | None = None  # 'package.module:function', see stages/scoring.py
@@ -131,6 +126,7 @@ class RewardSource:
     tokenizer: str | None = None  # of model; None for the one that comes with it
     heads: dict[str, float] | None = None  # weights of a model's named scores
     steps: StepReading | None = None  # of a model that scores steps
+    rating: RatingSettings | None = None  # of a language model, in place of a score
     combine: Combine | None = None  # the scores of an ensemble; None: their mean
     # λ of combine='uncertainty', per reward unit; 0.1 in the code of Coste et al. 2023
     uncertainty_coef: Annotated[float, at_least(0)] = 0.1
@@ -166,18 +162,8 @@ class EvaluationSettings:
     num_samples: Annotated[int, at_least(0)] = 16  # before and after, samples.jsonl
     # the report's bar for the lower end of the interval
     expected_win_rate: Annotated[float, between(0, 1)] = 0.5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceSettings(OfflineSettings, SamplerSettings, EvaluationSettings):
-    """Preference optimisation on fixed data. The settings of its loss stand beside
-    these; None is the loss's own default, see ``config.unset``.
-    """
-
-    name: str  # of the loss: a module of rlhf_jax.preference, or package.module
-    temperature: Annotated[float, above(0)] = 1.0  # of the samples at the end
-    # By name; they score the samples at the end, for the report
-    rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
+    # What else is measured: modules of rlhf_jax.evaluators, or package.module
+    evaluators: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,47 +178,3 @@ class OnlineSettings(RecordSettings, SamplerSettings, EvaluationSettings):
     num_rollouts: Annotated[int, at_least(1)] = 100
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loop: LoopSettings = dataclasses.field(default_factory=LoopSettings)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOSettings(OnlineSettings):
-    """PPO."""
-
-    # What the critic starts from: a reward model (of an ensemble its first member), or
-    # a policy
-    critic: ModelName
-    critic_optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    ptx: DataSpec | None = None  # demonstrations or text for ppo.ptx_coef
-    ptx_form: Literal['demonstrations', 'text'] = 'demonstrations'
-    ptx_buckets: Annotated[tuple[int, ...], LENGTHS] = (128,)
-    # times that every rollout is prepared and trained on
-    rollout_passes: Annotated[int, at_least(1)] = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LagrangianSettings(PPOSettings):
-    """PPO under a constraint on a cost."""
-
-    cost: RewardSource  # of a response, above 0 where it does harm; weighs nothing
-    cost_critic: ModelName  # what the second critic starts from
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyGradientSettings(OnlineSettings):
-    """Policy gradients. The settings of the estimator stand beside these; None is the
-    estimator's own default, see ``config.unset``.
-    """
-
-    name: str  # of the estimator: a module of algos/estimators, or package.module
-    # DAPO's dynamic sampling: prompts whose responses all score the same are replaced
-    # by others, in so many draws at most; 1: never.
-    max_draws: Annotated[int, at_least(1)] = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlinePreferenceSettings(OnlineSettings):
-    """A preference loss on the policy's own samples. The settings of the loss stand
-    beside these; None is the loss's own default, see ``config.unset``.
-    """
-
-    name: str = 'dpo'  # of the loss: a module of rlhf_jax.preference, or package.module

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import time
+from typing import Literal
 
 from rlhf_jax.algos.sft import SFTHParams, sft_step
 from rlhf_jax.data import pipeline
@@ -18,9 +19,21 @@ from rlhf_jax.pages import language_model as pages
 from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.offline import Offline, check_offline, fit
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.settings import SFTSettings
+from rlhf_jax.stages.settings import OfflineSettings
 from rlhf_jax.stages.sources import check_policy, load_policy
 from rlhf_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTSettings(OfflineSettings):
+    """A stage that trains a language model on texts: SFT, pretraining."""
+
+    # 'text' is cut into pieces of the longest bucket, and all of it counts
+    form: Literal['demonstrations', 'text'] = 'demonstrations'
+    loss_on: Literal['response', 'all', 'assistant'] = 'response'  # of demonstrations
+    # several documents in a row of the longest bucket, kept apart
+    packing: Literal['best_fit'] | None = None
+
 
 SETTINGS = (SFTSettings, SFTHParams)
 PAGE = pages.PAGE

@@ -26,6 +26,10 @@ def plain(prompts, responses):
     return np.zeros(len(responses))
 
 
+def plain_but_misspelt(prompts, respones):
+    return np.zeros(len(respones))
+
+
 def asks(prompts, responses, references, level, *, scale=1.0):
     SEEN.append((prompts, responses, references, level))
     return [scale * len(r) + n for r, n in zip(references, level)]
@@ -36,9 +40,19 @@ def optional(prompts, responses, references=None, level=None):
     return np.zeros(len(responses))
 
 
-def as_trl_has_them(prompts, completions, references, **columns):
-    SEEN.append((references, columns))
+def as_trl_has_them(completions, prompts, references, **columns):
+    SEEN.append((prompts, completions, references, columns))
     return np.zeros(len(completions))
+
+
+def all_by_name(**given):
+    SEEN.append(given)
+    return np.zeros(len(given['responses']))
+
+
+def of_responses(*, responses):
+    SEEN.append(responses)
+    return np.zeros(len(responses))
 
 
 def by_position(prompts, responses, references, /):
@@ -81,11 +95,33 @@ def test_a_function_gets_what_its_parameters_name():
     # tried on the first prompt of each, with its reference as the response
     assert SEEN == [(['p'], ['one'], ['one'], [1]), (['r'], ['two'], ['two'], [2])]
     assert check('plain', TRAIN).columns == ()
-    assert check('as_trl_has_them', TRAIN).columns == ('references',)
-    assert check('as_trl_has_them', TRAIN, x=1).columns == ('references',)
-    assert SEEN == [(['one'], {'x': 1})]
     assert check('asks', TRAIN, level=[7], scale=2.0).columns == ('references',)
     assert SEEN == [(['p'], ['one'], ['one'], [7])]
+
+
+def test_texts_are_given_by_name_whatever_their_order():
+    assert check('of_responses', TRAIN).columns == ()
+    assert SEEN == [['one']]
+    bare = dataset('bare', ('p', None, {}))
+    assert check('as_trl_has_them', bare, references=3).columns == ()
+    assert SEEN == [(['p'], [''], 3, {})]
+
+
+def test_kwargs_get_all_fields_that_no_parameter_names():
+    function = check('as_trl_has_them', TRAIN, x=1)
+    assert function.columns == ('references', 'level', 'tests')
+    # the first record has no field 'tests'
+    rest = {'level': [1], 'tests': [None], 'x': 1}
+    assert SEEN == [(['p'], ['one'], ['one'], rest)]
+    check('all_by_name', TRAIN, level=7)
+    given = {'prompts': ['p'], 'responses': ['one'], 'references': ['one']}
+    assert SEEN == [{**given, 'tests': [None], 'level': 7}]
+
+
+def test_fields_that_are_called_like_texts_do_not_replace_them():
+    named = {'responses': 'theirs', 'prompts': 'theirs', 'completions': 'theirs'}
+    check('all_by_name', dataset('named', ('p', None, named)))
+    assert SEEN == [{'prompts': ['p'], 'responses': ['']}]
 
 
 def test_what_has_a_default_is_asked_for_where_the_data_have_it():
@@ -123,7 +159,7 @@ def test_a_field_that_nothing_has_is_named_with_the_data():
     for part in (WHERE, f'{__name__}:asks', "'level'", 'train', "mean 'levle'"):
         assert part in message, message
     message = error('asks', dataset('jsonl:x', ('p', None, {})), level=[1])
-    assert "asks for 'references'" in message and 'jsonl:x have; they have' in message
+    assert "asks for 'references'" in message and 'jsonl:x have;' in message
     assert 'no data' in error('asks')
 
 
@@ -138,7 +174,12 @@ def test_a_record_without_the_field_is_named():
 
 def test_a_function_that_cannot_take_columns_by_name():
     message = error('by_position', TRAIN)
-    assert WHERE in message and 'positional' in message
+    assert WHERE in message and "'prompts' by position only" in message
+    message = error('plain', TRAIN, speed=1)
+    assert "does not take args={'speed': 1}" in message and "'speed'" in message
+    message = error('plain_but_misspelt', TRAIN)
+    assert "asks for 'respones'" in message and "did you mean 'responses'?" in message
+    assert 'does not say which parameters' in error('builtins:dict', TRAIN)
 
 
 def test_a_function_is_tried_before_anything_compiles():

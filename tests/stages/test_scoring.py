@@ -346,9 +346,9 @@ def test_scores_of_a_function_reach_the_rollout(
 def test_a_function_sees_the_real_rows_alone(run, responses):
     seen = []
 
-    def spy(prompts, texts):
-        seen.append((list(prompts), list(texts)))
-        return np.arange(len(texts))
+    def spy(prompts, responses):
+        seen.append((prompts, responses))
+        return np.arange(len(responses))
 
     source = RewardSource(fn=f'{__name__}:count')
     reward = check_reward(run, 'config.ppo.rewards.spy', source, 10)
