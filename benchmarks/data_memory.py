@@ -14,7 +14,6 @@ the machine the latter say more.
 """
 
 import argparse
-import gc
 import json
 import os
 import pathlib
@@ -99,8 +98,9 @@ def load(kind: str, path: str, tokenizer_dir: str) -> None:
     import rlhf_jax
     from rlhf_jax.data import pipeline
     from rlhf_jax.data.tokenizer import load_tokenizer
+    from rlhf_jax.ops.cpu import rarely_collect_garbage
 
-    gc.set_threshold(50_000, 20, 20)  # as rlhf_jax.main does
+    rarely_collect_garbage()  # as rlhf_jax.main does
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer('a first text')  # what it allocates once belongs to the import
     loader = getattr(pipeline, f'load_{kind}')

@@ -12,7 +12,6 @@ Read ``stages/run.py`` next.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rlhf_jax import files
 from rlhf_jax.command_line import check_sections, read_flags
+from rlhf_jax.ops import cpu
 from rlhf_jax.workdir import claim, locked
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -47,9 +47,7 @@ def main(argv: list[str]) -> None:
     if not os.environ.get('RLHF_JAX_TRACEBACK'):
         # Orbax reports every rename, and pages of every error before it is raised.
         logging.set_verbosity(logging.FATAL)
-    # What imports, token ids and traced programs hold is no garbage, but Python would
-    # search all of it again and again while a run starts.
-    gc.set_threshold(50_000, 20, 20)
+    cpu.rarely_collect_garbage()
     workdir = flags.FLAGS.workdir
     try:
         workdir = files.named_path(workdir)

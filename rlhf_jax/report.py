@@ -19,6 +19,7 @@ from typing import Any
 
 import jinja2
 
+from rlhf_jax.evaluators import shown
 from rlhf_jax.files import delete_line, read_json, remake, remake_config, without_rows
 from rlhf_jax.pages.drawing import drawn
 from rlhf_jax.pages.page import Json, Page, Verdict, interval, number
@@ -174,6 +175,7 @@ def _checked_view(stage: str, page: Page, folder: Path) -> Json:
 def _stage_view(stage: str, page: Page, folder: Path) -> Json:
     """Everything the template needs to know about one stage."""
     rows, evaluation, done, samples = _read_stage(page, folder)
+    page = shown(page, evaluation or {})
     figures, absent = drawn(page.draw, stage, rows, evaluation or {})
     holes = {
         name: sum(row.get(name, 0) is None for row in rows)

@@ -7,12 +7,10 @@ parallelism. Read ``checkpoint.py`` next.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.ops import cpu
 from rlhf_jax.ops.layout import BATCH_AXES
 from rlhf_jax.optim import path_of
 
@@ -212,22 +211,12 @@ def compile_step(
         results = compiled(*args)
         if traced:
             traced.clear()
-            _give_back_freed_memory()
+            cpu.give_back_freed_memory()
         return results
 
     if backend == 'jit':
         run.lower = compiled.lower
     return run
-
-
-def _give_back_freed_memory() -> None:
-    """Hands what XLA's compiler has freed back to the system. glibc keeps it, some
-    hundred MiB for a step of a few layers.
-    """
-    if sys.platform == 'linux':
-        trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc alone has it
-        if trim is not None:
-            trim(0)
 
 
 def _compile_jit(

@@ -13,7 +13,7 @@ from rlhf_jax.algos.rollout import policy_logprobs
 from rlhf_jax.continuous_batching import generate_continuously
 from rlhf_jax.generate import draw_from, generate, sample_tokens, sampling
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.ops import logprobs
+from rlhf_jax.ops import cpu
 from rlhf_jax.ops.stop_table import stop_table
 
 V = 8  # vocabulary of the table policies
@@ -348,7 +348,7 @@ def test_a_large_vocabulary_read_by_its_tokens_changes_nothing(
     for function in (generate, functools.partial(generate_continuously, num_rows=3)):
         expected = jax.jit(functools.partial(function, **parts))(*args)
         with monkeypatch.context() as context:
-            context.setattr(logprobs, 'LARGE_VOCABULARY', 1)
+            context.setattr(cpu, 'LARGE_VOCABULARY', 1)
             written = jax.jit(functools.partial(function, **parts))(*args)
         np.testing.assert_array_equal(written.tokens, expected.tokens)
         np.testing.assert_allclose(written.logprobs, expected.logprobs, atol=2e-5)

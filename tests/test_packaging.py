@@ -13,7 +13,8 @@ import pytest
 from tests.small_config import ROOT
 
 PACKAGE = ROOT / 'rlhf_jax'
-COMMANDS = ('rlhf-jax', 'rlhf-jax-sample', 'rlhf-jax-export')
+COMMANDS = ('rlhf-jax',)
+COMMANDS += tuple(f'rlhf-jax-{x}' for x in ('sample', 'export', 'label', 'agreement'))
 
 
 def _setup(name):

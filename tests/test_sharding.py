@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import sharding
 from rlhf_jax.algos.ensemble import ensemble_rm_step, stack_batches, stack_members
 from rlhf_jax.algos.estimators import dapo
 from rlhf_jax.algos.policy_gradient import PolicyHParams, policy_step, prepare_policy
@@ -20,7 +19,7 @@ from rlhf_jax.algos.ppo import ActorCritic, PPOHParams, ppo_step, prepare
 from rlhf_jax.algos.rm import RMHParams, rm_step
 from rlhf_jax.algos.rollout import policy_logprobs, response_logprobs
 from rlhf_jax.algos.sft import SFTHParams, sft_step
-from rlhf_jax.ops import logprobs
+from rlhf_jax.ops import cpu, logprobs
 from rlhf_jax.optim import OptimConfig, actor_critic_optimizer, make_optimizer
 from rlhf_jax.sharding import (
     ParallelConfig,
@@ -106,7 +105,7 @@ def test_sft_step_agrees_with_one_device(
 
     one = run(None)
     if by_blocks:
-        monkeypatch.setattr(logprobs, 'MAX_SUM_LOGITS_ON_CPU', 1)
+        monkeypatch.setattr(cpu, 'MAX_SUM_LOGITS', 1)
         rows = token_batch.tokens.shape[0] // (LAYOUTS[layout][1] * _split(layout))
         monkeypatch.setattr(logprobs, 'MIN_SUM_TOKENS', 2 * rows)
     _assert_same(one, run(layout))
@@ -306,9 +305,7 @@ def _ppo_state(policy_params, critic_params, tx):
 @pytest.mark.parametrize('backend', ['jit', 'pmap'])
 def test_freed_memory_is_given_back_behind_every_compilation(backend, monkeypatch):
     given_back = []
-    monkeypatch.setattr(
-        sharding, '_give_back_freed_memory', lambda: given_back.append(True)
-    )
+    monkeypatch.setattr(cpu, 'give_back_freed_memory', lambda: given_back.append(True))
     mesh = make_mesh(ParallelConfig(backend=backend))
     step = compile_step(
         lambda x: x + 1,
@@ -339,7 +336,7 @@ def test_what_is_freed_below_something_in_use_is_given_back():
     for block in blocks[:-1]:
         libc.free(block)
     before = resident()
-    sharding._give_back_freed_memory()
+    cpu.give_back_freed_memory()
     assert before - resident() > 150  # of 200 MiB
     libc.free(blocks[-1])
 

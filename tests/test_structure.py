@@ -31,7 +31,7 @@ BESIDE = {
     'datasets': {'config', 'data', 'files', 'labels', 'ops', 'types', 'verify'},
     'labels': {'config', 'data', 'files', 'ranges', 'types'},
     'pages': {'responses'},
-    'report': {'files', 'pages', 'stages'},
+    'report': {'evaluators', 'files', 'pages', 'stages'},
     'metrics': {'config', 'files', 'types'},
     'optim': {'types', 'ranges'},
     'sharding': {'optim', 'ops', 'types'},
@@ -49,10 +49,12 @@ def _allowed():
         below |= names
     for name, may in BESIDE.items():
         table[name] = may | {name}
+    table['evaluators'] = below | {'evaluators', 'pages'}
     # The only ones that see both the ladder and what stands beside it.
-    everything = below | set(BESIDE) | {'stages'}
+    everything = below | set(BESIDE) | {'evaluators', 'stages'}
     table['stages'] = everything
-    commands = {'main', 'sample', 'export', 'scripts', 'workdir', 'command_line'}
+    commands = {'main', 'sample', 'export', 'label', 'agreement', 'scripts'}
+    commands |= {'workdir', 'command_line'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names
@@ -104,7 +106,7 @@ TRAINING = 'loop offline reward_function rollouts sampler scoring sources watchi
 @pytest.mark.parametrize('name', TRAINING.split())
 def test_training_knows_nothing_of_evaluation_and_report(name):
     for found, line in _imports(PACKAGE / 'stages' / f'{name}.py'):
-        for other in ('evals', 'pages', 'report', 'stages.evaluation'):
+        for other in ('evals', 'evaluators', 'pages', 'report', 'stages.evaluation'):
             place = f'{name}.py:{line} imports {found}'
             assert not found.startswith(f'rlhf_jax.{other}'), place
 
@@ -172,6 +174,16 @@ def test_the_pure_parts_read_no_config_and_touch_no_disk(path):
             assert called not in calls, f'{path}:{node.lineno} calls {called}'
             if called == 'get_backend':  # where no mesh says it
                 assert path == PACKAGE / 'ops/layout.py', f'{path}:{node.lineno}'
+
+
+def test_one_file_has_what_is_for_cpus_alone():
+    """Nothing else in a program asks whether it is for one."""
+    door = PACKAGE / 'ops/cpu.py', PACKAGE / 'ops/layout.py'  # layout.platform says it
+    programs = [path for path in FILES if _part(path) in PURE | {'sharding'}]
+    for path in {*programs} - {*door}:
+        for node in ast.walk(_tree(path)):
+            is_asked = isinstance(node, ast.Constant) and node.value == 'cpu'
+            assert not is_asked, f'{path}:{node.lineno}; see ops/cpu.py'
 
 
 @pytest.mark.parametrize('path', FILES, ids=NAMES)

@@ -2,7 +2,9 @@
 
     demonstration   prompt + completion · messages · the chosen side of a comparison
     conversation    a demonstration in messages, all of whose assistant turns count
-    comparison      prompt + chosen + rejected · chosen + rejected as conversations
+    comparison      prompt + chosen + rejected · chosen + rejected as conversations;
+                    perhaps margin, and either probability (that chosen is the better
+                    one, 0 to 1) or tie: true (judged equal)
     unpaired        a demonstration + label: true (or 1) desirable, false (or 0) not
     prompt          any record with a prompt
     text            text
@@ -34,16 +36,6 @@ from rlhf_jax.ranges import LARGEST_SCORE
 FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
 GOLD = ('gold_chosen', 'gold_rejected')  # true rewards, which are never learned from
 TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
-
-
-# What the records of a stage can be read as, by what they hold.
-READABLE_AS = {
-    'demonstrations': ('demonstrations', 'responses', 'prompts'),
-    'comparisons': ('comparisons', 'responses', 'unpaired', 'prompts'),
-    'rankings': ('rankings', 'prompts'),
-    'ratings': ('ratings', 'prompts'),
-    'prompts': ('prompts',),
-}
 
 
 class BadRecord(ValueError):
@@ -94,6 +86,9 @@ class Judged:
     where: str
     templated: bool = False
     margin: float = 0.0  # demanded score difference, 0 where labellers gave none
+    # Of a comparison: that the chosen completion is the better one; ½ where it is tied
+    probability: float = 1.0
+    tied: bool = False
 
     @property
     def texts(self) -> dict[str, str]:
@@ -135,10 +130,16 @@ def to_demonstration(
 
     Raises:
         BadRecord: a field is missing, of the wrong type or empty, or the conversation
-            does not end in an assistant turn.
+            does not end in an assistant turn; a comparison whose chosen answer is
+            judged the worse one.
         ValueError: messages, and the tokenizer has no chat template.
     """
     name = answer_field(record)
+    if name == 'chosen' and (probability := how_sure(record)[0]) < 0.5:
+        raise BadRecord(
+            f'{record.where}: chosen is the worse answer (probability '
+            f'{probability:g}); swap chosen and rejected, or leave it out'
+        )
     prompt, completion, templated = prompt_and_answer(record, tokenizer, name)
     return Demonstration(prompt, completion, record.where, templated)
 
@@ -178,7 +179,8 @@ def to_comparison(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> J
 
     Raises:
         BadRecord: a field is missing, of the wrong type or empty, both answers are
-            equal, or they answer different prompts.
+            equal, or they answer different prompts, a probability is none, or stands
+            beside a tie.
         ValueError: messages, and the tokenizer has no chat template.
     """
     fields = record.present
@@ -191,9 +193,37 @@ def to_comparison(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> J
     margin = number_of(record, 'margin', fields.get('margin', 0.0))
     for name in GOLD:
         number_of(record, name, fields.get(name, 0.0))
-    meta = other_fields(fields, 'margin')
+    probability, tied = how_sure(record)
+    meta = other_fields(fields, 'margin', 'probability', 'tie')
     sides = {'chosen': chosen, 'rejected': rejected}
-    return Judged(prompt, sides, None, meta, record.where, templated, margin)
+    how = margin, probability, tied
+    return Judged(prompt, sides, None, meta, record.where, templated, *how)
+
+
+def how_sure(record: SourceRecord) -> tuple[float, bool]:
+    """The probability that the chosen answer is the better one (1 where none is given,
+    ½ of a tie), and whether both were judged equal.
+
+    Raises:
+        BadRecord: ``tie`` is neither true nor false, or ``probability`` is no number
+            from 0 to 1, or stands beside a tie.
+    """
+    fields = record.present
+    tie = fields.get('tie', False)
+    if not isinstance(tie, bool):
+        raise BadRecord(f'{record.where}: tie is {tie!r:.80}; use true or false')
+    if tie and 'probability' in fields:
+        raise BadRecord(
+            f'{record.where}: a tie has no probability; leave one of both out'
+        )
+    given = fields.get('probability', 0.5 if tie else 1.0)
+    probability = number_of(record, 'probability', given)
+    if not 0 <= probability <= 1:
+        raise BadRecord(
+            f'{record.where}: probability is {probability:g}; it is that of chosen '
+            'being the better one, from 0 to 1'
+        )
+    return probability, tie
 
 
 def to_unpaired(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Judged:

@@ -136,13 +136,18 @@ def mean_interval(values: np.ndarray) -> list[float]:
     return [float(interval.low), float(interval.high)]
 
 
+def outcomes(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """1 where ``after`` scores higher, ½ for a tie, else 0."""
+    return np.where(after > before, 1.0, np.where(after == before, 0.5, 0.0))
+
+
 def win_rate(after: np.ndarray, before: np.ndarray) -> tuple[float, list[float], float]:
     """Share of prompts on which ``after`` scores higher, ties counted as half.
 
     Returns:
         (win rate, 95% bootstrap interval over prompts, share of ties).
     """
-    outcome = np.where(after > before, 1.0, np.where(after == before, 0.5, 0.0))
+    outcome = outcomes(after, before)
     ties = float((after == before).mean())
     return float(outcome.mean()), mean_interval(outcome), ties
 

@@ -25,6 +25,7 @@ from rlhf_jax.data import sources
 from rlhf_jax.files import named_path
 
 COMPARE = Path(__file__).with_name('judge_compare.txt')
+PRINCIPLE = Path(__file__).with_name('judge_principle.txt')
 RATE = Path(__file__).with_name('judge_rate.txt')
 PLACES = ('prompt', 'first', 'second', 'response', 'principle')
 _PLACE = re.compile('{(' + '|'.join(PLACES) + ')}')

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from rlhf_jax.config import nearest
 
 Response = Mapping[str, Any]
-Pair = tuple[Response, Response]
+Drawn = tuple[Response, ...]
 Rule = Literal['random', 'near', 'far', 'uncertain', 'best_and_worst']
 
 
@@ -40,39 +41,42 @@ def group(responses: Iterable[Response]) -> Groups:
     return Groups(groups, total - sum(map(len, groups)))
 
 
-def draw_pairs(
+def draw(
     groups: Sequence[Sequence[Response]],
     rng: np.random.Generator,
     *,
+    size: int = 2,
     rule: Rule = 'random',
     score: str | None = None,
     per_prompt: int = 1,
     limit: int | None = None,
-) -> list[Pair]:
-    """Pairs of different responses to the same prompt.
+) -> list[Drawn]:
+    """Pairs of different responses to the same prompt, or sets of another size.
 
     Args:
-        groups: the different responses to every prompt; of one alone there is no pair.
+        groups: the different responses to every prompt; where there are fewer than
+            ``size``, nothing is drawn.
         rng: draws the pairs of 'random', and everywhere which response is the first.
+        size: responses that are drawn together; other than 2 for 'random' alone.
         rule: 'random'; 'near' and 'far' by the difference of a score; 'uncertain' by
             the standard deviation of that difference over an ensemble's members;
             'best_and_worst' of every prompt by a score.
         score: the name of the score; not for 'random'.
-        per_prompt: pairs of a prompt at most, all different.
-        limit: pairs of all prompts together at most, the first by the same rule; None
+        per_prompt: sets of a prompt at most, all different.
+        limit: sets of all prompts together at most, the first by the same rule; None
             for all of them.
 
     Returns:
-        The pairs, by prompt in the order of the groups.
+        The pairs or sets, by prompt in the order of the groups.
 
     Raises:
         ValueError: a response without the score.
     """
-    ranked: list[tuple[float, int, Pair]] = []  # how early, number of the prompt, pair
+    ranked: list[tuple[float, int, Drawn]] = []  # how early, number of the prompt, set
     for number, responses in enumerate(groups):
-        if len(responses) < 2:
+        if len(responses) < size:
             continue
-        for cost, pair in _of_prompt(responses, rng, rule, score, per_prompt):
+        for cost, pair in _of_prompt(responses, rng, size, rule, score, per_prompt):
             ranked.append((cost, number, pair))
     if limit is not None and len(ranked) > limit:
         if rule == 'random':
@@ -86,18 +90,18 @@ def draw_pairs(
 def _of_prompt(
     responses: Sequence[Response],
     rng: np.random.Generator,
+    size: int,
     rule: Rule,
     score: str | None,
     count: int,
-) -> list[tuple[float, Pair]]:
+) -> list[tuple[float, Drawn]]:
     """Pairs of one prompt, with a number that is lowest for those wanted most."""
-    size = len(responses)
     if rule == 'random':
-        pairs: dict[frozenset[int], tuple[int, int]] = {}
-        while len(pairs) < min(count, size * (size - 1) // 2):
-            one, other = rng.choice(size, 2, replace=False).tolist()
-            pairs.setdefault(frozenset((one, other)), (one, other))
-        return [(0.0, (responses[i], responses[j])) for i, j in pairs.values()]
+        sets: dict[frozenset[int], list[int]] = {}
+        while len(sets) < min(count, math.comb(len(responses), size)):
+            chosen = rng.choice(len(responses), size, replace=False).tolist()
+            sets.setdefault(frozenset(chosen), chosen)
+        return [(0.0, tuple(responses[i] for i in one)) for one in sets.values()]
     prefix = 'members' if rule == 'uncertain' else 'score'
     values = np.asarray([_value(r, prefix, score) for r in responses], np.float64)
     if rule == 'best_and_worst':
@@ -107,7 +111,7 @@ def _of_prompt(
         pair = (responses[best], responses[worst])
         return [(values[worst] - values[best], _turned(pair, rng))]
     costs = []
-    for i, j in itertools.combinations(range(size), 2):
+    for i, j in itertools.combinations(range(len(responses)), 2):
         gap = values[i] - values[j]
         cost = {
             'near': lambda gap: abs(gap),
@@ -122,7 +126,7 @@ def _of_prompt(
     ]
 
 
-def _turned(pair: Pair, rng: np.random.Generator) -> Pair:
+def _turned(pair: Drawn, rng: np.random.Generator) -> Drawn:
     return pair if rng.random() < 0.5 else (pair[1], pair[0])
 
 

@@ -82,7 +82,7 @@ class TransformerConfig:
     num_stacked: int | None = None
     # Fused projections: one kernel for queries, keys and values, and one for gate and
     # up, see models.heads.fuse_projections.
-    joined: bool = False
+    fused: bool = False
 
     def __post_init__(self) -> None:
         # A config that comes back from JSON holds lists and dicts.

@@ -181,7 +181,7 @@ def fuse_projections(model: Model, params: Params) -> tuple[Model, Params]:
         if model.config.gated_mlp:
             layer['mlp'] = fuse(layer['mlp'], ('gate', 'up'), -1)
         backbone[f'layers_{i}'] = layer
-    config = dataclasses.replace(model.config, joined=True)
+    config = dataclasses.replace(model.config, fused=True)
     return model.clone(config=config), {**params, 'backbone': backbone}
 
 

@@ -17,7 +17,7 @@ from flax import struct
 
 from rlhf_jax.models.attention import attend
 from rlhf_jax.models.config import RopeScaling, TransformerConfig
-from rlhf_jax.ops.layout import platform
+from rlhf_jax.ops import cpu
 from rlhf_jax.ops.linear import linear
 from rlhf_jax.ops.memory import recomputed
 from rlhf_jax.types import Array
@@ -55,14 +55,14 @@ def rope_frequencies(
 def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     """cos and sin of position·frequency, [B, T] → [B, T, 1, R/2] each."""
     angles = positions.astype(jnp.float32).reshape(-1, 1) * frequencies
-    tables = jnp.cos(angles), jnp.sin(angles)
-    if platform() == 'cpu':
-        # XLA fuses a cosine into each of its uses and would compute the tables anew in
-        # every layer, for every head. It does not fuse through a gather.
-        every = jnp.arange(positions.size)
-        tables = tuple(table[every] for table in tables)
+    tables = _computed_once(jnp.cos(angles), jnp.sin(angles))
     cos, sin = (table.reshape(*positions.shape, 1, -1) for table in tables)
     return cos, sin
+
+
+@cpu.on_cpu(cpu.computed_once)
+def _computed_once(*tables: Array) -> tuple[Array, ...]:
+    return tables
 
 
 def rope(x: Array, tables: tuple[Array, Array]) -> Array:
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         """
         cfg = self.config
         asking = slice(None if self.last is None else -self.last, None)
-        if cfg.joined:
+        if cfg.fused:
             ends = cfg.num_heads, cfg.num_heads + cfg.num_kv_heads
             heads = ends[1] + cfg.num_kv_heads
             qkv = self._project('query_key_value', heads, x)
@@ -242,7 +242,7 @@ class MLP(nn.Module):
             hidden = activate(first)
             return linear(hidden if up is None else hidden * up, kernel)
 
-        if cfg.gated_mlp and cfg.joined:
+        if cfg.gated_mlp and cfg.fused:
             first, up = jnp.split(project('gate_up', 2 * cfg.mlp_width), 2, axis=-1)
         elif cfg.gated_mlp:
             up = project('up', cfg.mlp_width)

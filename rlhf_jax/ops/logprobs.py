@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.ops.layout import batch_shards, platform
+from rlhf_jax.ops import cpu
+from rlhf_jax.ops.layout import batch_shards
 from rlhf_jax.ops.linear import kernel_gradient, linear
 from rlhf_jax.ops.memory import after
 from rlhf_jax.types import Array
@@ -24,15 +25,10 @@ from rlhf_jax.types import Array
 MAX_LOGITS = 2**26
 # The same for the blocks of a sum, which recompute nothing. Every block adds to the
 # gradient of W, all of which is read and written for it: few tokens would not pay.
-MAX_SUM_LOGITS, MAX_SUM_LOGITS_ON_CPU, MIN_SUM_TOKENS = 2**27, 2**23, 128
-# In so many turns a CPU adds a block's part of the gradient of W.
-PARTS_ON_CPU = 4
+MAX_SUM_LOGITS, MIN_SUM_TOKENS = 2**27, 128
 # The logit of an id that no tokenizer has: exp gives exactly 0, and unlike −∞ it has a
 # product with 0.
 NO_TOKEN = -1e9
-# From so many tokens on, and for so many rows at most, a CPU has better code if W is
-# there as [V, D].
-LARGE_VOCABULARY, ROWS_BY_TOKENS = 2**14, 16
 
 
 def token_logprobs(
@@ -141,8 +137,7 @@ def logprob_sum(
     """
     batch, vocabulary = hidden.shape[0], unembedding.shape[-1]
     if max_logits is None:
-        on_cpu = platform() == 'cpu'
-        max_logits = MAX_SUM_LOGITS_ON_CPU if on_cpu else MAX_SUM_LOGITS
+        max_logits = cpu.MAX_SUM_LOGITS if cpu.is_target() else MAX_SUM_LOGITS
         max_logits = max(max_logits, MIN_SUM_TOKENS * vocabulary)
     largest = _block_length(batch, vocabulary, max_logits)
     rows = hidden[:, :-1], tokens[:, 1:], weights[:, 1:]
@@ -228,22 +223,10 @@ def _block_gradient(
     return jnp.sum(logprobs * weights), d_states, d_logits
 
 
+@cpu.on_cpu(cpu.add_gradient)
 def _add_gradient(total: Array, states: Array, d_logits: Array) -> Array:
-    """total + statesᵀ·d_logits. A CPU writes a product out before it adds it: there a
-    few columns of the states are taken at a time.
-    """
-    width = total.shape[0]
-    if platform() != 'cpu' or width % PARTS_ON_CPU:
-        return total + kernel_gradient(states, d_logits).astype(total.dtype)
-    size = width // PARTS_ON_CPU
-
-    def add(part: Array, total: Array) -> Array:
-        columns = jax.lax.dynamic_slice_in_dim(states, part * size, size, axis=1)
-        rows = jax.lax.dynamic_slice_in_dim(total, part * size, size)
-        rows += kernel_gradient(columns, d_logits).astype(total.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(total, rows, part * size, axis=0)
-
-    return jax.lax.fori_loop(0, PARTS_ON_CPU, add, total)
+    """total + statesᵀ·d_logits."""
+    return total + kernel_gradient(states, d_logits).astype(total.dtype)
 
 
 def _flat(states: Array) -> Array:
@@ -321,9 +304,6 @@ def logits_fn(
 ) -> Callable[[Array], Array]:
     """:func:`logits_of` for a loop that reads the same matrix over and over.
 
-    On a CPU, for few rows and a large vocabulary, it is turned to [V, D] once, before
-    the loop; a tied one lies like that already. XLA's library reads that faster.
-
     Args:
         unembedding: [D, V].
         softcap: as in :func:`token_logprobs`.
@@ -333,21 +313,14 @@ def logits_fn(
     Returns:
         A function of states [B, D] to logits [B, V] float32.
     """
-    few = 1 < rows <= ROWS_BY_TOKENS and unembedding.shape[1] >= LARGE_VOCABULARY
-    if not few or platform() != 'cpu':
-        return lambda states: logits_of(states, unembedding, softcap, num_tokens)
-    turned = unembedding.T
+    product = _repeated_product(unembedding, rows)
+    return lambda states: _of_tokens(soft_cap(product(states), softcap), num_tokens)
 
-    def by_tokens(states: Array) -> Array:
-        kernel = turned.astype(states.dtype)
-        columns = jnp.einsum(
-            'vd,bd->vb', kernel, states, preferred_element_type=jnp.float32
-        )
-        # The barrier keeps XLA from making it states·W again.
-        logits = soft_cap(jax.lax.optimization_barrier(columns).T, softcap)
-        return _of_tokens(logits, num_tokens)
 
-    return by_tokens
+@cpu.on_cpu(cpu.repeated_product)
+def _repeated_product(unembedding: Array, rows: int) -> Callable[[Array], Array]:
+    """states [rows, D] ↦ states·W [rows, V] float32."""
+    return lambda states: linear(states, unembedding.astype(states.dtype), jnp.float32)
 
 
 def _score(

@@ -11,30 +11,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from rlhf_jax.ops.layout import platform
+from rlhf_jax.ops import cpu
 from rlhf_jax.types import Array
 
 
+@cpu.on_cpu(cpu.after)
 def after(tree: Any, signal: Array) -> Any:
     """Returns ``tree``, but nothing computed from it starts before ``signal`` is known.
-
-    XLA's compiler for CPUs schedules operations without pending inputs first, and
-    removes optimization barriers before scheduling. So 0·signal is added there, which
-    XLA cannot remove, because 0·∞ is not 0.
 
     Args:
         tree: arrays.
         signal: finite, at least one entry.
 
     Returns:
-        ``tree``; nan where ``signal`` begins with a number that is not finite.
+        ``tree``; on a CPU nan where ``signal`` begins with a number that is not finite.
     """
-    if platform() != 'cpu':
-        return jax.lax.optimization_barrier((tree, signal))[0]
-    zero = 0 * signal.ravel()[0]
-    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+    return jax.lax.optimization_barrier((tree, signal))[0]
 
 
 def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
@@ -59,23 +52,7 @@ def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
     return call
 
 
-@jax.custom_vjp
+@cpu.on_cpu(cpu.look_up)
 def look_up(table: Array, indices: Array) -> Array:
-    """Rows of a table, [V, D] and [...] integer → [..., D].
-
-    The zeros that its gradient is added to are allocated at the end of the backward
-    pass. XLA's compiler for CPUs would allocate them first and hold them throughout.
-    """
+    """Rows of a table, [V, D] and [...] integer → [..., D]."""
     return table[indices]
-
-
-def _look_up_forward(table: Array, indices: Array) -> tuple[Array, tuple[Array, Array]]:
-    return table[indices], (table, indices)
-
-
-def _look_up_backward(saved: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
-    table, indices = saved
-    return after(jnp.zeros_like(table), d_rows).at[indices].add(d_rows), None
-
-
-look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import files, sharding
+from rlhf_jax import evaluators, files, sharding
 from rlhf_jax.data import pipeline
 from rlhf_jax.data.joining import decode_behind
 from rlhf_jax.evals import policy as policy_eval
@@ -72,9 +72,11 @@ def check_evaluation(
 
     Raises:
         ValueError: rows that do not divide over the devices, a base that is no policy,
-            or a gold reward that cannot score.
+            a gold reward that cannot score, or an evaluator that cannot measure.
     """
     where = f'config.{stage}'
+    has_gold = settings.gold is not None
+    evaluators.check(settings.evaluators, f'{where}.evaluators', has_gold)
     sharding.check_batch_size(
         settings.eval_batch_size, run.mesh, where, name='eval_batch_size'
     )
@@ -82,7 +84,7 @@ def check_evaluation(
         base = check_policy(run, f'{where}.base', settings.base)
         check_positions(run, f'{where}.base', base, settings)
     scorers = {**rewards, **(others or {})}
-    if settings.gold is not None:
+    if has_gold:
         longest = settings.prompt_buckets[-1] + settings.max_new_tokens
         scorers[GOLD] = scoring.check_reward(
             run, f'{where}.gold', settings.gold, longest, scored
@@ -113,7 +115,8 @@ def evaluate_policy(
         scorers: of ``job.scorers``.
 
     Returns:
-        The fields of ``evals.policy.policy_report``; ``samples.jsonl`` is written.
+        The fields of ``evals.policy.policy_report`` and those of the evaluators;
+        ``samples.jsonl`` is written.
     """
     before, after = (frozen(run, policy, params) for params in (before, after))
     statistics = _statistics(run, job, policy, before)
@@ -138,12 +141,13 @@ def evaluate_policy(
     both = sampled(before), sampled(after)
     path = run.stage_dir(job.stage) / 'samples.jsonl'
     files.write_rows(path, _sample_rows(job, *both))
-    report = policy_eval.policy_report(*both, job.weights)
-    return {
-        **report,
+    report = {
+        **policy_eval.policy_report(*both, job.weights),
         'expected_win_rate': job.settings.expected_win_rate,
         'needs_end': job.needs_end,
     }
+    names, where = job.settings.evaluators, f'config.{job.stage}.evaluators'
+    return evaluators.measure(names, report, *both, job.weights, where=where)
 
 
 def _statistics(run: Run, job: Evaluation, policy: CausalLM, ref_params: Params) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,28 +20,12 @@ from rlhf_jax.data.joining import decode_behind, find_joint, last_id, open_promp
 from rlhf_jax.data.tokenizer import check_vocabulary
 from rlhf_jax.labels.judge import JudgePrompt
 from rlhf_jax.ops.rows import pad_left, pad_right
-from rlhf_jax.ranges import above, at_least
 from rlhf_jax.sharding import check_batch_size
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.sampler import make_sampler
-from rlhf_jax.stages.settings import LENGTHS, ModelName, SamplerSettings
+from rlhf_jax.stages.settings import QuestionSettings, SamplerSettings
 from rlhf_jax.stages.sources import check_policy, frozen, load_policy
 from rlhf_jax.types import JudgedBatch, PRNGKey, PromptBatch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeHParams:
-    """A language model that judges."""
-
-    judge: ModelName
-    prompt_file: str | None = None  # None for that of the package
-    # 'chat': the filled prompt is a user's turn, in the judge's chat template
-    prompt_format: Literal['text', 'chat'] = 'text'
-    # tokens of a filled prompt with its label, without what is written at {reasoning}
-    judge_buckets: Annotated[tuple[int, ...], LENGTHS] = (512,)
-    judge_batch_size: Annotated[int, at_least(1)] = 16  # filled prompts at a time
-    max_reasoning_tokens: Annotated[int, at_least(1)] = 256
-    reasoning_temperature: Annotated[float, above(0)] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +33,41 @@ class Judge:
     """A checked judge; its model is not loaded yet."""
 
     where: str
-    hp: JudgeHParams
+    model: str
+    hp: QuestionSettings
     prompt: JudgePrompt
     tokenizer: Any
     labels: tuple[str, ...]
 
 
 def check_judge(
-    run: Run, where: str, hp: JudgeHParams, prompt: JudgePrompt, labels: Sequence[str]
+    run: Run,
+    where: str,
+    model: str,
+    hp: QuestionSettings,
+    prompt: JudgePrompt,
+    labels: Sequence[str],
 ) -> Judge:
     """Checks a judge before anything compiles.
+
+    Args:
+        run: the run.
+        where: the place of its settings in the config.
+        model: a ``ModelName``.
+        hp: how it is asked.
+        prompt: what it is asked.
+        labels: what it may say, which are different texts.
 
     Raises:
         ValueError: no language model, labels that its tokenizer does not tell apart, or
             buckets beyond its positions.
     """
-    source = check_policy(run, f'{where}.judge', hp.judge)
+    source = check_policy(run, where, model)
     tokenizer, config = source.tokenizer or run.tokenizer, source.config()
     check_vocabulary(tokenizer, config.vocab_size)
     if jax.process_count() > 1:
         raise ValueError(
-            f'{where}.judge reads texts, which one process alone can do, and this run '
+            f'{where} reads texts, which one process alone can do, and this run '
             f'has {jax.process_count()}'
         )
     check_batch_size(hp.judge_batch_size, run.mesh, where)
@@ -78,12 +76,12 @@ def check_judge(
     if not all(ids) or len(set(map(tuple, ids))) < len(ids) or unknown in sum(ids, []):
         shown = ', '.join(f'{text!r}: {row}' for text, row in zip(labels, ids))
         raise ValueError(
-            f'{where}: the tokenizer of {hp.judge!r} does not tell the labels apart '
+            f'{where}: the tokenizer of {model!r} does not tell the labels apart '
             f'(ids {shown}); use other labels'
         )
     if hp.prompt_format == 'chat' and tokenizer.chat_template is None:
         raise ValueError(
-            f"{where}.prompt_format='chat', but the tokenizer of {hp.judge!r} has no "
+            f"{where}.prompt_format='chat', but the tokenizer of {model!r} has no "
             "chat template; use 'text'"
         )
     longest = hp.judge_buckets[-1]
@@ -92,12 +90,12 @@ def check_judge(
     if longest > config.max_positions:
         raise ValueError(
             f'{where}: {longest} tokens of a filled prompt exceed the '
-            f'{config.max_positions} positions of {hp.judge!r}; shorten judge_buckets'
+            f'{config.max_positions} positions of {model!r}; shorten judge_buckets'
         )
-    return Judge(where, hp, prompt, tokenizer, tuple(labels))
+    return Judge(where, model, hp, prompt, tokenizer, tuple(labels))
 
 
-# (values of the places of each filled prompt) -> log-probabilities [N, K], texts of the
+# (values of the places of each filled prompt) -> probabilities [N, K], texts of the
 # reasoning or None
 Ask = Callable[[Sequence[dict[str, str]]], tuple[np.ndarray, list[str] | None]]
 
@@ -107,10 +105,10 @@ def load_judge(run: Run, judge: Judge, key: PRNGKey) -> Ask:
 
     Returns:
         A function of the values of the places, one dict per question; it gives the
-        log-probability of every label, normalised over the labels, [N, K] float64, and
+        probability of every label, normalised over the labels, [N, K] float64, and
         what was written at ``{reasoning}``, None where the prompt file has none.
     """
-    model, params = load_policy(run, judge.hp.judge, key)
+    model, params = load_policy(run, judge.model, key)
     params = frozen(run, model, params)
     sums = run.compile(
         lambda params, batch: reference_logps(params, batch, model=model)['ref_logps'],
@@ -190,8 +188,22 @@ def _likelihoods(
             weight=np.ones(size, np.float32),
         )
         logps = np.asarray(sums(params, batch), np.float64)[: len(part)]
-        found.append(logps - np.logaddexp.reduce(logps, axis=1, keepdims=True))
+        found.append(_shares(logps, labels[: len(judge.labels)]))
     return np.concatenate(found) if found else np.zeros((0, len(judge.labels)))
+
+
+def _shares(logps: np.ndarray, labels: list[list[int]]) -> np.ndarray:
+    """Probabilities [N, K] of labels, of which one may begin with another: what is said
+    of ' 1' does not include ' 10'.
+    """
+    said = np.exp(logps - logps.max(1, keepdims=True))
+    only = said.copy()
+    for i, short in enumerate(labels):
+        for j, long in enumerate(labels):
+            if len(long) > len(short) and long[: len(short)] == short:
+                only[:, i] -= said[:, j]
+    only = only.clip(min=0)
+    return only / only.sum(1, keepdims=True)
 
 
 def _reasoner(

@@ -17,8 +17,12 @@ import numpy as np
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
-from rlhf_jax.labels.pairs import Rule, draw_pairs, group
-from rlhf_jax.labels.records import Item, Label, to_row
+from rlhf_jax.labels.aggregation import Method
+from rlhf_jax.labels.judge import flat
+from rlhf_jax.labels.outcomes import to_records
+from rlhf_jax.labels.pairs import Rule, draw, group
+from rlhf_jax.labels.records import Item, to_row
+from rlhf_jax.labels.store import ITEMS
 from rlhf_jax.pages.page import Page, Verdict, number
 from rlhf_jax.ranges import at_least
 from rlhf_jax.stages.kinds import Choice, Makes
@@ -27,7 +31,7 @@ from rlhf_jax.stages.run import RECORDS, Result, Run
 from rlhf_jax.stages.settings import DataSpec
 
 PICK = 16  # a purpose folded into the stage's key
-ITEMS, LABELS = 'items.jsonl', 'labels.jsonl'
+LABELS = 'labels.jsonl'
 SHOWN = 16  # comparisons in samples.jsonl
 SIDES = ('chosen', 'rejected')
 
@@ -44,8 +48,10 @@ class LabelSettings:
     score: str | None = (
         None  # of the responses, for the other rules: NAME of score_NAME
     )
-    pairs: Annotated[int, at_least(1)] = 1  # of a prompt at most
-    limit: Annotated[int | None, at_least(1)] = None  # pairs in all
+    per_prompt: Annotated[int, at_least(1)] = 1  # items of a prompt at most
+    limit: Annotated[int | None, at_least(1)] = None  # items in all
+    # what becomes of several labels of an item, see labels/aggregation.py
+    aggregate: Method = 'share'
 
 
 SETTINGS = (LabelSettings,)
@@ -66,7 +72,7 @@ PAGE = Page(
         ('Prompts', 'prompts', ''),
         ('Comparisons', 'comparisons', ''),
         ('Labels', 'labels', ''),
-        ('Prompts whose responses are all equal', 'equal', ''),
+        ('Prompts with too few different responses', 'equal', ''),
         ('Responses that repeat one to the same prompt', 'repeated', 'left out'),
         ('Items without a comparison', 'unused', 'skipped, or both bad'),
         ('Ties', 'ties', 'of the comparisons'),
@@ -100,7 +106,7 @@ class LabelJob:
 
 def makes(settings: LabelSettings, by: Any, hp: Any) -> Makes:
     """Comparisons, rankings or ratings."""
-    return Makes(records=f'{by.form(hp)}s')
+    return Makes(records=f'{by.asks(hp).form}s')
 
 
 def reads(settings: LabelSettings, by: Any, hp: Any) -> dict[str, str]:
@@ -121,6 +127,12 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
             f'{where}.rule={settings.rule!r} and score={settings.score!r}: every rule '
             "but 'random' asks for a score of the responses"
         )
+    form, size = by.asks(hp)
+    if form != 'comparison' and settings.rule != 'random':
+        raise ValueError(
+            f'{where}.rule={settings.rule!r} draws pairs, and a {form} is asked; use '
+            "'random'"
+        )
     checked = by.check(run, where, hp)
     responses, compared = [], []
     for record in sources.read(settings.responses):
@@ -137,6 +149,11 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
             responses.append(dict(record.fields))
         else:
             compared.append(_sides(record.fields))
+    if compared and form != 'comparison':
+        raise ValueError(
+            f'{where}.responses are comparisons, and a {form} is asked; take those of '
+            'a sample stage'
+        )
     groups, repeated = group(responses)
     return LabelJob(stage, settings, by, hp, checked, groups, compared, repeated)
 
@@ -169,19 +186,21 @@ def train(run: Run, job: LabelJob) -> Result:
     clock, folder = time.monotonic(), run.stage_dir(job.stage)
     rng = np.random.default_rng([*map(int, run.key(job.stage)), PICK])
     settings, where = job.settings, f'config.{job.stage}'
-    pairs = draw_pairs(
+    form, size = job.by.asks(job.hp)
+    drawn = draw(
         job.groups,
         rng,
+        size=size,
         rule=settings.rule,
         score=settings.score,
-        per_prompt=settings.pairs,
+        per_prompt=settings.per_prompt,
         limit=settings.limit,
     )
-    pairs += [pair if rng.random() < 0.5 else pair[::-1] for pair in job.compared]
-    main = [_item(i, pair, job.by.form(job.hp)) for i, pair in enumerate(pairs)]
+    drawn += [pair if rng.random() < 0.5 else pair[::-1] for pair in job.compared]
+    main = [_item(i, responses, form) for i, responses in enumerate(drawn)]
     asked = Asked(run, where, folder, job.hp, job.checked, main, rng)
     items, labels, facts = job.by.label(asked)
-    records, used = _comparisons(pairs, main, labels)
+    records = to_records(main, labels, settings.aggregate)
     if not records:
         raise ValueError(
             f'{where}: no comparison came of {len(labels)} labels of {len(main)} items '
@@ -197,8 +216,8 @@ def train(run: Run, job: LabelJob) -> Result:
         'comparisons': len(records),
         'labels': len(labels),
         'repeated': job.repeated,
-        'equal': sum(len(group) < 2 for group in job.groups),
-        'unused': len(main) - len(used),
+        'equal': sum(len(group) < size for group in job.groups),
+        'unused': len(main) - len({row['item'] for row in records}),
         **_facts(records),
         **facts,
     }
@@ -206,69 +225,32 @@ def train(run: Run, job: LabelJob) -> Result:
     return Result(steps=0, seconds=seconds, data={}, evaluation=report)
 
 
-def _item(index: int, pair: Any, form: Any) -> Item:
-    """What is asked of a pair of responses."""
+def _item(index: int, responses: Any, form: Any) -> Item:
+    """What is asked of responses to a prompt."""
     facts = tuple(
         {k: v for k, v in response.items() if k not in ('prompt', 'completion')}
-        for response in pair
+        for response in responses
     )
     return Item(
         item=str(index),
-        prompt=pair[0]['prompt'],
-        completions=tuple(response['completion'] for response in pair),
+        prompt=responses[0]['prompt'],
+        completions=tuple(response['completion'] for response in responses),
         form=form,
         facts=facts,
-        templated=pair[0].get('templated', False) is True,
+        templated=responses[0].get('templated', False) is True,
     )
-
-
-def _comparisons(
-    pairs: list[Any], items: list[Item], labels: list[Label]
-) -> tuple[list[dict[str, Any]], set[str]]:
-    """A record per item that somebody judged, and the names of these items."""
-    said: dict[str, list[float]] = {}
-    for label in labels:
-        if label.probability is not None:
-            said.setdefault(label.item, []).append(label.probability)
-    records = [
-        _record(*pair, float(np.mean(said[item.item])), len(said[item.item]))
-        for item, pair in zip(items, pairs)
-        if item.item in said
-    ]
-    return records, said.keys() & {item.item for item in items}
-
-
-def _record(
-    first: dict[str, Any], second: dict[str, Any], probability: float, count: int
-) -> dict[str, Any]:
-    """A comparison; what was known of the responses goes along, scores by name."""
-    first_chosen = probability >= 0.5
-    chosen, rejected = (first, second) if first_chosen else (second, first)
-    row = {'prompt': chosen['prompt'], 'first_chosen': first_chosen, 'labels': count}
-    if (certainty := max(probability, 1 - probability)) < 1:
-        row['probability'] = certainty
-    for side, response in (('chosen', chosen), ('rejected', rejected)):
-        row[side] = response['completion']
-        for name, value in response.items():
-            if name.startswith('score_'):
-                row[f'{name.removeprefix("score_")}_{side}'] = value
-    if 'known' in chosen:
-        row['was_chosen'] = chosen['known']
-    for name in ('templated', 'by'):
-        if name in chosen:
-            row[name] = chosen[name]
-    return row
 
 
 def _facts(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the comparisons are like."""
-    sure = [row for row in records if row.get('probability') != 0.5]
-    certainty = [row.get('probability', 1.0) for row in records]
-    facts: dict[str, Any] = {
-        'ties': len(records) - len(sure),
-        'certainty': float(np.mean(certainty)),
-    }
+    if 'chosen' not in records[0]:
+        return {}
+    sure = [row for row in records if row.get('probability', 1.0) > 0.5]
+    sure = [row for row in sure if 'tie' not in row]
+    certainty = [row.get('probability', 1.0) for row in sure]
+    facts: dict[str, Any] = {'ties': len(records) - len(sure)}
     if sure:
+        facts['certainty'] = float(np.mean(certainty))
         longer = [len(row['chosen']) > len(row['rejected']) for row in sure]
         facts['first_chosen'] = float(np.mean([row['first_chosen'] for row in sure]))
         facts['longer_chosen'] = float(np.mean(longer))
@@ -287,12 +269,20 @@ def _has_gold(row: dict[str, Any]) -> bool:
 
 
 def _samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            'prompt': row['prompt'],
-            'response': f'better: {row["chosen"]}\nworse: {row["rejected"]}',
-            'score': row.get('probability', 1.0),
-        }
-        for row in records[:SHOWN]
-        if isinstance(row['prompt'], str)
-    ]
+    """The first comparisons, ratings or rankings, for the page."""
+    shown = []
+    for row in records[:SHOWN]:
+        text = row.get('completion')
+        if 'chosen' in row:
+            text = f'better: {row["chosen"]}\nworse: {row["rejected"]}'
+        if 'completions' in row:
+            lines = zip(row['completions'], _columns(row['ranks']))
+            text = '\n'.join(f'{rank}: {completion}' for completion, rank in lines)
+        shown.append({'prompt': flat(row['prompt']), 'response': text})
+        score = row.get('probability', row.get('rating'))
+        shown[-1] |= {} if score is None else {'score': score}
+    return shown
+
+
+def _columns(ranks: Any) -> list[Any]:
+    return ranks if isinstance(ranks, list) else list(zip(*ranks.values()))

@@ -46,6 +46,7 @@ from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
     fit,
+    how_sure,
     known_gold,
     known_kinds,
 )
@@ -331,7 +332,7 @@ def examination(
     if what == 'rankings':
         scores_of, facts = outputs(text_scores, preference.score_pairs), _ranked(data)
         return lambda params: judgements.ranking_report(
-            scores_of(params), *facts, model.heads
+            scores_of(params), *facts, model.heads, examples.columns['probability']
         )
     if what == 'ratings':
         scores_of = outputs(text_scores, preference.score_pairs)
@@ -350,6 +351,7 @@ def examination(
         lengths=np.asarray([list(map(len, e.answers)) for e in examples]),
         gold=known_gold(data.records),
         kinds=known_kinds(data.records),
+        **how_sure(examples),
     )
     if members > 1:
         return lambda params: ensemble_report(scores_of(params), report_of)

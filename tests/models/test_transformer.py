@@ -351,20 +351,20 @@ def test_the_last_places_alone_are_those_of_all(kind, config, monkeypatch):
 
 
 @pytest.mark.parametrize('config', UNROLLED)
-def test_joined_kernels_are_their_parts(config):
+def test_fused_projections_are_their_parts(config):
     model = CausalLM(config)
     params = random_params(model)
     tokens = np.random.default_rng(0).integers(0, 50, (2, 11)).astype(np.int32)
     mask = np.arange(11) >= np.array([[4], [0]])
     expected = model.apply({'params': params}, tokens, mask)
-    joined, in_one = fuse_projections(*unstack_layers(model, params, 0))
+    fused, in_one = fuse_projections(*unstack_layers(model, params, 0))
     for i in range(config.num_layers):
         layer = in_one['backbone'][f'layers_{i}']
         assert layer['attention'].keys() & {'query_kernel', 'key_kernel'} == set()
         assert ('gate_up_kernel' in layer['mlp']) == config.gated_mlp
-    out = joined.apply({'params': in_one}, tokens, mask)
+    out = fused.apply({'params': in_one}, tokens, mask)
     np.testing.assert_allclose(out[mask], expected[mask], rtol=1e-4, atol=1e-5)
-    last = joined.clone(last=1).apply({'params': in_one}, tokens, mask)
+    last = fused.clone(last=1).apply({'params': in_one}, tokens, mask)
     np.testing.assert_allclose(last[:, 0], expected[:, -1], rtol=1e-4, atol=1e-5)
 
 
@@ -416,10 +416,10 @@ def test_presets():
         presets.preset('gigantic', 512)
 
 
-@pytest.mark.parametrize('joined', [False, True])
-def test_of_an_mlp_the_products_alone_are_kept(joined):
+@pytest.mark.parametrize('fused', [False, True])
+def test_of_an_mlp_the_products_alone_are_kept(fused):
     """Gate and up, [B, T, F] each, wait for the backward pass, and no activation."""
-    config = dataclasses.replace(ROPE, joined=joined)
+    config = dataclasses.replace(ROPE, fused=fused)
     mlp, x = MLP(config), jnp.ones((2, 5, config.width))
     params = jax.jit(mlp.init)(jax.random.PRNGKey(0), x)
     _, pull = jax.vjp(mlp.apply, params, x)

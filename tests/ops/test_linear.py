@@ -1,6 +1,5 @@
 """The matrix product against JAX's own, forward and backward."""
 
-import importlib
 import re
 
 import jax
@@ -8,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.linear import FEW_ROWS, linear
+from rlhf_jax.ops import cpu
+from rlhf_jax.ops.cpu import FEW_ROWS
+from rlhf_jax.ops.linear import linear
 
 
 def _plain(x, kernel):
@@ -58,8 +59,7 @@ def test_bfloat16_factors_give_a_float32_product(rows):
     ],
 )
 def test_few_rows_are_turned_on_a_cpu(monkeypatch, platform, rows, turned):
-    module = importlib.import_module('rlhf_jax.ops.linear')
-    monkeypatch.setattr(module, 'platform', lambda: platform)
+    monkeypatch.setattr(cpu, 'platform', lambda: platform)
     text = str(
         jax.make_jaxpr(lambda x, k: linear(x, k))(jnp.ones((rows, 5)), jnp.ones((5, 3)))
     )
@@ -94,8 +94,7 @@ def test_the_gradient_of_a_kernel_by_whole_numbers(shape):
 def test_the_gradient_of_a_kernel_copies_its_narrow_factor(
     monkeypatch, platform, shape, copied
 ):
-    module = importlib.import_module('rlhf_jax.ops.linear')
-    monkeypatch.setattr(module, 'platform', lambda: platform)
+    monkeypatch.setattr(cpu, 'platform', lambda: platform)
     rows = FEW_ROWS + 1
     x = jnp.ones((rows, shape[0]))
     gradient = jax.grad(lambda k: jnp.sum(linear(x, k)))

@@ -5,15 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops import linear, logprobs, memory
-from rlhf_jax.ops.logprobs import (
-    LARGE_VOCABULARY,
-    ROWS_BY_TOKENS,
-    logits_fn,
-    logits_of,
-    logprob_sum,
-    token_logprobs,
-)
+from rlhf_jax.ops import cpu
+from rlhf_jax.ops.cpu import LARGE_VOCABULARY, ROWS_BY_TOKENS
+from rlhf_jax.ops.logprobs import logits_fn, logits_of, logprob_sum, token_logprobs
 
 B, T, D, V = 3, 8, 5, 7
 
@@ -141,8 +135,7 @@ def _weights():
 @pytest.fixture(params=['cpu', 'cuda'])
 def platform(request, monkeypatch):
     """What is run on a GPU, too, here: gradients of W in one part, and barriers."""
-    for module in (logprobs, linear, memory):
-        monkeypatch.setattr(module, 'platform', lambda: request.param)
+    monkeypatch.setattr(cpu, 'platform', lambda: request.param)
 
 
 @pytest.mark.parametrize('max_logits', [None, 2 * B * V])
@@ -165,7 +158,7 @@ def test_of_tokens_that_the_vocabulary_lacks_none_may_count(max_logits):
 
 @pytest.mark.parametrize('max_logits', [None, 2**26, 1, 4 * B * V, 3 * B * V])
 @pytest.mark.parametrize('softcap', [None, 2.0])
-@pytest.mark.parametrize('width', [D, 2 * logprobs.PARTS_ON_CPU])
+@pytest.mark.parametrize('width', [D, 2 * cpu.PARTS])
 def test_the_sum_and_its_gradient_are_those_of_the_tokens(
     width, max_logits, softcap, platform
 ):

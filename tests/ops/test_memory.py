@@ -3,14 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops import memory
+from rlhf_jax.ops import cpu
 from rlhf_jax.ops.memory import after, look_up, recomputed
 
 
 @pytest.fixture(params=['cpu', 'cuda'])
 def platform(request, monkeypatch):
     """What is run on a GPU, too, here: optimization barriers."""
-    monkeypatch.setattr(memory, 'platform', lambda: request.param)
+    monkeypatch.setattr(cpu, 'platform', lambda: request.param)
 
 
 def temporary(fn, *args):

@@ -50,7 +50,7 @@ def config_below(finished):
         'label',
         responses='stage:drawn',
         fn='rlhf_jax.datasets.tiny_tldr:annotate',
-        pairs=2,
+        per_prompt=2,
     )
     config.second = stage(
         'reward_model',
@@ -71,6 +71,7 @@ def config_below(finished):
         prompt_buckets=(56,),
         max_new_tokens=28,
         rewards={'rm': dict(model=f'{run}/rm')},
+        evaluators=('length_controlled',),
         comparisons=f'{DATA}/comparisons:test[:16]',
         batch_size=8,
         buckets=(88,),
@@ -169,6 +170,9 @@ def test_measured_without_training(done, finished):
     one, other = (rows(path / 'ppo' / 'samples.jsonl') for path in (workdir, finished))
     for name in ('before', 'after', 'gold_after'):
         assert [row[name] for row in one] == [row[name] for row in other]
+    assert 0 < measured['lc_win_rate'] < 1
+    page = (workdir / 'report.html').read_text()
+    assert 'Wins over before at equal length' in page and 'Winning by length' in page
     assert measured['pairs'] == 16 and measured['is_implicit']
     assert 0 <= measured['accuracy'] <= 1
     ranked, second = report['stages']['ranked'], report['stages']['second']

@@ -4,7 +4,7 @@
 has
 
 * ``HParams``: a dataclass of its settings, which stand beside those of the stage;
-* ``form(hp)``: what its items are, ``'comparison'``, ``'ranking'`` or ``'rating'``;
+* ``asks(hp)``: what its items are, an :class:`Asks`;
 * ``check(run, where, hp)``: finds what is wrong before anything compiles, and gives
   what ``label`` wants;
 * ``label(asked)``: the labels of items, as an :class:`Answered`, or ``SystemExit``
@@ -41,6 +41,13 @@ class Asked:
     rng: np.random.Generator
 
 
+class Asks(NamedTuple):
+    """What a labeller's items are."""
+
+    form: Form
+    size: int  # responses of an item
+
+
 class Answered(NamedTuple):
     """What a labeller says."""
 
@@ -53,7 +60,7 @@ class Labeller(Protocol):
     """The names of such a module."""
 
     HParams: type
-    form: Callable[[Any], Form]
+    asks: Callable[[Any], Asks]
     check: Callable[[Run, str, Any], Any]
     label: Callable[[Asked], Answered]
 
@@ -64,5 +71,5 @@ def load_labeller(name: str, where: str) -> ModuleType:
     Raises:
         ValueError: no such module, or one that lacks a name.
     """
-    needed = ('HParams', 'form', 'check', 'label')
+    needed = ('HParams', 'asks', 'check', 'label')
     return load_module(__name__, name, where=where, what='labeller', needed=needed)

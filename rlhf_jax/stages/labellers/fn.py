@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.config import load_dotted
-from rlhf_jax.labels.records import Form, Label
-from rlhf_jax.stages.labellers import Answered, Asked
+from rlhf_jax.labels.records import Label
+from rlhf_jax.stages.labellers import Answered, Asked, Asks
 from rlhf_jax.stages.run import Run
 
 
@@ -27,9 +27,9 @@ class HParams:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of fn
 
 
-def form(hp: HParams) -> Form:
+def asks(hp: HParams) -> Asks:
     """Comparisons alone."""
-    return 'comparison'
+    return Asks('comparison', 2)
 
 
 def check(run: Run, where: str, hp: HParams) -> Callable[..., Any]:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.config import load_dotted
-from rlhf_jax.labels.records import Form, Item, Label
-from rlhf_jax.stages.labellers import Answered, Asked
+from rlhf_jax.labels.records import Item, Label
+from rlhf_jax.stages.labellers import Answered, Asked, Asks
 from rlhf_jax.stages.labellers.crowd import (
     CrowdHParams,
     check_crowd,
@@ -43,9 +43,9 @@ class Checked(NamedTuple):
     gold: list[Item]
 
 
-def form(hp: HParams) -> Form:
+def asks(hp: HParams) -> Asks:
     """Comparisons alone."""
-    return 'comparison'
+    return Asks('comparison', 2)
 
 
 def check(run: Run, where: str, hp: HParams) -> Checked:
