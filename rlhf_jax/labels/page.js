@@ -222,7 +222,7 @@ function drawFooter() {
   const others = element('div', { class: 'others' });
   if (parts.bad) others.append(button(parts.bad, 'b', () => say({ verdict: 'bad' })));
   others.append(button('Skip', 's', () => say({ verdict: 'skipped' })));
-  item.flagButton = button('Flag', 'f', () => flag(true));
+  item.flagButton = button('Flag', 'f', () => (item.flagged ? unflag() : flag(true)));
   others.append(item.flagButton);
   item.note = element('textarea', {
     rows: 2, maxlength: 2000, dir: 'auto', 'aria-label': 'Note',
@@ -241,13 +241,15 @@ function flag(focus, note) {
   if (focus) item.note.focus();
 }
 
+function unflag() {
+  item.flagged = false;
+  item.note.value = '';
+  item.noteRow.hidden = true;
+  item.flagButton.classList.remove('selected');
+}
+
 function onNoteKey(event) {
-  if (event.key === 'Escape') {
-    item.flagged = false;
-    item.note.value = '';
-    item.noteRow.hidden = true;
-    item.flagButton.classList.remove('selected');
-  }
+  if (event.key === 'Escape') unflag();
   if (event.key === 'Escape' || (event.key === 'Enter' && !event.shiftKey)) {
     event.preventDefault();
     item.note.blur();

@@ -163,11 +163,15 @@ def test_plain_choices_on_a_phone_by_touch(serve):
     page, store = serve(made.items(3), scale='choice', size=NARROW)
     wide = page.run('return document.documentElement.scrollWidth')
     assert wide <= NARROW[0]
+    flag = "document.querySelector('.others > :nth-child(3)').click()"
+    hidden = "return document.querySelector('.note').hidden"
+    assert page.run(f'{flag}; {hidden}') is False
+    assert page.run(f'{flag}; {hidden}') is True
     page.run("document.querySelectorAll('.option')[2].click()")
     until(lambda: len(labels_of(store)) == 1)
     label = labels_of(store)[0]
     assert label.probability == float(_good_side(label) == 1)
-    assert label.strength is None
+    assert label.strength is None and not label.flagged
     page.wait_for_item()
     assert page.answers('2', store, 2).probability == 0.5
     label = page.answers('1', store, 3)

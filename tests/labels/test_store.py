@@ -89,6 +89,15 @@ def test_tokens_are_the_same_after_a_restart_and_differ(tmp_path):
     assert len({*tokens.values()}) == 2 and min(map(len, tokens.values())) >= 32
 
 
+def test_a_link_that_is_deleted_is_replaced(tmp_path):
+    store = open_store(tmp_path / 'labels.db')
+    old = store.tokens(['ann', 'bob'])
+    with store.transaction() as db:
+        db.execute("DELETE FROM labellers WHERE name = 'bob'")
+    new = store.tokens(['ann', 'bob'])
+    assert new['ann'] == old['ann'] and new['bob'] != old['bob']
+
+
 def test_no_database_has_no_labels_and_is_not_made(tmp_path):
     assert labels_of(tmp_path / 'labels.db') == []
     assert not (tmp_path / 'labels.db').exists()
