@@ -301,10 +301,8 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
             f'{record.where}: the reference is a {type(reference).__name__}, not text'
         )
     text_of(record, 'prompt', prompt)
-    if reference is not None:
-        reference = (
-            text_of(record, 'reference', reference) if reference.strip() else None
-        )
+    is_given = reference is not None and reference.strip()
+    reference = text_of(record, 'reference', reference) if is_given else None
     meta = {k: v for k, v in fields.items() if k not in (*FIELDS, 'reference')}
     templated = turns is not None or _templated(record)
     return Prompt(prompt, reference, meta, record.where, templated)
