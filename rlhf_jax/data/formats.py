@@ -252,31 +252,28 @@ class Turns(NamedTuple):
 
 
 def to_turns(record: SourceRecord) -> Turns:
-    """The messages of a prompt, and an answer to it.
-
-    Raises:
-        BadRecord: the prompt is missing or of the wrong type.
+    """The messages of a prompt and an answer to it; BadRecord where the prompt is
+    missing or of the wrong type.
     """
     fields = record.present
     name = next((name for name in ('completion', 'chosen') if name in fields), None)
     if 'messages' in fields and 'prompt' not in fields:
         name = 'messages'
-    reference, goes_on = fields.get(name), False
-    if name == 'messages' or isinstance(reference, list):
-        (turns, begun), reference = _turns(record, name), None
-        if turns[-1]['role'] == 'assistant':
-            *turns, last = turns
-            reference = last.get('content')
-        if begun is not None:
-            turns, goes_on = [*turns, begun], True
-            reference = (reference or '').removeprefix(begun['content'])
-        if not turns:
-            raise BadRecord(f'{record.where}: nothing stands before the answer')
-    else:
+    answer = fields.get(name)
+    if name != 'messages' and not isinstance(answer, list):
         prompt = field_of(record, 'prompt')
         turns = _messages(record, 'prompt') if isinstance(prompt, list) else None
-        goes_on = turns is not None and _goes_on(record, turns)
-    return Turns(turns, goes_on, reference)
+        return Turns(turns, turns is not None and _goes_on(record, turns), answer)
+    (turns, begun), answer = _turns(record, name), None
+    if turns[-1]['role'] == 'assistant':
+        *turns, last = turns
+        answer = last.get('content')
+    if begun is not None:
+        turns = [*turns, begun]
+        answer = (answer or '').removeprefix(begun['content'])
+    if not turns:
+        raise BadRecord(f'{record.where}: nothing stands before the answer')
+    return Turns(turns, begun is not None, answer)
 
 
 def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -300,10 +297,8 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
             f'{record.where}: the reference is a {type(reference).__name__}, not text'
         )
     text_of(record, 'prompt', prompt)
-    if reference is not None:
-        reference = (
-            text_of(record, 'reference', reference) if reference.strip() else None
-        )
+    is_given = reference is not None and reference.strip()
+    reference = text_of(record, 'reference', reference) if is_given else None
     meta = {k: v for k, v in fields.items() if k not in (*FIELDS, 'reference')}
     templated = turns is not None or _templated(record)
     return Prompt(prompt, reference, meta, record.where, templated)
