@@ -207,15 +207,17 @@ def dawid_skene(labels: np.ndarray) -> Confusions:
     """
     size = labels.shape[-1]
     prior_counts = WRONG + (RIGHT - WRONG) * np.eye(size)
-    said = labels.sum(1)
+    flat, said = labels.reshape(len(labels), -1), labels.sum(1)
     posterior = said / np.maximum(said.sum(-1, keepdims=True), 1e-300)
     posterior[said.sum(-1) == 0] = 1 / size
     for _ in range(MOST_ROUNDS):
-        counts = prior_counts + np.einsum('uc,ulk->lck', posterior, labels)
-        confusion = counts / counts.sum(-1, keepdims=True)
+        counts = (posterior.T @ flat).reshape(size, -1, size).swapaxes(0, 1)
+        confusion = counts + prior_counts
+        confusion /= confusion.sum(-1, keepdims=True)
         prior = posterior.sum(0) + WRONG
         prior = prior / prior.sum()
-        logits = np.log(prior) + np.einsum('ulk,lck->uc', labels, np.log(confusion))
+        by_label = np.log(confusion).swapaxes(1, 2).reshape(-1, size)
+        logits = np.log(prior) + flat @ by_label
         logits -= logits.max(-1, keepdims=True)
         last, posterior = posterior, np.exp(logits)
         posterior /= posterior.sum(-1, keepdims=True)

@@ -220,6 +220,19 @@ def test_the_units_of_an_item_are_drawn_together():
     assert bootstrap_interval(lambda w: w.sum(-1), np.zeros(3, int)) is None
 
 
+def test_ratings_that_are_all_different():
+    """Numbers with many digits, of which no two are equal, have an order."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3000, 1)) + 0.3 * rng.normal(size=(3000, 3))
+    codes = np.argsort(np.argsort(values, axis=None)).reshape(values.shape)
+    assert percent_agreement(codes) == 0
+    ordinal = functools.partial(krippendorff_alpha, level='ordinal')
+    value, (low, high) = measured(ordinal, codes, np.arange(3000))
+    # Ranks of normal numbers with correlation 1/1.09.
+    assert low < 6 / np.pi * np.arcsin(1 / 1.09 / 2) < high
+    assert high - low < 0.03 and low < value < high
+
+
 def test_wilson_by_hand():
     # See tests/evals/test_preference.py.
     assert wilson(0.8, 10) == pytest.approx([0.49016, 0.94334], abs=2e-4)
