@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 RESAMPLES = 1000
+DIGITS = 10  # of what is reported: the last ones depend on where arrays lie
 AT_ONCE = 2_000_000  # weights of resamples that are held in memory together
 
 Level = Literal['nominal', 'ordinal']
@@ -162,7 +163,7 @@ def bootstrap_interval(
     values = values[np.isfinite(values)]
     if not len(values):
         return None
-    return [float(x) for x in np.quantile(values, [0.025, 0.975])]
+    return [round(float(x), DIGITS) for x in np.quantile(values, [0.025, 0.975])]
 
 
 def measured(
@@ -179,7 +180,7 @@ def measured(
     if not math.isfinite(value):
         return None, None
     over = functools.partial(coefficient, codes)
-    return value, bootstrap_interval(lambda w: over(weights=w), clusters)
+    return round(value, DIGITS), bootstrap_interval(lambda w: over(weights=w), clusters)
 
 
 def wilson(share: float, count: int) -> list[float]:
