@@ -6,7 +6,7 @@
 import { element } from './markdown.js';
 
 export const LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ';
-const STRENGTHS = ['slightly better', 'better', 'much better', 'far better'];
+const STRENGTHS = ['slightly better', 'clearly better', 'much better', 'far better'];
 
 /** The controls of a task; say(said) sends an answer, cards are those of completions. */
 export function controls(task, plan, cards, say) {
@@ -21,7 +21,7 @@ export function inWords(said, form) {
   if (form === 'rating') return `${said.rating}`;
   if (form === 'ranking') return chain(said.ranks);
   if (said.place == null) return 'a tie';
-  return `${LETTERS[said.place]} is ${STRENGTHS[(said.strength ?? 2) - 1]}`;
+  return `${LETTERS[said.place]} is ${STRENGTHS[said.strength - 1] ?? 'better'}`;
 }
 
 /** 'B > A = C', from ranks by place. */
@@ -32,6 +32,16 @@ function chain(ranks) {
     if (k === 0) return LETTERS[place];
     return `${order[k - 1][0] === rank ? ' = ' : ' > '}${LETTERS[place]}`;
   }).join('');
+}
+
+/** A button that names its key. */
+export function button(text, key, onclick, name = '') {
+  const properties = { type: 'button', class: name, onclick };
+  return element('button', properties, text, element('kbd', {}, key));
+}
+
+function ordinal(rank) {
+  return `${rank}${['st', 'nd', 'rd'][rank - 1] ?? 'th'}`;
 }
 
 /** A row of buttons of which one can be selected by arrow keys and said by Enter. */
@@ -100,7 +110,7 @@ function comparison(task, plan, say) {
       const words = STRENGTHS[strength - 1];
       return {
         key,
-        short: words.replace(' better', '').replace('better', 'clearly'),
+        short: words.replace(' better', ''),
         long: `${LETTERS[place]} is ${words}`,
         said: judged(place, strength),
         side: `${place ? 'second' : 'first'} strength${strength}`,
@@ -170,9 +180,11 @@ function slider(task, low, high, say) {
     }
     return true;
   };
-  const node = element('div', { class: 'slider' }, `${low} worst`, range, `${high} best`, value,
-    element('button', { type: 'button', class: 'option', onclick: enter }, 'Rate', element('kbd', {}, 'Enter')));
-  return { node, press, keys: [['← → PageUp PageDown', 'Move the rating'], ['Enter', 'Say it']] };
+  const ends = [`${low} worst`, `${high} best`];
+  const node = element('div', { class: 'slider' }, ends[0], range, ends[1], value,
+    button('Rate', 'Enter', enter, 'option'));
+  const keys = [['← → PageUp PageDown', 'Move the rating'], ['Enter', 'Send it']];
+  return { node, press, keys };
 }
 
 function ranking(task, cards, say) {
@@ -180,9 +192,9 @@ function ranking(task, cards, say) {
   let ranked = []; // groups of places, the best first
   let joins = false; // the next one ties with the last group
   const words = element('output', { class: 'chain', 'aria-live': 'polite' });
-  const clear = element('button', { type: 'button', onclick: () => back() }, 'Back');
-  const tieNext = element('button', { type: 'button', onclick: () => tie() }, '= next ties');
-  const send = element('button', { type: 'button', class: 'primary', onclick: () => done() }, 'Send');
+  const clear = element('button', { type: 'button', onclick: () => back() }, 'Take back');
+  const tieNext = button('Next one ties', '=', () => tie());
+  const send = button('Send', 'Enter', () => done(), 'primary');
   const ranks = () => {
     const found = Array(count).fill(0);
     ranked.forEach((group, index) => group.forEach((place) => { found[place] = index + 1; }));
@@ -191,10 +203,14 @@ function ranking(task, cards, say) {
   const draw = () => {
     const now = ranks();
     cards.forEach((card, place) => {
-      card.badge.textContent = now[place] ? `rank ${now[place]}` : `rank it: ${place + 1}`;
+      const next = ranked.length + (joins ? 0 : 1);
+      const key = element('kbd', {}, String(place + 1));
+      if (now[place]) card.badge.replaceChildren(ordinal(now[place]));
+      else card.badge.replaceChildren(`make it ${ordinal(next)}`, key);
       card.badge.classList.toggle('selected', now[place] > 0);
     });
-    const text = ranked.map((group) => group.map((place) => LETTERS[place]).join(' = ')).join(' > ');
+    const letters = (group) => group.map((place) => LETTERS[place]).join(' = ');
+    const text = ranked.map(letters).join(' > ');
     words.textContent = text ? `${text}${joins ? ' = …' : ''}` : 'Press the numbers, best first';
     send.disabled = now.includes(0);
     tieNext.disabled = !ranked.length || !now.includes(0);
@@ -241,6 +257,6 @@ function ranking(task, cards, say) {
     ['Enter', 'Send the ranking'],
     ['b', 'All are bad'],
   ];
-  const node = element('div', { class: 'ranking' }, words, tieNext, clear, send);
+  const node = element('div', { class: 'ranker' }, words, tieNext, clear, send);
   return { node, keys, press, bad: 'All bad' };
 }

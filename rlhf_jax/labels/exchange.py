@@ -165,6 +165,11 @@ def add_labels(store: Store, labels: Sequence[Label]) -> int:
             ).fetchone()
             if row is None:
                 insert(db, f'import:{secrets.token_urlsafe(12)}', label)
+                db.execute(  # it is no longer asked on a page that shows it
+                    'DELETE FROM shown WHERE labeller = ? AND item = ? AND '
+                    'dimension = ? AND repeat = ?',
+                    (label.labeller, label.item, label.dimension or '', label.repeat),
+                )
                 added += 1
             elif to_label(json.loads(row[0]), str(store.path)) != label:
                 raise ValueError(

@@ -2,7 +2,7 @@
 // shown, and sent again until the server has acknowledged it. An answer that was not yet
 // acknowledged is kept by the browser, also when the page is closed.
 
-import { controls, inWords, LETTERS } from './answers.js';
+import { button, controls, inWords, LETTERS } from './answers.js';
 import { markDifferences } from './differences.js';
 import { element, plain, render } from './markdown.js';
 
@@ -80,7 +80,7 @@ async function change(path, sent, said) {
     keep(null);
     state = reply;
     if (reply.feedback) showFeedback(reply.feedback, said);
-    else showTask(said && `Saved: ${said}. Undo: u`);
+    else showTask(said && `Saved: ${said}`);
   } catch (error) {
     keep(null);
     if (!(error instanceof Refused)) throw error;
@@ -172,12 +172,14 @@ function drawItem() {
     const badge = element('button', { type: 'button', class: 'badge' });
     const name = one ? 'Response' : `Response ${LETTERS[place]}`;
     const content = body(text);
-    const head = element('header', {}, element('h2', {}, name), task.form === 'ranking' ? badge : null);
+    const ranked = task.form === 'ranking' ? badge : null;
+    const head = element('header', {}, element('h2', {}, name), ranked);
     const side = task.form === 'comparison' ? ['first', 'second'][place] : '';
     const node = element('article', { class: `card ${side}`, 'aria-label': name }, head, content);
     return { node, badge, content };
   });
-  main.append(element('div', { class: `cards ${task.form}` }, ...item.cards.map(({ node }) => node)));
+  const nodes = item.cards.map(({ node }) => node);
+  main.append(element('div', { class: `cards ${task.form}` }, ...nodes));
   if (view.differences && !one) {
     const [first, ...others] = item.cards;
     others.forEach(({ content }) => markDifferences(first.content, content, others.length === 1));
@@ -185,13 +187,11 @@ function drawItem() {
   // A long prompt does not push the responses away; p opens it.
   requestAnimationFrame(() => {
     if (prompt.scrollHeight <= prompt.clientHeight + 4) return;
-    prompt.classList.add('long');
-    const label = () => (prompt.classList.contains('open') ? 'Shorten the prompt' : 'Show the whole prompt');
+    const more = button('Show the whole prompt', 'p', () => item.togglePrompt(), 'more');
     item.togglePrompt = () => {
-      prompt.classList.toggle('open');
-      more.replaceChildren(label(), element('kbd', {}, 'p'));
+      const open = prompt.classList.toggle('open');
+      more.firstChild.data = open ? 'Shorten the prompt' : 'Show the whole prompt';
     };
-    const more = element('button', { type: 'button', class: 'more', onclick: () => item.togglePrompt() }, label(), element('kbd', {}, 'p'));
     prompt.after(more);
     prompt.tabIndex = 0;
   });
@@ -231,10 +231,6 @@ function drawFooter() {
   });
   item.noteRow = element('div', { class: 'note', hidden: true }, item.note);
   at('footer').append(item.noteRow, parts.node, others);
-}
-
-function button(text, key, onclick) {
-  return element('button', { type: 'button', onclick }, text, element('kbd', {}, key));
 }
 
 function flag(focus, note) {
@@ -317,7 +313,7 @@ function showFeedback({ right, expected, why }, said) {
     element('h2', {}, title),
     element('p', {}, `You said: ${said}. Expected: ${inWords(expected, task.form)}.`),
     why ? render(why) : null,
-    element('button', { type: 'button', class: 'primary', onclick: () => item.press('Enter') }, 'Go on', element('kbd', {}, 'Enter')),
+    button('Go on', 'Enter', () => item.press('Enter'), 'primary'),
   ));
 }
 
@@ -334,15 +330,21 @@ function showEnd() {
     { class: 'end' },
     element('h1', {}, 'Nothing is left to label'),
     element('p', {}, `Thank you! You have answered ${state.answered} items.`),
-    element('p', { class: 'quiet' }, 'Items that others have begun and left come back after half an hour.'),
-    element('button', { type: 'button', onclick: () => location.reload() }, 'Look again', element('kbd', {}, 'Enter')),
+    element(
+      'p',
+      { class: 'quiet' },
+      'Items that others have begun and left come back after half an hour.',
+    ),
+    button('Look again', 'Enter', () => location.reload()),
   ));
 }
 
 function showRefused(message) {
   item = null;
   at('footer').hidden = true;
-  at('main').replaceChildren(element('section', { class: 'end' }, element('h1', {}, 'No items here'), element('p', {}, message)));
+  const title = element('h1', {}, 'No items here');
+  const text = element('p', {}, message);
+  at('main').replaceChildren(element('section', { class: 'end' }, title, text));
 }
 
 function showGuideline(opens) {
@@ -350,8 +352,9 @@ function showGuideline(opens) {
   const aside = at('guideline');
   if (aside.dataset.dimension !== item.task.dimension) {
     const title = item.task.dimension ? `Guideline: ${item.task.dimension}` : 'Guideline';
-    const close = element('button', { type: 'button', onclick: toggleGuideline }, 'Close', element('kbd', {}, 'g'));
-    aside.replaceChildren(element('div', {}, element('header', {}, element('h2', {}, title), close), render(text)));
+    const close = button('Close', 'g', toggleGuideline);
+    const head = element('header', {}, element('h2', {}, title), close);
+    aside.replaceChildren(element('div', {}, head, render(text)));
     aside.scrollTop = 0;
     const first = aside.dataset.dimension === undefined;
     aside.dataset.dimension = item.task.dimension;
@@ -376,9 +379,13 @@ function drawTools() {
   const undo = tool('Undo', 'u', takeBack);
   undo.disabled = !state.undo;
   if (item.task) {
-    if (item.task.completions.length > 1) tool('Differences', 'd', toggleDifferences, view.differences);
+    if (item.task.completions.length > 1) {
+      tool('Differences', 'd', toggleDifferences, view.differences);
+    }
     tool('Markdown', 'm', toggleMarkdown, view.markdown);
-    if (plan.guidelines[item.task.dimension]) tool('Guideline', 'g', toggleGuideline, !at('guideline').hidden);
+    if (plan.guidelines[item.task.dimension]) {
+      tool('Guideline', 'g', toggleGuideline, !at('guideline').hidden);
+    }
   }
   tool('Keys', '?', toggleHelp).classList.add('keys');
   at('tools').replaceChildren(...tools);
@@ -416,7 +423,12 @@ function toggleHelp() {
     ['Space, PageUp, ↑ ↓', 'Scroll'],
     ['?', 'This help; Esc closes it'],
   ];
-  const rows = keys.map(([key, text]) => element('tr', {}, element('td', {}, element('kbd', {}, key)), element('td', {}, text)));
+  const rows = keys.map(([key, text]) => element(
+    'tr',
+    {},
+    element('td', {}, element('kbd', {}, key)),
+    element('td', {}, text),
+  ));
   const close = element('button', { type: 'button', onclick: toggleHelp }, 'Close');
   help.replaceChildren(element('h2', {}, 'Keys'), element('table', {}, ...rows), close);
   help.showModal();

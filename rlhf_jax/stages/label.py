@@ -18,12 +18,13 @@ import numpy as np
 from rlhf_jax import files
 from rlhf_jax.data import sources
 from rlhf_jax.labels.aggregation import Method
+from rlhf_jax.labels.agreement import report as report_agreement
 from rlhf_jax.labels.judge import flat
 from rlhf_jax.labels.outcomes import to_records
 from rlhf_jax.labels.pairs import Rule, draw, group
-from rlhf_jax.labels.records import Item, to_row
+from rlhf_jax.labels.records import Item, Label, to_row
 from rlhf_jax.labels.store import ITEMS
-from rlhf_jax.pages.page import Page, Verdict, number
+from rlhf_jax.pages import labels as pages
 from rlhf_jax.ranges import at_least
 from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.labellers import Asked, load_labeller
@@ -55,39 +56,8 @@ class LabelSettings:
 
 
 SETTINGS = (LabelSettings,)
+PAGE = pages.PAGE
 CHOICE = Choice('by', load_labeller)
-
-
-def _verdict(e: dict[str, Any]) -> Verdict:
-    """Pass: something was compared."""
-    figure = f'{number(e["comparisons"])} comparisons of {number(e["prompts"])} prompts'
-    return Verdict('pass' if e['comparisons'] else 'fail', figure, 'at least one')
-
-
-PAGE = Page(
-    title='Labels',
-    verdict=_verdict,
-    required=lambda e: ('comparisons', 'prompts'),
-    facts=(
-        ('Prompts', 'prompts', ''),
-        ('Comparisons', 'comparisons', ''),
-        ('Labels', 'labels', ''),
-        ('Prompts with too few different responses', 'equal', ''),
-        ('Responses that repeat one to the same prompt', 'repeated', 'left out'),
-        ('Items without a comparison', 'unused', 'skipped, or both bad'),
-        ('Ties', 'ties', 'of the comparisons'),
-        ('The first of two was chosen', 'first_chosen', 'fraction'),
-        ('The longer of two was chosen', 'longer_chosen', 'fraction'),
-        ('Certainty of the labels', 'certainty', 'mean probability of the chosen'),
-        ('Agreement with gold', 'gold_agreement', 'fraction, of what gold tells apart'),
-        ('Agreement with the labels before', 'known_agreement', 'fraction'),
-        ('Judge: the first of two', 'judge_first_probability', 'mean probability'),
-        ('Judge: the first of two is likelier', 'judge_first_chosen', 'fraction'),
-        ('Judge: both orders agree', 'judge_consistent', 'fraction'),
-        ('Judge: prompts read', 'judge_calls', ''),
-    ),
-    draw=lambda stage, rows, evaluation: ([], []),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +183,12 @@ def train(run: Run, job: LabelJob) -> Result:
     files.write_rows(folder / 'samples.jsonl', _samples(records))
     report = {
         'prompts': len(job.groups) + len(job.compared),
-        'comparisons': len(records),
-        'labels': len(labels),
+        'records': len(records),
         'repeated': job.repeated,
         'equal': sum(len(group) < size for group in job.groups),
         'unused': len(main) - len({row['item'] for row in records}),
         **_facts(records),
+        **_agreement(items, labels),
         **facts,
     }
     seconds = {'label': time.monotonic() - clock}
@@ -239,6 +209,12 @@ def _item(index: int, responses: Any, form: Any) -> Item:
         facts=facts,
         templated=responses[0].get('templated', False) is True,
     )
+
+
+def _agreement(items: list[Item], labels: list[Label]) -> dict[str, Any]:
+    """What is known of the labels and of those who gave them, see ``agreement.py``."""
+    found = report_agreement(items, labels)
+    return {k: v for k, v in found.items() if v is not None and k != 'ties'}
 
 
 def _facts(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax import reward_losses
+from rlhf_jax import files, reward_losses
 from rlhf_jax.algos.ensemble import ensemble_rm_step, over_members, stack_members
 from rlhf_jax.algos.rm import (
     RMHParams,
@@ -50,7 +50,7 @@ from rlhf_jax.stages.offline import (
     known_gold,
     known_kinds,
 )
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.run import Result, Run, records_of
 from rlhf_jax.stages.scoring import reads_alike
 from rlhf_jax.stages.settings import DataSpec, OfflineSettings
 from rlhf_jax.stages.sources import Source, load_scalar, resolve
@@ -285,7 +285,7 @@ def train(run: Run, job: RewardJob) -> Result:
     params, extra = state.params, {}
     if job.references is not None:
         params, extra = _center(run, offline, job.references, model, params)
-    report = {**examine(params), **extra}
+    report = {**examine(params), **extra, **_labellers_ceiling(run, settings)}
     report['loss_settings'] = {'name': settings.loss, **dataclasses.asdict(job.loss_hp)}
     seconds['eval'] = time.monotonic() - clock
     is_own = offline.tokenizer is not run.tokenizer
@@ -301,6 +301,22 @@ def train(run: Run, job: RewardJob) -> Result:
         data={'train': offline.train, 'eval': offline.eval},
         evaluation=report,
     )
+
+
+def _labellers_ceiling(run: Run, settings: RewardSettings) -> dict[str, float]:
+    """What the labellers of the held-out data, else of the training data, let a reward
+    model reach, as their label stages have it (``labels/agreement.py``); the lowest of
+    several.
+    """
+    for spec in (settings.eval, settings.train):
+        reports = [
+            files.read_json(path, 'the label stage writes it again')
+            for name in records_of(spec)
+            if (path := run.source_dir(name) / 'eval.json').exists()
+        ]
+        if found := [report['ceiling'] for report in reports if 'ceiling' in report]:
+            return {'labellers_ceiling': min(found)}
+    return {}
 
 
 def examination(

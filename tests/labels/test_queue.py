@@ -67,14 +67,10 @@ def test_what_is_on_a_screen_stays_there_and_is_kept_from_others(tmp_path):
 
 def test_begun_items_are_finished_before_new_ones(tmp_path):
     desk = _Desk(tmp_path, made.items(6), overlap=2)
-    for _ in range(3):
-        desk.answers('ann')
-    assert [desk.answers('bob').item for _ in range(4)] == [
-        'pair-0',
-        'pair-1',
-        'pair-2',
-        'pair-3',
-    ]
+    assert desk.answers('ann', 'skipped').item == 'pair-0'
+    assert [desk.answers('ann').item for _ in range(2)] == ['pair-1', 'pair-2']
+    seen = [desk.answers('bob').item for _ in range(4)]
+    assert seen == ['pair-1', 'pair-2', 'pair-0', 'pair-3']
     assert desk.sees('ann').item == 'pair-3'
 
 

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from rlhf_jax.labels.exchange import add_labels
 from rlhf_jax.labels.queue import book_of
+from rlhf_jax.labels.records import Label
 from rlhf_jax.labels.session import Session
 from rlhf_jax.labels.store import labels_of, open_store, read_stage
 from tests.labels import folder as made
@@ -171,6 +173,15 @@ def test_undoing_shows_the_item_again_with_what_was_said(desk):
     assert [x.strength for x in desk.labels()] == [1]
     # What was on the screen before the undoing is there again.
     assert desk.ann.state()['task']['key'] == reply.json()['task']['key']
+
+
+def test_an_imported_label_takes_its_item_off_the_page(desk):
+    label = Label(item='pair-0', labeller='ann', probability=1.0)
+    key = desk.ann.state()['task']['key']
+    add_labels(open_store(desk.path), [label])
+    sent = {'id': 'late', 'key': key, 'said': judged(0), 'seconds': 1}
+    assert desk.ann.post('/answer', sent).status_code == 409
+    assert desk.ann.state()['undo'] is None and desk.labels() == [label]
 
 
 def test_several_answers_are_undone_one_after_the_other(desk):

@@ -89,7 +89,11 @@ def test_simulated_people_answer_each_for_themselves(tmp_path):
         gold='tfds:tiny_tldr/comparisons:test[100:104]',
         responses='tfds:tiny_tldr/comparisons:test[:40]',
     )
-    launch(config, tmp_path)
+    config.stages = ('said', 'learned')
+    config.learned = config.rm
+    config.learned.init, config.learned.references = 'scratch', None
+    config.learned.train = config.learned.eval = 'stage:said'
+    report = launch(config, tmp_path)['stages']
     folder = tmp_path / 'said'
     labels, items = (
         read_labels(folder / 'labels.jsonl'),
@@ -115,6 +119,13 @@ def test_simulated_people_answer_each_for_themselves(tmp_path):
     careful = [x for x in labels if x.item in golds and x.labeller != 'coin']
     agree = [x.probability == golds[x.item].known['probability'] for x in careful]
     assert np.mean(agree) > 0.6
+    # The report is that of the labels, and the reward model's card has their ceiling.
+    said = report['said']
+    assert said['labels'] == len(labels) and said['labellers'] == 4
+    assert {row['labeller'] for row in said['by_labeller']} == {*config.said.labellers}
+    assert report['learned']['labellers_ceiling'] == said['ceiling']
+    page = (tmp_path / 'report.html').read_text()
+    assert 'Ceiling by the labellers' in page and 'said-labellers' in page
 
 
 @pytest.fixture(scope='module')
