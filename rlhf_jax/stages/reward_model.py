@@ -285,7 +285,7 @@ def train(run: Run, job: RewardJob) -> Result:
     params, extra = state.params, {}
     if job.references is not None:
         params, extra = _center(run, offline, job.references, model, params)
-    report = {**examine(params), **extra, **_labellers_ceiling(run, settings)}
+    report = {**examine(params), **extra, **_labellers_ceiling(run, offline.stage)}
     report['loss_settings'] = {'name': settings.loss, **dataclasses.asdict(job.loss_hp)}
     seconds['eval'] = time.monotonic() - clock
     is_own = offline.tokenizer is not run.tokenizer
@@ -303,12 +303,13 @@ def train(run: Run, job: RewardJob) -> Result:
     )
 
 
-def _labellers_ceiling(run: Run, settings: RewardSettings) -> dict[str, float]:
+def _labellers_ceiling(run: Run, stage: str) -> dict[str, float]:
     """What the labellers of the held-out data, else of the training data, let a reward
     model reach, as their label stages have it (``labels/agreement.py``); the lowest of
     several.
     """
-    for spec in (settings.eval, settings.train):
+    written = run.config[stage]  # where records of stages have their names
+    for spec in (written.eval, written.train):
         reports = [
             files.read_json(path, 'the label stage writes it again')
             for name in records_of(spec)
