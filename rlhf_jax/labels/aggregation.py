@@ -29,6 +29,7 @@ METHODS = get_args(Method)
 # matrix, so that a labeller with few labels is taken for somewhat better than chance.
 RIGHT, WRONG = 2.0, 1.0
 MOST_ROUNDS, SMALL = 500, 1e-9  # of EM; the change of posteriors that ends it
+DIGITS = 9  # of a probability
 SPREAD = 1.5  # standard deviation of log(1/τ) before anything is known
 LARGEST = 5.0  # of |log(1/τ)|
 NODES = 40  # of the quadrature over the difference of two utilities
@@ -103,7 +104,9 @@ def aggregate(
             )
         return _together(table, {'rating': np.nanmean(table.values, axis=1).tolist()})
     probability, tie = _pairs(items, table, method, tie_class)
-    return _together(table, {'probability': probability.tolist(), 'tie': tie.tolist()})
+    # The last digits of a model depend on where its arrays lie in memory.
+    probability = np.round(probability, DIGITS).tolist()
+    return _together(table, {'probability': probability, 'tie': tie.tolist()})
 
 
 def _pairs(
@@ -205,17 +208,23 @@ def dawid_skene(labels: np.ndarray) -> Confusions:
     Args:
         labels: [U, L, C] weights, 0 where nobody said.
     """
+    from scipy import sparse  # slow to import
+
     size = labels.shape[-1]
     prior_counts = WRONG + (RIGHT - WRONG) * np.eye(size)
-    said = labels.sum(1)
+    # Sparse products add up in one order; dense ones depend on where arrays lie.
+    shape = len(labels), labels.shape[1] * size
+    flat, said = sparse.csr_matrix(labels.reshape(shape)), labels.sum(1)
     posterior = said / np.maximum(said.sum(-1, keepdims=True), 1e-300)
     posterior[said.sum(-1) == 0] = 1 / size
     for _ in range(MOST_ROUNDS):
-        counts = prior_counts + np.einsum('uc,ulk->lck', posterior, labels)
-        confusion = counts / counts.sum(-1, keepdims=True)
+        counts = (flat.T @ posterior).reshape(-1, size, size).swapaxes(1, 2)
+        confusion = counts + prior_counts
+        confusion /= confusion.sum(-1, keepdims=True)
         prior = posterior.sum(0) + WRONG
         prior = prior / prior.sum()
-        logits = np.log(prior) + np.einsum('ulk,lck->uc', labels, np.log(confusion))
+        by_label = np.log(confusion).swapaxes(1, 2).reshape(-1, size)
+        logits = np.log(prior) + flat @ by_label
         logits -= logits.max(-1, keepdims=True)
         last, posterior = posterior, np.exp(logits)
         posterior /= posterior.sum(-1, keepdims=True)

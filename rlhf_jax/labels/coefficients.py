@@ -13,12 +13,13 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 RESAMPLES = 1000
-AT_ONCE = 4_000_000  # weights of resamples that are held in memory together
+DIGITS = 10  # of what is reported: the last ones depend on where arrays lie
+AT_ONCE = 2_000_000  # weights of resamples that are held in memory together
 
 Level = Literal['nominal', 'ordinal']
 
@@ -35,10 +36,8 @@ def percent_agreement(
     Returns:
         […].
     """
-    counts, weights = _counts(codes), _weights(codes, weights)
-    size = counts.sum(-1)
-    equal, pairs = (counts * (counts - 1)).sum(-1), size * (size - 1)
-    return _ratio(weights @ equal, weights @ pairs)
+    weights, (size, equal) = _weights(codes, weights), _pairs(codes)
+    return _ratio(weights @ equal, weights @ (size * (size - 1)))
 
 
 def cohen_kappa(codes: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -56,16 +55,16 @@ def cohen_kappa(codes: np.ndarray, weights: np.ndarray | None = None) -> np.ndar
         weights: as in :func:`percent_agreement`.
     """
     weights = _weights(codes, weights)
-    size = codes.max(initial=0) + 1
     total = shared = np.zeros(weights.shape[:-1])
     for one, other in itertools.combinations(codes.T, 2):
         both = (one >= 0) & (other >= 0)
-        table = np.zeros((both.sum(), size * size))
-        table[np.arange(len(table)), one[both] * size + other[both]] = 1
-        joint = (weights[..., both] @ table).reshape(*weights.shape[:-1], size, size)
-        count = joint.sum((-2, -1))
-        observed = np.trace(joint, axis1=-2, axis2=-1)
-        expected = _ratio((joint.sum(-1) * joint.sum(-2)).sum(-1), count)
+        drawn, size = weights[..., both], codes.max(initial=0) + 1
+        of_one, of_other = (
+            drawn @ _counts(column[both, None], size) for column in (one, other)
+        )
+        count = drawn.sum(-1)
+        observed = drawn @ (one == other)[both]
+        expected = _ratio((of_one * of_other).sum(-1), count)
         kappa = _ratio(observed - expected, count - expected)
         total = total + np.where(np.isfinite(kappa), count * kappa, 0)
         shared = shared + np.where(np.isfinite(kappa), count, 0)
@@ -86,13 +85,10 @@ def fleiss_kappa(codes: np.ndarray, weights: np.ndarray | None = None) -> np.nda
         codes: [U, L].
         weights: as in :func:`percent_agreement`.
     """
-    counts, weights = _counts(codes), _weights(codes, weights)
-    several = counts.sum(-1) >= 2
-    counts, weights = counts[several], weights[..., several]
-    size = counts.sum(-1)
-    equal = (counts * (counts - 1)).sum(-1) / (size * (size - 1))
-    observed = _ratio(weights @ equal, weights.sum(-1))
-    shares = _ratio(weights @ counts, (weights @ size)[..., None])
+    codes, weights = _several(codes, _weights(codes, weights))
+    size, equal = _pairs(codes)
+    observed = _ratio(weights @ (equal / (size * (size - 1))), weights.sum(-1))
+    shares = _ratio(weights @ _counts(codes), (weights @ size)[..., None])
     expected = (shares**2).sum(-1)
     return _ratio(observed - expected, 1 - expected)
 
@@ -114,24 +110,22 @@ def krippendorff_alpha(
         level: 'nominal' or 'ordinal'.
         weights: as in :func:`percent_agreement`.
     """
-    counts, weights = _counts(codes), _weights(codes, weights)
-    several = counts.sum(-1) >= 2
-    counts, weights = counts[several], weights[..., several]
-    size = counts.shape[-1]
-    pairs = counts[:, :, None] * (counts[:, None, :] - np.eye(size))
-    pairs = pairs / (counts.sum(-1) - 1)[:, None, None]
-    joint = (weights @ pairs.reshape(-1, size * size)).reshape(
-        *weights.shape[:-1], size, size
-    )
-    share = joint.sum(-1)
-    total = share.sum(-1)
+    codes, weights = _several(codes, _weights(codes, weights))
+    size, equal = _pairs(codes)
+    counts = weights @ _counts(codes)  # […, C] n_c
+    total = counts.sum(-1)
     if level == 'nominal':
-        distance = 1 - np.eye(size)
-    else:
-        middle = np.cumsum(share, -1) - share / 2
-        distance = (middle[..., :, None] - middle[..., None, :]) ** 2
-    seen = (joint * distance).sum((-2, -1))
-    chance = (share[..., :, None] * share[..., None, :] * distance).sum((-2, -1))
+        seen = weights @ ((size * (size - 1) - equal) / (size - 1))
+        chance = total**2 - (counts**2).sum(-1)
+        return 1 - _ratio(seen * (total - 1), chance)
+    # δ²_ck = (m_c − m_k)², and Σ_ij (m_i − m_j)² = 2·(n·Σ m² − (Σ m)²) for n numbers.
+    middle = np.cumsum(counts, -1) - counts / 2
+    sums = squares = np.zeros(weights.shape)
+    for column in codes.T:
+        m = np.where(column >= 0, middle[..., column], 0)
+        sums, squares = sums + m, squares + m**2
+    seen = (weights * (size * squares - sums**2) / (size - 1)).sum(-1)
+    chance = total * (counts * middle**2).sum(-1) - (counts * middle).sum(-1) ** 2
     return 1 - _ratio(seen * (total - 1), chance)
 
 
@@ -160,13 +154,16 @@ def bootstrap_interval(
     step = max(AT_ONCE // len(clusters), 1)
     for first in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - first)
-        drawn = rng.multinomial(items, np.full(items, 1 / items), size)
-        found.append(coefficient(drawn[:, clusters].astype(float)))
+        drawn = rng.integers(items, size=(size, items))
+        drawn += items * np.arange(size)[:, None]
+        counts = np.bincount(drawn.reshape(-1), minlength=size * items)
+        weights = counts.reshape(size, items)[:, clusters].astype(float)
+        found.append(coefficient(weights))
     values = np.concatenate(found)
     values = values[np.isfinite(values)]
     if not len(values):
         return None
-    return [float(x) for x in np.quantile(values, [0.025, 0.975])]
+    return [round(float(x), DIGITS) for x in np.quantile(values, [0.025, 0.975])]
 
 
 def measured(
@@ -183,7 +180,7 @@ def measured(
     if not math.isfinite(value):
         return None, None
     over = functools.partial(coefficient, codes)
-    return value, bootstrap_interval(lambda w: over(weights=w), clusters)
+    return round(value, DIGITS), bootstrap_interval(lambda w: over(weights=w), clusters)
 
 
 def wilson(share: float, count: int) -> list[float]:
@@ -198,10 +195,29 @@ def wilson(share: float, count: int) -> list[float]:
     return [max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)]
 
 
-def _counts(codes: np.ndarray) -> np.ndarray:
-    """[U, C] float, labels of each category."""
-    size = codes.max(initial=0) + 1
-    return (codes[..., None] == np.arange(size)).sum(1).astype(float)
+def _counts(codes: np.ndarray, size: int | None = None) -> Any:
+    """[U, C] labels of each category; sparse, since ratings may all be different."""
+    from scipy import sparse  # slow to import
+
+    unit, labeller = np.nonzero(codes >= 0)
+    size = codes.max(initial=0) + 1 if size is None else size
+    ones = np.ones(len(unit))
+    shape = len(codes), size
+    return sparse.csr_matrix((ones, (unit, codes[unit, labeller])), shape)
+
+
+def _pairs(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[U] labels, and ordered pairs of equal labels, of every unit."""
+    equal = np.zeros(len(codes))
+    for one, other in itertools.combinations(codes.T, 2):
+        equal += 2 * ((one == other) & (one >= 0))
+    return (codes >= 0).sum(1).astype(float), equal
+
+
+def _several(codes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Units with two labels or more."""
+    several = (codes >= 0).sum(1) >= 2
+    return codes[several], weights[..., several]
 
 
 def _weights(codes: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

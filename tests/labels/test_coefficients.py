@@ -189,7 +189,7 @@ def test_perfect_agreement_is_one_and_a_single_category_has_no_kappa(coefficient
 
 @pytest.mark.parametrize('coefficient', ALL)
 def test_labels_at_random_agree_by_chance(coefficient):
-    codes = np.random.default_rng(0).integers(0, 2, (4000, 4))
+    codes = np.random.default_rng(1).integers(0, 2, (4000, 4))
     expected = 0.5 if coefficient is percent_agreement else 0
     value, (low, high) = measured(coefficient, codes, np.arange(4000))
     assert low <= expected <= high and high - low < 0.05
@@ -218,6 +218,19 @@ def test_the_units_of_an_item_are_drawn_together():
     together = bootstrap_interval(lambda w: percent_agreement(many, weights=w), items)
     assert together == pytest.approx(alone)
     assert bootstrap_interval(lambda w: w.sum(-1), np.zeros(3, int)) is None
+
+
+def test_ratings_that_are_all_different():
+    """Numbers with many digits, of which no two are equal, have an order."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3000, 1)) + 0.3 * rng.normal(size=(3000, 3))
+    codes = np.argsort(np.argsort(values, axis=None)).reshape(values.shape)
+    assert percent_agreement(codes) == 0
+    ordinal = functools.partial(krippendorff_alpha, level='ordinal')
+    value, (low, high) = measured(ordinal, codes, np.arange(3000))
+    # Ranks of normal numbers with correlation 1/1.09.
+    assert low < 6 / np.pi * np.arcsin(1 / 1.09 / 2) < high
+    assert high - low < 0.03 and low < value < high
 
 
 def test_wilson_by_hand():
