@@ -23,6 +23,7 @@ from rlhf_jax.config import parse_arg
 from rlhf_jax.datasets import tiny_tldr
 from rlhf_jax.stages.kinds import stage
 
+JUDGED = 12_000  # pairs at most for a judge to label; it learns from those behind
 LABELS = (' wrong', ' right')  # the second one is: of the first, of the second better
 
 
@@ -33,6 +34,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if own.labels not in ('people', 'model', 'half'):
         raise ValueError(f"labels={own.labels!r}; use 'people', 'model' or 'half'")
+    most = 20_000 if own.labels == 'people' else JUDGED
+    least = 2 if own.labels == 'half' else 1
+    if not least <= own.count <= most:
+        raise ValueError(
+            f'count={own.count}: with labels={own.labels!r} use {least} to {most} '
+            'pairs in all'
+        )
     config = quickstart.get_config('smoke' if own.smoke else None)
     config.seed = own.seed
     count = 32 if own.smoke else own.count
@@ -89,7 +97,7 @@ def judging(smoke: bool) -> ConfigDict:
     return stage(
         'sft',
         init='sft',
-        train=f'{spec}train[12000:]',
+        train=f'{spec}train[{JUDGED}:]',
         eval=f'{spec}test[:500]',
         buckets=(112, 144),
         batch_size=8 if smoke else 32,

@@ -72,6 +72,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seed = own.seed
     start = f'{own["from"]}/sft' if own['from'] else 'sft'
     ends = pool(own.rounds, 64 if own.smoke else own.labels // OVERLAP, own.schedule)
+    if not all(first < last for first, last in zip([0, *ends], ends)):
+        raise ValueError(
+            f'rounds={own.rounds}, labels={own.labels}, schedule={own.schedule!r}: a '
+            f'round gets no pair, which takes {OVERLAP} labels; use fewer rounds or '
+            'more labels'
+        )
     rm, ppo = config.rm.to_dict(), config.ppo.to_dict()
     stages = [] if own['from'] else ['sft']
     for number, pairs in enumerate(zip([0, *ends], ends), 1):

@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
         folder = named_path(values.workdir) / values.stage
         items, plan = read_stage(folder)
         given = values['import'].value
+        if given is not None and (values.export or values.comparisons):
+            raise ValueError('--import and --export or --comparisons: give them apart')
         if values.export is not None or values.comparisons is not None:
             _export(folder, items, values.export, values.comparisons)
         elif given is not None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,57 @@ def test_a_recipe_builds(name, arg):
 def test_an_unknown_argument_names_the_right_one(name):
     with pytest.raises(ValueError, match="'smoek' is unknown; did you mean 'smoke'"):
         config_file(name).get_config('smoek')
+
+
+@pytest.mark.parametrize(
+    'name, arg, words',
+    [
+        ('rlaif', 'labels=nobody', "use 'people', 'model' or 'half'"),
+        ('rlaif', 'count=0', 'use 1 to 12000'),
+        ('rlaif', 'count=-5,labels=people', 'use 1 to 20000'),
+        ('rlaif', 'count=1,labels=half', 'use 2 to 12000'),
+        ('rlaif', 'count=12001', 'use 1 to 12000'),
+        ('rounds', 'rounds=0', 'use 1 or more rounds'),
+        ('rounds', 'schedule=odd', "use 'even' or 'ziegler'"),
+        ('rounds', 'model=old', "use 'new' or 'on'"),
+        ('rounds', 'data=first', "use 'all' or 'last'"),
+        ('rounds', 'labels=8001', 'at most 8000 labels'),
+        ('rounds', 'labels=1', 'a round gets no pair'),
+        ('rounds', 'rounds=50,labels=20', 'a round gets no pair'),
+        ('rounds', 'rounds=100,schedule=ziegler,smoke', 'a round gets no pair'),
+    ],
+)
+def test_arguments_that_make_no_run_are_told_at_once(name, arg, words):
+    with pytest.raises(ValueError) as error:
+        config_file(name).get_config(arg)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'rounds, labels, schedule', [(3, 6000, 'even'), (4, 90, 'ziegler')]
+)
+@pytest.mark.parametrize('model, data', [('new', 'all'), ('on', 'last')])
+def test_rounds_share_one_pool_of_labels(rounds, labels, schedule, model, data):
+    arg = f'{rounds=},{labels=},schedule={schedule},model={model},data={data},from=RUN'
+    config = config_file('rounds').get_config(arg)
+    ends = [0]
+    for k in range(1, rounds + 1):
+        spec, first, last = re.fullmatch(
+            r'(.*)\[(\d+):(\d+)\]', config[f'drawn_{k}'].prompts
+        ).groups()
+        assert spec.endswith('prompts:train') and int(first) == ends[-1]
+        ends.append(int(last))
+        assert config[f'drawn_{k}'].policy == ('RUN/sft' if k == 1 else f'ppo_{k - 1}')
+        is_first = k == 1 or model == 'new'
+        assert config[f'rm_{k}'].init == ('RUN/sft' if is_first else f'rm_{k - 1}')
+        seen = range(1 if data == 'all' else k, k + 1)
+        assert config[f'rm_{k}'].train == ' + '.join(
+            f'stage:labelled_{n}' for n in seen
+        )
+    assert ends[-1] == labels // 2 and 'sft' not in config
+    sizes = np.diff(ends)
+    assert sizes.min() > 0
+    assert np.ptp(sizes) <= 1 if schedule == 'even' else (np.diff(sizes) < 0).all()
 
 
 @pytest.mark.parametrize('name', NAMES)

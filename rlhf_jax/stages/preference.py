@@ -139,6 +139,7 @@ def load(
         )
         if hasattr(loss, 'context'):
             refuse_soft(data, wanted_by, 'compares the pairs of a batch')
+        _refuse_dimensions(data, f'{where}: {spec}')
         return data
 
     length = settings.prompt_buckets[-1]
@@ -159,6 +160,18 @@ def load(
             run, stage, settings, settings.temperature, prompts, rewards, [prompts]
         ),
     )
+
+
+def _refuse_dimensions(data: pipeline.Dataset, where: str) -> None:
+    """Comparisons by several guidelines may contradict each other."""
+    found = {record.meta.get('dimension') for record in data.records}
+    if len(found) > 1:
+        names = ', '.join(sorted(map(str, found)))
+        raise ValueError(
+            f'{where} has comparisons by several dimensions ({names}), and a policy '
+            'is trained on one; give a label stage for each, or a reward model with '
+            'heads'
+        )
 
 
 def train(run: Run, job: PreferenceJob) -> Result:

@@ -5,6 +5,7 @@ rounds of a run. Read ``stages/evaluate.py`` next.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from pathlib import Path
@@ -35,8 +36,8 @@ SETTINGS = (SummarySettings,)
 def _verdict(e: dict[str, Any]) -> Verdict:
     """Pass: every number is there."""
     missing = sum(value is None for values in e['series'].values() for value in values)
-    figure = f'{number(len(e["series"]))} series, {number(missing)} numbers missing'
-    return Verdict('fail' if missing else 'pass', figure, 'none missing')
+    figure = f'{number(len(e["series"]))} series, missing numbers: {number(missing)}'
+    return Verdict('fail' if missing else 'pass', figure, '0 missing')
 
 
 def _draw(stage: str, rows: Any, e: dict[str, Any]) -> tuple[list[Plot], list[str]]:
@@ -75,9 +76,8 @@ PAGE = Page(
 class SummaryJob:
     """A checked stage."""
 
-    series: dict[
-        str, list[tuple[Path, str, str]]
-    ]  # eval.json, key, place in the config
+    # By name: eval.json, key, place in the config
+    series: dict[str, list[tuple[Path, str, str]]]
 
 
 def makes(settings: SummarySettings) -> Makes:
@@ -89,8 +89,8 @@ def load(run: Run, stage: str, settings: SummarySettings) -> SummaryJob:
     """Finds the stages.
 
     Raises:
-        ValueError: no series, a point that is no 'STAGE:KEY', or a stage that is
-            neither earlier nor finished.
+        ValueError: no series, one without points, a point that is no 'STAGE:KEY', or
+            a stage that is neither earlier nor finished.
     """
     where, order = f'config.{stage}.series', tuple(run.config.stages)
     if not settings.series:
@@ -98,6 +98,10 @@ def load(run: Run, stage: str, settings: SummarySettings) -> SummaryJob:
     earlier = order[: order.index(stage)] if stage in order else ()
     found: dict[str, list[tuple[Path, str, str]]] = {}
     for name, points in settings.series.items():
+        if isinstance(points, str) or not points:
+            raise ValueError(
+                f"{where}.{name}={points!r}: name its points, as in ('STAGE:KEY',)"
+            )
         for i, point in enumerate(points):
             place = f'{where}.{name}[{i}]'
             source, colon, key = point.rpartition(':')
@@ -107,9 +111,10 @@ def load(run: Run, stage: str, settings: SummarySettings) -> SummaryJob:
             if source not in earlier and not (folder / 'done.json').exists():
                 folder = files.named_path(source)
                 if source in order or not (folder / 'done.json').exists():
+                    known = nearest(source, earlier) if earlier else ''
                     raise ValueError(
                         f'{place}={point!r}: {source!r} is no earlier stage, and no '
-                        f'finished one{nearest(source, earlier)}'
+                        f'finished one{known}'
                     )
             found.setdefault(name, []).append((folder / 'eval.json', key, place))
     return SummaryJob(found)
@@ -119,7 +124,7 @@ def train(run: Run, job: SummaryJob) -> Result:
     """Reads the numbers.
 
     Raises:
-        ValueError: a stage has no such number.
+        ValueError: a stage has no such key, or what stands there is no number.
     """
     clock = time.monotonic()
     series: dict[str, list[Any]] = {}
@@ -128,6 +133,13 @@ def train(run: Run, job: SummaryJob) -> Result:
             numbers = files.read_json(path, files.remake(path.parent))
             if key not in numbers:
                 raise ValueError(f'{place}: {path} has no {key}{nearest(key, numbers)}')
-            series.setdefault(name, []).append(numbers[key])
+            value = numbers[key]
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not is_number:
+                raise ValueError(
+                    f'{place}: {key} of {path} is {json.dumps(value):.60}, which is no '
+                    'number; name another key'
+                )
+            series.setdefault(name, []).append(value)
     seconds = {'read': time.monotonic() - clock}
     return Result(steps=0, seconds=seconds, data={}, evaluation={'series': series})

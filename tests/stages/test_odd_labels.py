@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax.labels.records import read_items, read_labels
 from rlhf_jax.main import launch
+from rlhf_jax.stages.kinds import stage
 from tests.stages.test_label import answered, labelled, people, rows
 from tests.test_main import fails
 
@@ -150,3 +151,26 @@ def test_items_that_nobody_judged_are_counted(verdict, tmp_path):
     counts = {'skipped': 0, 'bad': 0, verdict: 24}
     told = '24 labels of 12 items ({skipped} skipped, {bad} called bad)'
     fails(config, tmp_path, told.format(**counts))
+
+
+def test_a_policy_learns_by_one_dimension(tmp_path):
+    config = people(guidelines={n: written_guide(tmp_path, n) for n in 'ab'})
+    config.stages = ('said', 'learned')
+    config.learned = stage(
+        'preference',
+        name='dpo',
+        init='scratch',
+        train='stage:said',
+        eval='stage:said',
+        eval_prompts='tfds:tiny_tldr/prompts:test[:8]',
+    )
+    with pytest.raises(SystemExit):
+        launch(config, tmp_path / 'run')
+    both = [{'dimension': n, 'probability': float(n == 'a')} for n in 'ab']
+    answered(tmp_path / 'run' / 'said', lambda item, name: both)
+    fails(config, tmp_path / 'run', 'config.learned', 'several dimensions (a, b)')
+
+
+def written_guide(folder, name):
+    (folder / f'{name}.md').write_text(name)
+    return str(folder / f'{name}.md')
