@@ -322,6 +322,10 @@ def _read_models(stage_dir: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(
             f'{stage_dir} holds no finished stage (no {path.name}); run it first'
         )
+    if not (path.exists() or (stage_dir / 'params').exists()):
+        raise ValueError(
+            f'{stage_dir} is a stage that makes no model; name one that does'
+        )
     table = read_json(path, remake(stage_dir))
     if has_checksums(stage_dir):
         if damage := find_damage(stage_dir, RESULT, RESULT_PARTS, only=path.name):

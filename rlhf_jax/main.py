@@ -322,7 +322,11 @@ def run() -> None:
     except ValueError as error:
         _stop(error, str(error))
     text = 'The recipe to run: file.py, or file.py:argument; --config.KEY=VALUE sets.'
-    config_flags.DEFINE_config_dict('config', config, text)
+    try:
+        config_flags.DEFINE_config_dict('config', config, text)
+    except config_flags.config_flags.UnsupportedOperationError as error:
+        reason = str(error).partition(' Currently supported')[0]
+        _stop(error, f'--config: {reason} Set its keys: --config.A.B.KEY=VALUE')
     flags.DEFINE_string('workdir', None, 'Where the run keeps its results.')
     flags.DEFINE_bool('profile', False, 'Trace some steps of every stage.')
     app.run(main, flags_parser=_parse_flags)

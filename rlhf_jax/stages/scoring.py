@@ -90,7 +90,7 @@ def check_reward(
         prompts: the data sets whose responses it will score.
 
     Raises:
-        ValueError: not exactly one of model and fn, a function that
+        ValueError: not exactly one of model and fn, a rating by a function, one that
             :func:`check_function` refuses, a model without a trained head, with too few
             embeddings or positions, a way to combine members where there is one alone,
             or texts to score in several processes.
@@ -98,6 +98,11 @@ def check_reward(
     if (source.model is None) == (source.fn is None):
         raise ValueError(
             f'{where} has model={source.model!r} and fn={source.fn!r}; set exactly one'
+        )
+    if source.fn is not None and source.rating is not None:
+        raise ValueError(
+            f'{where} has fn={source.fn!r} and rating, which a language model gives; '
+            'name one as model in the place of fn, or remove rating'
         )
     fn = tokenizer = judge = None
     if source.combine is not None:

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from rlhf_jax.export import export
 from rlhf_jax.labels.records import read_items, read_labels
 from rlhf_jax.main import launch
+from rlhf_jax.sample import load_part
 from rlhf_jax.stages.kinds import stage
 from tests.stages.test_label import answered, labelled, people, rows
-from tests.test_main import fails
+from tests.test_main import command, fails
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -153,6 +155,28 @@ def test_items_that_nobody_judged_are_counted(verdict, tmp_path):
     fails(config, tmp_path, told.format(**counts))
 
 
+def test_labels_are_no_model_to_export(tmp_path):
+    launch(labelled(fn=f'{HERE}:longer'), tmp_path)
+    for way in (
+        lambda: export(tmp_path, 'said', tmp_path / 'out'),
+        lambda: load_part(tmp_path, 'said', 'policy'),
+    ):
+        with pytest.raises(ValueError, match='said is a stage that makes no model'):
+            way()
+
+
+def test_a_rating_beside_a_function_is_told(tmp_path):
+    config = labelled()
+    config.stages = ('drawn',)
+    config.drawn = stage(
+        'sample',
+        policy='tiny',
+        prompts='tfds:tiny_tldr/prompts:train[:8]',
+        rewards={'ai': {'fn': 'rlhf_jax.datasets.tiny_tldr:invented', 'rating': {}}},
+    )
+    fails(config, tmp_path, 'config.drawn.rewards.ai has fn=', 'and rating')
+
+
 def test_a_policy_learns_by_one_dimension(tmp_path):
     config = people(guidelines={n: written_guide(tmp_path, n) for n in 'ab'})
     config.stages = ('said', 'learned')
@@ -174,3 +198,16 @@ def test_a_policy_learns_by_one_dimension(tmp_path):
 def written_guide(folder, name):
     (folder / f'{name}.md').write_text(name)
     return str(folder / f'{name}.md')
+
+
+def test_a_whole_dict_on_the_command_line_is_told_in_a_line(tmp_path):
+    recipe = tmp_path / 'recipe.py'
+    recipe.write_text(
+        f'from {HERE} import labelled\n'
+        f'def get_config():\n    return labelled(fn={HERE + ":longer"!r})\n'
+    )
+    flag = "--config.said.args={'by': 1}"
+    code, text = command(f'--config={recipe}', f'--workdir={tmp_path}', flag)
+    first, _ = text.splitlines()
+    assert code == 1 and 'field config.said.args' in first
+    assert 'Set its keys: --config.A.B.KEY=VALUE' in first
