@@ -110,3 +110,11 @@ def test_labels_go_in_and_out(tmp_path):
     assert json.loads(out.read_text()) == to_row(label)
     row = json.loads(pairs.read_text())
     assert (row['chosen'], row['rejected']) == ('poor 1', 'good 1')
+
+
+def test_import_is_given_apart_from_export(tmp_path):
+    folder = made.write(tmp_path / 'people', made.items(2))
+    place = [f'--workdir={folder.parent}', f'--stage={folder.name}']
+    done = _run(*place, f'--export={tmp_path / "out"}', f'--import={tmp_path / "in"}')
+    assert done.returncode == 1 and 'give them apart' in done.stderr
+    assert not (tmp_path / 'out').exists()
