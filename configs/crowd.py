@@ -1,7 +1,7 @@
 """Two of six labellers answer at random: majority against Dawid and Skene.
 
     python -m rlhf_jax.main --config configs/crowd.py:aggregate=majority --workdir DIR
-    python -m rlhf_jax.main --config configs/crowd.py:aggregate=dawid_skene --workdir DIR
+    python -m rlhf_jax.main --config configs/crowd.py:aggregate=dawid_skene --workdir D
 
 Three of the six simulated people of the embedded world label every pair, and two of the
 six toss a coin. A reward model learns from what is made of the labels. The report of
