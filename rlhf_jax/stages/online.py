@@ -22,8 +22,13 @@ from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.responses import GOLD
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.console import tell_left_out, tell_shared
-from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, evaluate_policy
+from rlhf_jax.stages.console import tell_shared
+from rlhf_jax.stages.evaluation import (
+    Evaluation,
+    check_evaluation,
+    evaluate_policy,
+    read_prompts,
+)
 from rlhf_jax.stages.rollouts import (
     Method,
     Rollouts,
@@ -104,12 +109,6 @@ def load_online(
     if kept is not None:
         rows, name = rows // group_size * kept, f'batch_size/group_size × {kept}'
     sharding.check_batch_size(rows, run.mesh, where, parts, name)
-    limits = {
-        'max_prompt_length': settings.prompt_buckets[-1],
-        'overlong': settings.overlong,
-        'on_bad': settings.on_bad,
-        'control_tokens': settings.control_tokens,
-    }
     buffer = shaping.overlong_buffer
     if buffer is not None and not 1 <= buffer <= settings.max_new_tokens:
         raise ValueError(
@@ -121,7 +120,7 @@ def load_online(
     policy = check_policy(run, f'{where}.init', settings.init)
     check_positions(run, f'{where}.init', policy, settings)
     data = [
-        tell_left_out(pipeline.load_prompts(spec, run.tokenizer, **limits))
+        read_prompts(run, spec, settings)
         for spec in (settings.prompts, settings.eval_prompts)
     ]
     tell_shared(*data)
