@@ -13,13 +13,17 @@ setup(
     python_requires='>=3.11',
     packages=find_packages(include=['rlhf_jax', 'rlhf_jax.*']),
     package_data={
-        'rlhf_jax': ['py.typed', '*.html', 'datasets/*.txt', 'datasets/tiny_base/*']
+        'rlhf_jax': ['py.typed', '*.html'],
+        'rlhf_jax.labels': ['*.html', '*.css', '*.js', '*.txt'],
+        'rlhf_jax.datasets': ['*.txt', '*.md', 'tiny_base/*'],
     },
     entry_points={
         'console_scripts': [
             'rlhf-jax = rlhf_jax.scripts:train',
             'rlhf-jax-sample = rlhf_jax.scripts:sample',
             'rlhf-jax-export = rlhf_jax.scripts:export',
+            'rlhf-jax-label = rlhf_jax.scripts:label',
+            'rlhf-jax-agreement = rlhf_jax.scripts:agreement',
         ]
     },
     install_requires=[
@@ -47,7 +51,17 @@ setup(
         'cuda': ['jax[cuda]'],
         'tpu': ['jax[tpu]'],
         'tpu-compile': ['libtpu==0.0.42.*'],  # without TPUs; the one of jax 0.10.2
-        'test': ['filelock', 'pytest', 'pytest-xdist>=3.7', 'ruff', 'setuptools>=77'],
+        'label': ['starlette', 'uvicorn'],
+        'test': [
+            'filelock',
+            'httpx',
+            'pytest',
+            'pytest-xdist>=3.7',
+            'ruff',
+            'setuptools>=77',
+            'starlette',
+            'uvicorn',
+        ],
         'parity': ['torch', 'trl==1.12.0', 'pandas', 'requests'],  # the last with PPO
         'parity-latest': ['torch', 'trl==1.16.0', 'pandas', 'requests'],
         'docs': ['mkdocs>=1.6', 'mkdocstrings[python]>=0.26', 'ruff'],

@@ -89,8 +89,9 @@ class Scored(NamedTuple):
 
     scores: Array  # [B] reward units, unshaped; rows that fill up count nothing
     truncated: int | None = None  # texts cut to fit its model; None: none could be
-    # [B] standard deviation over an ensemble's members; None of a single judge
+    # [B] standard deviation over an ensemble's members; None of a single model
     deviation: Array | None = None
+    members: Array | None = None  # [B, M] what each member of an ensemble said
 
 
 Scorer = Callable[[Responses], Scored]

@@ -1,6 +1,6 @@
-"""The installed commands: ``rlhf-jax``, ``rlhf-jax-sample``, ``rlhf-jax-export``.
+"""The installed commands: ``rlhf-jax``, ``rlhf-jax-sample`` and so on.
 
-They are ``python -m rlhf_jax.main``, ``….sample`` and ``….export``. Like these they
+They are ``python -m rlhf_jax.main``, ``….sample`` and so on. Like these they
 find modules of the folder that they are called in, so that a setting can name one
 (``my_rewards:short``), and a recipe its neighbours.
 """
@@ -25,6 +25,16 @@ def sample() -> None:
 def export() -> None:
     """``rlhf-jax-export``: see ``rlhf_jax/export.py``."""
     _run('export')
+
+
+def label() -> None:
+    """``rlhf-jax-label``: see ``rlhf_jax/label.py``."""
+    _run('label')
+
+
+def agreement() -> None:
+    """``rlhf-jax-agreement``: see ``rlhf_jax/agreement.py``."""
+    _run('agreement')
 
 
 def _run(name: str) -> None:

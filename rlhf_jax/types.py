@@ -65,7 +65,8 @@ class JudgedBatch:
     and preference losses. What a loss does not read may be None.
 
     ===================  =======  ====================================================
-    comparison           K = 2    the chosen text first; ``labels`` are None
+    comparison           K = 2    the chosen text first; ``labels`` are None, unless the
+                                  data have rankings too
     ranking              K texts  ranks: 1 is the best, equal is a tie
     rating               K = 1    the number that was given
     response in steps    K = 1    at the last token of every step: 1 right, 0 wrong
@@ -84,6 +85,10 @@ class JudgedBatch:
     judged: Array | None = None  # like ``labels``, bool: where there is one
     # [P] float32, demanded score difference; 0 where labellers gave none
     margin: Array | None = None
+    # [P] float32 of comparisons: how likely the chosen text is the better one, ½ of a
+    # tie. None where all labels of the data are certain.
+    probability: Array | None = None
+    tied: Array | None = None  # [P] bool: judged equal; None where the data have no tie
     # P rows: the prompt with the response to another one, which is what ``loss_mask``
     # counts; for losses on unpaired responses (KTO)
     mismatched: TokenBatch | None = None

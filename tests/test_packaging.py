@@ -13,7 +13,8 @@ import pytest
 from tests.small_config import ROOT
 
 PACKAGE = ROOT / 'rlhf_jax'
-COMMANDS = ('rlhf-jax', 'rlhf-jax-sample', 'rlhf-jax-export')
+COMMANDS = ('rlhf-jax',)
+COMMANDS += tuple(f'rlhf-jax-{x}' for x in ('sample', 'export', 'label', 'agreement'))
 
 
 def _setup(name):
@@ -87,7 +88,8 @@ def test_an_installed_command_tells_its_flags(installed, tmp_path, name):
     )
     more = ['--config', str(recipe)] if name == 'rlhf-jax' else []
     done = _call(installed, name, *more, '--help', cwd=tmp_path)
-    assert '--workdir' in done.stdout, done.stdout + done.stderr
+    flag = '--items' if name == 'rlhf-jax-agreement' else '--workdir'
+    assert flag in done.stdout, done.stdout + done.stderr
 
 
 def test_an_installed_command_finds_modules_of_the_folder_it_is_called_in(

@@ -28,7 +28,7 @@ BESIDE = {
     'files': set(),
     'verify': set(),
     'data': {'config', 'files', 'ops', 'ranges', 'types', 'verify'},
-    'datasets': {'config', 'data', 'files', 'ops', 'types', 'verify'},
+    'datasets': {'config', 'data', 'files', 'labels', 'ops', 'types', 'verify'},
     'labels': {'config', 'data', 'files', 'ranges', 'types'},
     'pages': {'responses'},
     'report': {'evaluators', 'files', 'pages', 'stages'},
@@ -53,7 +53,8 @@ def _allowed():
     # The only ones that see both the ladder and what stands beside it.
     everything = below | set(BESIDE) | {'evaluators', 'stages'}
     table['stages'] = everything
-    commands = {'main', 'sample', 'export', 'scripts', 'workdir', 'command_line'}
+    commands = {'main', 'sample', 'export', 'label', 'agreement', 'scripts'}
+    commands |= {'workdir', 'command_line'}
     for entry_point in commands:
         table[entry_point] = everything | commands
     table['__init__'] = PURE  # the public names

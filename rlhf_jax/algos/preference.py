@@ -20,6 +20,7 @@ import optax
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient, microbatches
 from rlhf_jax.algos.rollout import policy_states
 from rlhf_jax.algos.sft import counted_logprobs, counted_tokens
+from rlhf_jax.algos.soft_labels import expected_agreement, expected_preference_loss
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.kl import token_kl
 from rlhf_jax.ops.logprobs import token_logprobs
@@ -233,6 +234,12 @@ def check_batch(
             f'{loss.__name__} is a loss on {what[loss.DATA]}, and the data are '
             f'{what[kind]}; use other data, or a loss whose DATA is {kind!r}'
         )
+    if batch.probability is not None and hasattr(loss, 'context'):
+        raise ValueError(
+            f'{loss.__name__} compares the pairs of a batch with each other, so that '
+            'no pair can be swapped alone, and the batch has probabilities; use a loss '
+            'without a context, or certain labels'
+        )
     if loss.REFERENCE and wants_tokens(loss) and ref_params is None:
         raise ValueError(
             f'{loss.__name__} looks at single tokens under the reference policy, whose '
@@ -339,7 +346,8 @@ def preference_loss(
     Returns:
         (sum [], weight [] rows, metrics: ``loss``, ``rewards/…``, ``logps/…`` and the
         means of ``context``). A pair's ``rewards/accuracies`` is strict: a tie is an
-        error.
+        error. With ``probability`` in the batch loss and accuracy are expected, see
+        ``soft_labels.py``.
 
     Raises:
         ValueError: pairs given to a loss on unpaired responses or the reverse, or no
@@ -348,7 +356,11 @@ def preference_loss(
     check_batch(loss, batch, ref_params)
     tokens = wants_tokens(loss)
     numbers = batch_logps(params, batch, ref_params, model=model, tokens=tokens)
-    per_row, rewards = loss.loss(numbers.replace(context=context), loss_hp)
+    numbers, p = numbers.replace(context=context), batch.probability
+    if p is None:
+        per_row, rewards = loss.loss(numbers, loss_hp)
+    else:
+        per_row, rewards = expected_preference_loss(numbers, p, loss, loss_hp)
     weight = jnp.sum(batch.weight)
 
     def mean(x: Array, weights: Array = batch.weight) -> Mean:
@@ -363,7 +375,10 @@ def preference_loss(
             rejected = mean(x, batch.weight * ~batch.desirable)
         metrics |= {f'{name}/chosen': chosen, f'{name}/rejected': rejected}
     if loss.DATA == 'pairs':
-        metrics['rewards/accuracies'] = mean(rewards[:, 0] > rewards[:, 1])
+        agrees = rewards[:, 0] > rewards[:, 1]
+        if p is not None:
+            agrees = expected_agreement(rewards[:, 0] - rewards[:, 1], p)
+        metrics['rewards/accuracies'] = mean(agrees)
         metrics['rewards/margins'] = mean(rewards[:, 0] - rewards[:, 1])
     metrics |= {name: mean(x) for name, x in context.items()}
     return jnp.sum(per_row * batch.weight), weight, metrics

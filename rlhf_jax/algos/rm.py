@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.algos.gradients import apply_gradient, mean_gradient
+from rlhf_jax.algos.soft_labels import expected_agreement, expected_reward_loss
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.ranges import at_least
 from rlhf_jax.reward_losses import RewardLoss, bradley_terry
@@ -90,6 +91,9 @@ def rm_loss(
     steps    L = Σ_bt w_b·[ℓ(r, right) + λ·r²]    over the last tokens of the steps
 
     The weight is the number of prompts (times heads that ranked them), ratings, steps.
+    Where a comparison has a probability p that the chosen text is the better one, ℓ is
+    expected: p·ℓ(x) + (1 − p)·ℓ(−x); a tie has none.
+
     All C(K, 2) pairs of a prompt are in one batch element and weigh as much together as
     a single pair. A ranking of ties alone has no accuracy and counts in the loss.
 
@@ -104,6 +108,7 @@ def rm_loss(
         Eisenstein et al. 2023, arXiv 2312.09244, eq. 2; L2 λ: safe-rlhf, whose mean
         over both texts of a pair this is; the virtual response: Dai et al. 2023 (Safe
         RLHF), arXiv 2310.12773, eq. 6. Accuracy is strict: equal scores are an error.
+        In data with probabilities it is the expected agreement, where they count ½.
 
     Args:
         params: of the reward model.
@@ -139,6 +144,8 @@ def _ranked(
     i, j = np.triu_indices(ranks.shape[1], 1)
     known = there[:, i] & there[:, j]  # [P, pairs, H]
     tied = known & (ranks[:, i] == ranks[:, j])
+    if batch.tied is not None:
+        tied = tied | (known & batch.tied[:, None, None])
     first = ranks[:, i] <= ranks[:, j]
     chosen = jnp.where(first, scores[:, i], scores[:, j])
     rejected = jnp.where(first, scores[:, j], scores[:, i])
@@ -146,7 +153,13 @@ def _ranked(
 
     pairs = jnp.sum(known, axis=1, keepdims=True)  # [P, 1, H]
     weight = batch.weight[:, None, None] * known / jnp.maximum(pairs, 1)
-    losses = loss.loss(chosen - rejected - margin, tied, loss_hp)
+    gap = chosen - rejected - margin
+    if batch.probability is None:
+        losses, agrees = loss.loss(gap, tied, loss_hp), chosen > rejected
+    else:
+        p = batch.probability[:, None, None]
+        losses = expected_reward_loss(gap, tied, p, loss, loss_hp)
+        agrees = expected_agreement(chosen - rejected, p)
     text = there & _is_text(batch)
     texts = jnp.maximum(jnp.sum(text, axis=1, keepdims=True), 1)
     both = text[:, i] & text[:, j]
@@ -160,7 +173,7 @@ def _ranked(
 
     metrics = {
         'loss': mean(losses, weight),
-        'accuracy': mean(chosen > rejected, decided),
+        'accuracy': mean(agrees, decided),
         'score_chosen': mean(chosen, decided),
         'score_rejected': mean(rejected, decided),
         'score_gap': mean(jnp.abs(chosen - rejected), decided),

@@ -53,6 +53,9 @@ class JudgedExample(NamedTuple):
     margin: float = 0.0  # demanded score difference
     ends: np.ndarray | None = None  # [S] int32, places of the last tokens of the steps
     mismatched: np.ndarray | None = None  # [T] int32, the response to another prompt
+    # Of a comparison, see ``types.JudgedBatch``; None in all examples of certain labels
+    probability: float | None = None
+    tied: bool | None = None
 
 
 class PromptExample(NamedTuple):
@@ -266,9 +269,14 @@ def _judged(
     tokens, mask = (x.reshape(-1, size, length) for x in pad_right(texts, length))
     behind = np.asarray([len(row.prompt) for row in rows])[:, None, None]
     labels, judged = _labels(rows, mask)
-    mismatched = None
+    mismatched = probability = tied = None
     if any(row.mismatched is not None for row in rows):
         mismatched = _mismatched(rows, length)
+    if any(row.probability is not None for row in rows):
+        probability = [1 if r.probability is None else r.probability for r in rows]
+        probability = np.asarray(probability, np.float32)
+    if any(row.tied is not None for row in rows):
+        tied = np.asarray([bool(row.tied) for row in rows])
     return JudgedBatch(
         tokens=tokens,
         mask=mask,
@@ -276,6 +284,8 @@ def _judged(
         labels=labels,
         judged=judged,
         margin=np.asarray([row.margin for row in rows], np.float32),
+        probability=probability,
+        tied=tied,
         weight=(index >= 0).astype(np.float32),
         mismatched=mismatched,
     )

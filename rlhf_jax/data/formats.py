@@ -2,7 +2,9 @@
 
     demonstration   prompt + completion · messages · the chosen side of a comparison
     conversation    a demonstration in messages, all of whose assistant turns count
-    comparison      prompt + chosen + rejected · chosen + rejected as conversations
+    comparison      prompt + chosen + rejected · chosen + rejected as conversations;
+                    perhaps margin, and either probability (that chosen is the better
+                    one, 0 to 1) or tie: true (judged equal)
     unpaired        a demonstration + label: true (or 1) desirable, false (or 0) not
     prompt          any record with a prompt
     text            text
@@ -34,15 +36,6 @@ from rlhf_jax.ranges import LARGEST_SCORE
 FIELDS = ('prompt', 'completion', 'chosen', 'rejected', 'messages', 'text')
 GOLD = ('gold_chosen', 'gold_rejected')  # true rewards, which are never learned from
 TOLD = ('tools', 'documents', 'chat_template_kwargs')  # for the chat template
-
-
-# What the records of a stage can be read as, by what they hold.
-READABLE_AS = {
-    'demonstrations': ('demonstrations', 'prompts'),
-    'comparisons': ('comparisons', 'unpaired', 'prompts'),
-    'rankings': ('rankings', 'prompts'),
-    'prompts': ('prompts',),
-}
 
 
 class BadRecord(ValueError):
@@ -93,6 +86,9 @@ class Judged:
     where: str
     templated: bool = False
     margin: float = 0.0  # demanded score difference, 0 where labellers gave none
+    # Of a comparison: that the chosen completion is the better one; ½ where it is tied
+    probability: float = 1.0
+    tied: bool = False
 
     @property
     def texts(self) -> dict[str, str]:
@@ -134,10 +130,16 @@ def to_demonstration(
 
     Raises:
         BadRecord: a field is missing, of the wrong type or empty, or the conversation
-            does not end in an assistant turn.
+            does not end in an assistant turn; a comparison whose chosen answer is
+            judged the worse one.
         ValueError: messages, and the tokenizer has no chat template.
     """
     name = answer_field(record)
+    if name == 'chosen' and (probability := _how_sure(record)[0]) < 0.5:
+        raise BadRecord(
+            f'{record.where}: chosen is the worse answer (probability '
+            f'{probability:g}); swap chosen and rejected, or leave it out'
+        )
     prompt, completion, templated = prompt_and_answer(record, tokenizer, name)
     return Demonstration(prompt, completion, record.where, templated)
 
@@ -177,7 +179,8 @@ def to_comparison(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> J
 
     Raises:
         BadRecord: a field is missing, of the wrong type or empty, both answers are
-            equal, or they answer different prompts.
+            equal, or they answer different prompts, a probability is none, or stands
+            beside a tie.
         ValueError: messages, and the tokenizer has no chat template.
     """
     fields = record.present
@@ -190,9 +193,33 @@ def to_comparison(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> J
     margin = number_of(record, 'margin', fields.get('margin', 0.0))
     for name in GOLD:
         number_of(record, name, fields.get(name, 0.0))
-    meta = other_fields(fields, 'margin')
+    probability, tied = _how_sure(record)
+    meta = other_fields(fields, 'margin', 'probability', 'tie')
     sides = {'chosen': chosen, 'rejected': rejected}
-    return Judged(prompt, sides, None, meta, record.where, templated, margin)
+    how = margin, probability, tied
+    return Judged(prompt, sides, None, meta, record.where, templated, *how)
+
+
+def _how_sure(record: SourceRecord) -> tuple[float, bool]:
+    """The probability that the chosen answer is the better one, ½ of a tie, and whether
+    it is one; else BadRecord.
+    """
+    fields = record.present
+    tie = fields.get('tie', False)
+    if not isinstance(tie, bool):
+        raise BadRecord(f'{record.where}: tie is {tie!r:.80}; use true or false')
+    if tie and 'probability' in fields:
+        raise BadRecord(
+            f'{record.where}: a tie has no probability; leave one of both out'
+        )
+    given = fields.get('probability', 0.5 if tie else 1.0)
+    probability = number_of(record, 'probability', given)
+    if not 0 <= probability <= 1:
+        raise BadRecord(
+            f'{record.where}: probability is {probability:g}; it is that of chosen '
+            'being the better one, from 0 to 1'
+        )
+    return probability, tie
 
 
 def to_unpaired(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Judged:
@@ -216,6 +243,39 @@ def to_unpaired(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Jud
     return Judged(prompt, only, [[float(label)]], meta, record.where, templated)
 
 
+class Turns(NamedTuple):
+    """What a record asks, before any template."""
+
+    messages: chat.Messages | None  # up to the answer; None where the prompt is text
+    goes_on: bool  # the last message is of the assistant, and the answer goes on in it
+    answer: Any  # that the record has; None where it has none
+
+
+def to_turns(record: SourceRecord) -> Turns:
+    """The messages of a prompt and an answer to it; BadRecord where the prompt is
+    missing or of the wrong type.
+    """
+    fields = record.present
+    name = next((name for name in ('completion', 'chosen') if name in fields), None)
+    if 'messages' in fields and 'prompt' not in fields:
+        name = 'messages'
+    answer = fields.get(name)
+    if name != 'messages' and not isinstance(answer, list):
+        prompt = field_of(record, 'prompt')
+        turns = _messages(record, 'prompt') if isinstance(prompt, list) else None
+        return Turns(turns, turns is not None and _goes_on(record, turns), answer)
+    (turns, begun), answer = _turns(record, name), None
+    if turns[-1]['role'] == 'assistant':
+        *turns, last = turns
+        answer = last.get('content')
+    if begun is not None:
+        turns = [*turns, begun]
+        answer = (answer or '').removeprefix(begun['content'])
+    if not turns:
+        raise BadRecord(f'{record.where}: nothing stands before the answer')
+    return Turns(turns, begun is not None, answer)
+
+
 def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Reads a prompt; ``reference``, else an answer in the record, is its reference.
 
@@ -225,25 +285,8 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
         BadRecord: the prompt is missing, of the wrong type or empty.
         ValueError: messages, and the tokenizer has no chat template.
     """
-    fields = record.present
-    name = next((name for name in ('completion', 'chosen') if name in fields), None)
-    if 'messages' in fields and 'prompt' not in fields:
-        name = 'messages'
-    reference, goes_on = fields.get(name), False
-    if name == 'messages' or isinstance(reference, list):
-        (turns, begun), reference = _turns(record, name), None
-        if turns[-1]['role'] == 'assistant':
-            *turns, last = turns
-            reference = last.get('content')
-        if begun is not None:
-            turns, goes_on = [*turns, begun], True
-            reference = (reference or '').removeprefix(begun['content'])
-        if not turns:
-            raise BadRecord(f'{record.where}: nothing stands before the answer')
-    else:
-        prompt = field_of(record, 'prompt')
-        turns = _messages(record, 'prompt') if isinstance(prompt, list) else None
-        goes_on = turns is not None and _goes_on(record, turns)
+    fields, (turns, goes_on, reference) = record.present, to_turns(record)
+    prompt = fields.get('prompt')
     if turns is not None:
         with _placed(record):
             told = chat.told(fields, tokenizer)
@@ -254,10 +297,8 @@ def to_prompt(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> Promp
             f'{record.where}: the reference is a {type(reference).__name__}, not text'
         )
     text_of(record, 'prompt', prompt)
-    if reference is not None:
-        reference = (
-            text_of(record, 'reference', reference) if reference.strip() else None
-        )
+    is_given = reference is not None and reference.strip()
+    reference = text_of(record, 'reference', reference) if is_given else None
     meta = {k: v for k, v in fields.items() if k not in (*FIELDS, 'reference')}
     templated = turns is not None or _templated(record)
     return Prompt(prompt, reference, meta, record.where, templated)

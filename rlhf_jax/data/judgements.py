@@ -8,7 +8,8 @@
     rating    prompt + completion + rating: 4 · … + ratings: {'safety': 4, …}
     steps     prompt + completions: [step, …] + labels: [true, false, …], as TRL has it
 
-A comparison with a ``dimension`` is a ranking of two. Comparisons themselves, and what
+A comparison with a ``dimension`` is a ranking of two, with its ``probability`` or
+``tie``. Comparisons themselves, and what
 a prompt or an answer may be, are in ``formats.py``; read ``reward_data.py`` next, which
 turns these records into tokens.
 """
@@ -113,6 +114,7 @@ def _compared(
 ) -> Judged:
     """A comparison in one of the dimensions; with no heads, in the only one."""
     pair = formats.to_comparison(record, tokenizer)
+    places = (1, 1) if pair.tied else (1, 2)
     dimension = formats.field_of(record, 'dimension') if heads else None
     if heads and dimension not in heads:
         raise BadRecord(
@@ -121,7 +123,7 @@ def _compared(
         )
     ranks = [
         [place if name == dimension else None for name in heads or (None,)]
-        for place in (1, 2)
+        for place in places
     ]
     return dataclasses.replace(pair, labels=ranks)
 

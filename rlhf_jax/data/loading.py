@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.config import nearest
-from rlhf_jax.data.columns import Growing, GrowingTable, Packed, packed
+from rlhf_jax.data.columns import Growing, GrowingTable, Packed, Table, packed
 from rlhf_jax.data.control import ControlTokens, check_control_tokens, spelling
 from rlhf_jax.data.examples import Counts, Dataset, Example, JudgedExample, Origin
 from rlhf_jax.data.formats import BadRecord, Judged
@@ -137,7 +137,51 @@ def load_records(
             "longest bucket, set overlong='truncate', or mend the records"
         )
     kept = prompts or Packed(origins.finish(), Origin)
-    return Dataset(examples.finish(), kept, counts)
+    return Dataset(_without_certain(examples.finish()), kept, counts)
+
+
+def _without_certain(examples: Table) -> Table:
+    """Labels that are all certain need no probability: with and without the field, data
+    give the same batches.
+    """
+    if examples.kind is not JudgedExample:
+        return examples
+    probability, tied = (examples.columns[name] for name in ('probability', 'tied'))
+    return examples.replace(
+        probability=None if np.all(probability == 1) else probability,
+        tied=tied if np.any(tied) else None,
+    )
+
+
+def check_order(data: Dataset) -> Dataset:
+    """The data; ValueError where no comparison says which of two is better."""
+    probability = data.examples.columns['probability']
+    if probability is not None and np.all(probability == 0.5):
+        raise ValueError(
+            f'{data.counts.spec}: all {len(probability)} comparisons are ties (or have '
+            'probability 0.5): there is no order to learn'
+        )
+    return data
+
+
+def refuse_soft(data: Dataset, wanted_by: str, why: str) -> None:
+    """Raises ValueError where a comparison is a tie or less than certain.
+
+    Args:
+        data: comparisons.
+        wanted_by: how the user knows the loss.
+        why: it cannot learn from such, e.g. 'compares all pairs of a batch'.
+    """
+    probability = data.examples.columns['probability']
+    if probability is None:
+        return
+    places = np.flatnonzero(probability != 1)
+    first = data.records[int(places[0])].where
+    raise ValueError(
+        f'{data.counts.spec}: {len(places)} of {len(probability)} comparisons are ties '
+        f'or have a probability below 1 (first: {first}), and {wanted_by} {why}; use '
+        "another loss, such as 'dpo', or certain labels"
+    )
 
 
 def judged_example(record: Judged, row: Row) -> JudgedExample:
@@ -152,7 +196,8 @@ def judged_example(record: Judged, row: Row) -> JudgedExample:
     labels = record.labels
     if labels is not None:
         labels = np.asarray(labels, np.float32)  # NaN for None
-    return JudgedExample(row.prompt, answers, labels, record.margin, ends)
+    how_sure = {'probability': record.probability, 'tied': record.tied}
+    return JudgedExample(row.prompt, answers, labels, record.margin, ends, **how_sure)
 
 
 def _converted(

@@ -40,9 +40,11 @@ from rlhf_jax.data.loading import (
     Limits,
     OnBad,
     Overlong,
+    check_order,
     judged_example,
     load_records,
     one_of,
+    refuse_soft,
 )
 from rlhf_jax.data.rows import Row, conversation_rows, in_pieces, text_rows
 from rlhf_jax.data.sources import Stream, stream
@@ -200,7 +202,7 @@ def _load_comparisons(
     limits: Limits,
 ) -> Dataset:
     how = 'comparisons', limits, formats.to_comparison, text_rows, judged_example
-    return load_records(spec, sources, tokenizer, *how)
+    return check_order(load_records(spec, sources, tokenizer, *how))
 
 
 def load_preferences(
@@ -230,7 +232,8 @@ def load_preferences(
 
     Raises:
         ValueError: data of the other kind, a bad record (with its place), nothing is
-            left, or, of single responses, all have the same verdict or prompt.
+            left, or, of single responses, all have the same verdict or prompt, or a
+            comparison to take apart is not certain.
     """
     sources, limits = stream(spec), Limits(max_length, overlong, on_bad, control_tokens)
     found = sources.field_names()
@@ -250,6 +253,7 @@ def load_preferences(
     data = _load_comparisons(spec, sources, tokenizer, limits)
     if kind == 'pairs':
         return data
+    refuse_soft(data, wanted_by, 'needs responses that are good or bad for certain')
     labels = np.asarray([[[1]], [[0]]], np.float32)
     examples = Table.of(
         JudgedExample(example.prompt, (answer,), label)

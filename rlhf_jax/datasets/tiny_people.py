@@ -288,11 +288,23 @@ def annotate(
 ) -> tuple[int, bool]:
     """One annotator, drawn uniformly, and whether they note down a as the better."""
     index = int(rng.integers(len(ANNOTATORS)))
+    return index, answer(index, a, b, rng, length_taste)
+
+
+def answer(
+    index: int,
+    a: tiny_world.GoldParts,
+    b: tiny_world.GoldParts,
+    rng: np.random.Generator,
+    length_taste: float = 1.0,
+) -> bool:
+    """Whether an annotator, by number, notes down a as the better one."""
+    annotator = ANNOTATORS[index % len(ANNOTATORS)]
     annotator = dataclasses.replace(
-        ANNOTATORS[index], length_bias=length_taste * ANNOTATORS[index].length_bias
+        annotator, length_bias=length_taste * annotator.length_bias
     )
     p = preference(annotator, a.reward - b.reward, a.words - b.words)
-    return index, (rng.random() < p) != (rng.random() < FLIP_RATE)
+    return bool((rng.random() < p) != (rng.random() < FLIP_RATE))
 
 
 def make_judgement(

@@ -41,6 +41,7 @@ SEED = 20230  # of every article; example i of a config draws from (SEED, config
 CUE = 'TL;DR:'
 TRAINING_EXAMPLES = 3_000  # of every config, for the tokenizer
 WORDS = Path(__file__).with_name('tiny_tldr_words.txt')
+JUDGE = Path(__file__).with_name('tiny_judge.txt')  # a prompt file for a judge
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -71,6 +72,56 @@ def gold(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         )
     pairs = zip(prompts, responses)
     return np.array([tiny_world.gold_reward(*pair) for pair in pairs], np.float64)
+
+
+def answer_as(
+    prompts: Sequence[str],
+    firsts: Sequence[str],
+    seconds: Sequence[str],
+    labellers: Sequence[int],
+    rng: np.random.Generator,
+    length_taste: float = 1.0,
+    random: Sequence[int] = (),
+) -> np.ndarray:
+    """Whether the first response is the better one, each by one annotator of this
+    world; see ``tiny_people.answer``.
+
+    Args:
+        prompts: N texts as :func:`make_prompt` writes them.
+        firsts: N responses.
+        seconds: N responses.
+        labellers: N, indices into ``tiny_people.ANNOTATORS``, from the start again
+            behind its end.
+        rng: draws the labels.
+        length_taste: multiplies every annotator's ``length_bias``.
+        random: those among the labellers who toss a coin.
+
+    Returns:
+        [N] bool.
+    """
+    found = []
+    for prompt, *pair, who in zip(prompts, firsts, seconds, labellers, strict=True):
+        parts = [tiny_world.gold_parts(prompt, text) for text in pair]
+        likes = tiny_people.answer(int(who), *parts, rng, length_taste)
+        found.append(rng.random() < 0.5 if who in random else likes)
+    return np.asarray(found, bool)
+
+
+def invented(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """How many facts responses state that are none of the article's main event: made
+    up, or a stranger's. [N] float64; the arguments are those of :func:`gold`.
+    """
+    pairs = zip(prompts, responses, strict=True)
+    found = [tiny_world.gold_parts(*pair).invented for pair in pairs]
+    return np.array(found, np.float64)
+
+
+def covered(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """How many of the six facts of the main event responses state. [N] float64; the
+    arguments are those of :func:`gold`.
+    """
+    pairs = zip(prompts, responses, strict=True)
+    return np.array([tiny_world.gold_parts(*p).covered for p in pairs], np.float64)
 
 
 def annotate(

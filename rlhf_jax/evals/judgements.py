@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.evals.preference import preference_report
+from rlhf_jax.evals.preference import agreement, pair_losses, preference_report
 from rlhf_jax.types import Array, JudgedBatch, Params
 
 RESAMPLES = 2000
@@ -58,6 +58,7 @@ def ranking_report(
     lengths: np.ndarray,
     gold: np.ndarray | None = None,
     heads: Sequence[str] = (),
+    probability: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The numbers of a reward model on held-out rankings.
 
@@ -72,6 +73,7 @@ def ranking_report(
         lengths: [N, K] response tokens, 0 of the virtual response.
         gold: [N, K] true rewards where they are known.
         heads: their names, where there are several.
+        probability: [N] of comparisons among them, see :func:`preference_report`.
 
     Returns:
         The fields of ``preference_report``, and more; where there is a virtual response
@@ -94,12 +96,16 @@ def ranking_report(
 
     chosen, tokens = both(scores, h), both(lengths)
     right = np.zeros(decided.shape)
-    right[n, pair, h] = chosen[:, 0] > chosen[:, 1]
+    p = None if probability is None else probability[n]
+    right[n, pair, h] = agreement(chosen[:, 0] - chosen[:, 1], p)
     texts = (tokens > 0).all(-1)
     report = preference_report(
-        chosen[texts], tokens[texts], None if gold is None else both(gold)[texts]
+        chosen[texts],
+        tokens[texts],
+        None if gold is None else both(gold)[texts],
+        probability=None if p is None else p[texts],
     )
-    report['loss'] = float(np.logaddexp(0, chosen[:, 1] - chosen[:, 0]).mean())
+    report['loss'] = float(pair_losses(chosen[:, 0] - chosen[:, 1], p).mean())
     signs = decided & ((lengths[:, i] == 0) | (lengths[:, j] == 0))[..., None]
     decided = decided & ~signs
     counts = decided.sum((1, 2))
@@ -120,18 +126,17 @@ def ranking_report(
     ]
     # Equal scores have no order: τ is not defined there, and 0 is what it says.
     report['kendall_tau'] = float(np.mean(np.nan_to_num(taus)))
-    for k, head in enumerate(heads):
-        pairs = decided[..., k].sum()
-        report.setdefault('by_head', []).append(
-            {
-                'head': head,
-                'pairs': int(pairs),
-                'accuracy': float(right[..., k][decided[..., k]].sum() / pairs)
-                if pairs
-                else None,
-            }
-        )
+    if heads:
+        report['by_head'] = [
+            _of_head(head, right[..., k][decided[..., k]])
+            for k, head in enumerate(heads)
+        ]
     return report
+
+
+def _of_head(head: str, right: np.ndarray) -> dict[str, Any]:
+    accuracy = float(right.sum() / len(right)) if len(right) else None
+    return {'head': head, 'pairs': len(right), 'accuracy': accuracy}
 
 
 def rating_report(

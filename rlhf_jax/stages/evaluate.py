@@ -29,7 +29,7 @@ from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.evaluation import Evaluation, evaluate_policy, load_evaluation
 from rlhf_jax.stages.kinds import Makes
-from rlhf_jax.stages.offline import known_gold, known_kinds
+from rlhf_jax.stages.offline import how_sure, known_gold, known_kinds
 from rlhf_jax.stages.reward_model import examination
 from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.sampler import make_sampler
@@ -265,5 +265,6 @@ def _of_implicit_reward(
         lengths,
         known_gold(data.records),
         known_kinds(data.records),
+        **how_sure(data.examples),
     )
     return {**report, 'is_implicit': True}

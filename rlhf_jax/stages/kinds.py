@@ -10,7 +10,7 @@ kind. The module has:
 * ``CHOICE``, if a setting chooses a part with settings of its own, as ``loss`` does;
 * ``makes(*settings)``: what the stage leaves to others, known before it has run;
 * ``reads(*settings)``, if it takes records of stages: what each of its data settings
-  takes, as ``data.formats.READABLE_AS`` calls it;
+  takes, as ``order.READABLE_AS`` calls it;
 * ``load(run, stage, *settings)``: reads its data and checks everything that can be
   wrong, before anything compiles;
 * ``train(run, job)``: does the work on what ``load`` gave; gives a ``run.Result``;

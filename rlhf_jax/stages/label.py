@@ -1,66 +1,63 @@
-"""The kind label: two responses to a prompt are compared by a Python function.
+"""The kind label: who says which response to a prompt is better, and what they say.
 
-It reads the responses that a ``sample`` stage wrote (``keep='all'``) and writes
-comparisons. Read ``stages/evaluate.py`` next.
+It reads the responses that a ``sample`` stage wrote (``keep='all'``), draws pairs of
+them, and has them labelled by whom ``by`` names: people, a model, simulated people, a
+Python function (``stages/labellers/``). What each labeller said is ``labels.jsonl``;
+what becomes of it, comparisons for other stages, is ``records.jsonl``. Comparisons that
+exist already are labelled anew. Read ``stages/labellers/__init__.py`` next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
 
 from rlhf_jax import files
-from rlhf_jax.config import load_dotted
 from rlhf_jax.data import sources
-from rlhf_jax.pages.page import Page, Verdict, number
+from rlhf_jax.labels.aggregation import Method
+from rlhf_jax.labels.agreement import report as report_agreement
+from rlhf_jax.labels.judge import flat
+from rlhf_jax.labels.outcomes import to_records
+from rlhf_jax.labels.pairs import Rule, draw, group
+from rlhf_jax.labels.records import Item, Label, to_row
+from rlhf_jax.labels.store import ITEMS
+from rlhf_jax.pages import labels as pages
 from rlhf_jax.ranges import at_least
-from rlhf_jax.stages.kinds import Makes
+from rlhf_jax.stages.kinds import Choice, Makes
+from rlhf_jax.stages.labellers import Asked, load_labeller
 from rlhf_jax.stages.run import RECORDS, Result, Run
 from rlhf_jax.stages.settings import DataSpec
 
 PICK = 16  # a purpose folded into the stage's key
+LABELS = 'labels.jsonl'
+SHOWN = 16  # comparisons in samples.jsonl
+SIDES = ('chosen', 'rejected')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelSettings:
-    """The label stage."""
+    """The label stage. The settings of the labeller stand beside these; None is its own
+    default, see ``config.unset``.
+    """
 
-    responses: DataSpec  # several to a prompt
-    # 'package.module:function': (prompts, firsts, seconds, rng, **args) -> [N] bool,
-    # whether the first response is the better one
-    fn: str
-    args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    pairs: Annotated[int, at_least(1)] = 1  # of a prompt, drawn from its responses
+    responses: DataSpec  # several to a prompt, or comparisons
+    by: str = 'fn'  # a module of stages/labellers, or package.module
+    rule: Rule = 'random'  # which pairs of responses, see labels/pairs.py
+    score: str | None = (
+        None  # of the responses, for the other rules: NAME of score_NAME
+    )
+    per_prompt: Annotated[int, at_least(1)] = 1  # items of a prompt at most
+    limit: Annotated[int | None, at_least(1)] = None  # items in all
+    # what becomes of several labels of an item, see labels/aggregation.py
+    aggregate: Method = 'share'
 
 
 SETTINGS = (LabelSettings,)
-
-
-def _verdict(e: dict[str, Any]) -> Verdict:
-    """Pass: something was compared."""
-    figure = f'{number(e["comparisons"])} comparisons of {number(e["prompts"])} prompts'
-    return Verdict('pass' if e['comparisons'] else 'fail', figure, 'at least one')
-
-
-PAGE = Page(
-    title='Labels',
-    verdict=_verdict,
-    required=lambda e: ('comparisons', 'prompts'),
-    facts=(
-        ('Prompts', 'prompts', ''),
-        ('Comparisons', 'comparisons', ''),
-        ('Prompts whose responses are all equal', 'equal', ''),
-        ('Responses that repeat one to the same prompt', 'repeated', 'left out'),
-        ('The first of two was chosen', 'first_chosen', 'fraction'),
-        ('The longer of two was chosen', 'longer_chosen', 'fraction'),
-    ),
-    draw=lambda stage, rows, evaluation: ([], []),
-)
+PAGE = pages.PAGE
+CHOICE = Choice('by', load_labeller)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,94 +66,199 @@ class LabelJob:
 
     stage: str
     settings: LabelSettings
-    label: Callable[..., np.ndarray]
+    by: Any  # the labeller's module
+    hp: Any  # its settings
+    checked: Any  # what it found before anything compiled
     groups: list[list[dict[str, Any]]]  # the responses to every prompt, all different
-    repeated: int  # responses that were left out of them
+    compared: list[tuple[dict[str, Any], dict[str, Any]]]  # pairs that were given
+    repeated: int  # responses that were left out of the groups
 
 
-def makes(settings: LabelSettings) -> Makes:
-    """Comparisons."""
-    return Makes(records='comparisons')
+def makes(settings: LabelSettings, by: Any, hp: Any) -> Makes:
+    """Comparisons, rankings or ratings."""
+    return Makes(records=f'{by.asks(hp).form}s')
 
 
-def reads(settings: LabelSettings) -> dict[str, str]:
-    """Responses."""
-    return {'responses': 'demonstrations'}
+def reads(settings: LabelSettings, by: Any, hp: Any) -> dict[str, str]:
+    """Responses, and comparisons whose answer is known."""
+    return {'responses': 'responses', 'gold': 'comparisons'}
 
 
-def load(run: Run, stage: str, settings: LabelSettings) -> LabelJob:
-    """Reads the responses and finds the function.
+def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> LabelJob:
+    """Reads the responses and asks the labeller's module.
 
     Raises:
-        ValueError: no such function, or responses without a prompt or a text.
+        ValueError: responses without a prompt or a text, a rule without its score, or
+            what the labeller's module refuses.
     """
     where = f'config.{stage}'
-    fn = load_dotted(settings.fn, f'{where}.fn')
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    records = sources.read(settings.responses)
-    for record in records:
-        for name in ('prompt', 'completion'):
-            if not isinstance(record.fields.get(name), str):
+    if (settings.rule == 'random') != (settings.score is None):
+        raise ValueError(
+            f'{where}.rule={settings.rule!r} and score={settings.score!r}: every rule '
+            "but 'random' asks for a score of the responses"
+        )
+    form, size = by.asks(hp)
+    if form != 'comparison' and settings.rule != 'random':
+        raise ValueError(
+            f'{where}.rule={settings.rule!r} draws pairs, and a {form} is asked; use '
+            "'random'"
+        )
+    checked = by.check(run, where, hp)
+    responses, compared = [], []
+    for record in sources.read(settings.responses):
+        names = ('prompt', *(SIDES if 'chosen' in record.fields else ['completion']))
+        for name in names:
+            value = record.fields.get(name)
+            is_prompt = name == 'prompt' and isinstance(value, list)
+            if not (isinstance(value, str) or is_prompt):
                 raise ValueError(
                     f'{record.where}: {name} is no text; {where}.responses are the '
-                    "records of a sample stage with keep='all'"
+                    "records of a sample stage with keep='all', or comparisons"
                 )
-        fields = record.fields
-        groups.setdefault(fields['prompt'], {}).setdefault(fields['completion'], fields)
-    label = functools.partial(fn, **settings.args)
-    different = [list(group.values()) for group in groups.values()]
-    repeated = len(records) - sum(map(len, different))
-    return LabelJob(stage, settings, label, different, repeated)
+        if names[1] == 'completion':
+            responses.append(dict(record.fields))
+        else:
+            compared.append(_sides(record.fields))
+    if compared and form != 'comparison':
+        raise ValueError(
+            f'{where}.responses are comparisons, and a {form} is asked; take those of '
+            'a sample stage'
+        )
+    groups, repeated = group(responses)
+    return LabelJob(stage, settings, by, hp, checked, groups, compared, repeated)
 
 
-def _record(
-    first: dict[str, Any], second: dict[str, Any], is_first: bool
-) -> dict[str, Any]:
-    """A comparison; what was known of the responses goes along, scores by name."""
-    chosen, rejected = (first, second) if is_first else (second, first)
-    row = {'prompt': chosen['prompt'], 'first_chosen': is_first}
-    for side, response in (('chosen', chosen), ('rejected', rejected)):
-        row[side] = response['completion']
-        for name, value in response.items():
-            if name.startswith('score_'):
-                row[f'{name.removeprefix("score_")}_{side}'] = value
-    for name in ('templated', 'by'):
-        if name in chosen:
-            row[name] = chosen[name]
-    return row
+def _sides(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A comparison as its two responses, with what is known of each; ``known`` is
+    whether it was the chosen one.
+    """
+    shared = {k: v for k, v in fields.items() if not k.startswith(SIDES)}
+    found = []
+    for side, other in (SIDES, SIDES[::-1]):
+        response = {k: v for k, v in shared.items() if not k.endswith(f'_{other}')}
+        for name in list(response):
+            if name.endswith(f'_{side}'):
+                score = name.removesuffix(f'_{side}')
+                response[f'score_{score}'] = response.pop(name)
+        found.append(
+            {**response, 'completion': fields[side], 'known': side == 'chosen'}
+        )
+    return found[0], found[1]
 
 
 def train(run: Run, job: LabelJob) -> Result:
-    """Draws pairs, has them compared, and writes the comparisons."""
+    """Draws pairs, has them labelled, and writes labels and comparisons.
+
+    Raises:
+        SystemExit: labels are still to come; the same command goes on.
+        ValueError: no comparison came of the labels.
+    """
     clock, folder = time.monotonic(), run.stage_dir(job.stage)
     rng = np.random.default_rng([*map(int, run.key(job.stage)), PICK])
-    pairs = []
-    for group in job.groups:
-        if len(group) < 2:
-            continue
-        for _ in range(job.settings.pairs):
-            one, other = rng.choice(len(group), 2, replace=False)
-            pairs.append((group[one], group[other]))
-    texts = [[pair[side]['completion'] for pair in pairs] for side in (0, 1)]
-    prompts = [pair[0]['prompt'] for pair in pairs]
-    first = np.asarray(job.label(prompts, *texts, rng)) if pairs else np.zeros(0)
-    if first.shape != (len(pairs),) or first.dtype != bool:
+    settings, where = job.settings, f'config.{job.stage}'
+    form, size = job.by.asks(job.hp)
+    drawn = draw(
+        job.groups,
+        rng,
+        size=size,
+        rule=settings.rule,
+        score=settings.score,
+        per_prompt=settings.per_prompt,
+        limit=settings.limit,
+    )
+    drawn += [pair if rng.random() < 0.5 else pair[::-1] for pair in job.compared]
+    main = [_item(i, responses, form) for i, responses in enumerate(drawn)]
+    asked = Asked(run, where, folder, job.hp, job.checked, main, rng)
+    items, labels, facts = job.by.label(asked)
+    records = to_records(main, labels, settings.aggregate)
+    if not records:
         raise ValueError(
-            f'config.{job.stage}.fn={job.settings.fn!r} gave {first.dtype} of shape '
-            f'{list(first.shape)} for {len(pairs)} pairs; return [N] bool, whether the '
-            'first response is the better one'
+            f'{where}: no comparison came of {len(labels)} labels of {len(main)} items '
+            f'({len(job.groups)} prompts, {job.repeated} responses repeated); sample '
+            'more responses, or label more items'
         )
-    labelled = zip(pairs, first.tolist())
-    files.write_rows(folder / RECORDS, (_record(*pair, x) for pair, x in labelled))
-    longer = [(len(a) > len(b)) == is_first for a, b, is_first in zip(*texts, first)]
+    files.write_rows(folder / ITEMS, map(to_row, items))
+    files.write_rows(folder / LABELS, map(to_row, labels))
+    files.write_rows(folder / RECORDS, records)
+    files.write_rows(folder / 'samples.jsonl', _samples(records))
     report = {
-        'prompts': len(job.groups),
-        'comparisons': len(pairs),
+        'prompts': len(job.groups) + len(job.compared),
+        'records': len(records),
         'repeated': job.repeated,
-        'equal': sum(len(group) < 2 for group in job.groups),
+        'equal': sum(len(group) < size for group in job.groups),
+        'unused': len(main) - len({row['item'] for row in records}),
+        **_facts(records),
+        **_agreement(items, labels),
+        **facts,
     }
-    if pairs:
-        report['first_chosen'] = float(first.mean())
-        report['longer_chosen'] = float(np.mean(longer))
     seconds = {'label': time.monotonic() - clock}
     return Result(steps=0, seconds=seconds, data={}, evaluation=report)
+
+
+def _item(index: int, responses: Any, form: Any) -> Item:
+    """What is asked of responses to a prompt."""
+    facts = tuple(
+        {k: v for k, v in response.items() if k not in ('prompt', 'completion')}
+        for response in responses
+    )
+    return Item(
+        item=str(index),
+        prompt=responses[0]['prompt'],
+        completions=tuple(response['completion'] for response in responses),
+        form=form,
+        facts=facts,
+        templated=responses[0].get('templated', False) is True,
+    )
+
+
+def _agreement(items: list[Item], labels: list[Label]) -> dict[str, Any]:
+    """What is known of the labels and of those who gave them, see ``agreement.py``."""
+    found = report_agreement(items, labels)
+    return {k: v for k, v in found.items() if v is not None and k != 'ties'}
+
+
+def _facts(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the comparisons are like."""
+    if 'chosen' not in records[0]:
+        return {}
+    sure = [row for row in records if row.get('probability', 1.0) > 0.5]
+    sure = [row for row in sure if 'tie' not in row]
+    certainty = [row.get('probability', 1.0) for row in sure]
+    facts: dict[str, Any] = {'ties': len(records) - len(sure)}
+    if sure:
+        facts['certainty'] = float(np.mean(certainty))
+        longer = [len(row['chosen']) > len(row['rejected']) for row in sure]
+        facts['first_chosen'] = float(np.mean([row['first_chosen'] for row in sure]))
+        facts['longer_chosen'] = float(np.mean(longer))
+    gaps = np.asarray(
+        [row['gold_chosen'] - row['gold_rejected'] for row in sure if _has_gold(row)]
+    )
+    if (gaps != 0).any():
+        facts['gold_agreement'] = float((gaps[gaps != 0] > 0).mean())
+    if known := [row['was_chosen'] for row in sure if 'was_chosen' in row]:
+        facts['known_agreement'] = float(np.mean(known))
+    return facts
+
+
+def _has_gold(row: dict[str, Any]) -> bool:
+    return 'gold_chosen' in row and 'gold_rejected' in row
+
+
+def _samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first comparisons, ratings or rankings, for the page."""
+    shown = []
+    for row in records[:SHOWN]:
+        text = row.get('completion')
+        if 'chosen' in row:
+            text = f'better: {row["chosen"]}\nworse: {row["rejected"]}'
+        if 'completions' in row:
+            lines = zip(row['completions'], _columns(row['ranks']))
+            text = '\n'.join(f'{rank}: {completion}' for completion, rank in lines)
+        shown.append({'prompt': flat(row['prompt']), 'response': text})
+        score = row.get('probability', row.get('rating'))
+        shown[-1] |= {} if score is None else {'score': score}
+    return shown
+
+
+def _columns(ranks: Any) -> list[Any]:
+    return ranks if isinstance(ranks, list) else list(zip(*ranks.values()))

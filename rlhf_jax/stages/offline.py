@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_jax.algos.ensemble import member_seed, stack_batches
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.columns import Table
 from rlhf_jax.data.formats import GOLD
 from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.sharding import check_batch_size, init_sharded
@@ -115,6 +116,13 @@ def known_kinds(records: list[Any]) -> list[str] | None:
     """The kind of every comparison, where all records have a text in ``kind``."""
     kinds = [record.meta.get('kind') for record in records]
     return kinds if all(isinstance(kind, str) for kind in kinds) else None
+
+
+def how_sure(examples: Table) -> dict[str, np.ndarray | None]:
+    """The labels of comparisons for a report: ``probability`` and ``tied`` [N], None
+    where all are certain.
+    """
+    return {name: examples.columns[name] for name in ('probability', 'tied')}
 
 
 def fit(

@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.config import nearest
-from rlhf_jax.data.formats import READABLE_AS
 from rlhf_jax.files import named_path
 from rlhf_jax.stages.kinds import kind_of, named, read_settings
 from rlhf_jax.stages.run import RECORDS, Run, records_of
 from rlhf_jax.stages.settings import DataSpec, ModelName
+
+# What the records of a stage can be read as, by what they hold (``Makes.records``).
+READABLE_AS = {
+    'demonstrations': ('demonstrations', 'responses', 'prompts'),
+    'comparisons': ('comparisons', 'responses', 'rankings', 'unpaired', 'prompts'),
+    'rankings': ('rankings', 'prompts'),
+    'ratings': ('ratings', 'prompts'),
+    'prompts': ('prompts',),
+}
 
 
 def check_order(run: Run, unfinished: Sequence[str]) -> list[Path]:

@@ -28,6 +28,7 @@ from rlhf_jax.algos.preference import (
     reference_logps,
 )
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.loading import refuse_soft
 from rlhf_jax.evals import preference
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.pages import policy as pages
@@ -41,6 +42,7 @@ from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
     fit,
+    how_sure,
     known_gold,
     known_kinds,
 )
@@ -118,14 +120,18 @@ def load(
     check_positions(run, f'{where}.init', source, settings)
 
     def read(spec: str) -> pipeline.Dataset:
-        return pipeline.load_preferences(
+        wanted_by = f'{where}.name={settings.name!r}'
+        data = pipeline.load_preferences(
             spec,
             run.tokenizer,
             kind=loss.DATA,
-            wanted_by=f'{where}.name={settings.name!r}',
+            wanted_by=wanted_by,
             max_length=settings.buckets[-1],
             **settings.reading,
         )
+        if hasattr(loss, 'context'):
+            refuse_soft(data, wanted_by, 'compares the pairs of a batch')
+        return data
 
     evaluation = load_evaluation(run, stage, settings)
     offline = check_offline(run, stage, settings, hp, source, read)
@@ -164,7 +170,8 @@ def train(run: Run, job: PreferenceJob) -> Result:
 
     def evaluate(params: Params) -> dict[str, float]:
         gap = np.subtract(*scored(params).T)
-        return {'accuracy': float((gap > 0).mean()), 'margin': float(gap.mean())}
+        agrees = preference.agreement(gap, **how_sure(offline.eval.examples))
+        return {'accuracy': float(agrees.mean()), 'margin': float(gap.mean())}
 
     step = functools.partial(preference_step, **how)
     state, seconds = fit(
@@ -226,7 +233,9 @@ def _held_out(offline: Offline, scores: np.ndarray) -> dict[str, Any]:
     else:
         lengths = _opposed(offline, lengths[:, 0])
         records = [r for r, e in zip(records, examples) if e.labels[0, 0] > 0]
-    report = preference.preference_report(scores, lengths, known_gold(records), kinds)
+    report = preference.preference_report(
+        scores, lengths, known_gold(records), kinds, **how_sure(examples)
+    )
     return {**report, 'margin': float(np.subtract(*scores.T).mean())}
 
 
@@ -311,6 +320,8 @@ def _fingerprint(
         for example in data.examples:
             parts = (example.prompt, *example.answers)
             parts += (example.labels, example.mismatched)
+            if example.probability is not None:
+                digest.update(f'p={example.probability!r}'.encode())
             for part in (part for part in parts if part is not None):
                 digest.update(f'{np.size(part)}:'.encode())
                 digest.update(np.asarray(part, np.int32).tobytes())

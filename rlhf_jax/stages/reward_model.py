@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from rlhf_jax import reward_losses
+from rlhf_jax import files, reward_losses
 from rlhf_jax.algos.ensemble import ensemble_rm_step, over_members, stack_members
 from rlhf_jax.algos.rm import (
     RMHParams,
@@ -46,10 +46,11 @@ from rlhf_jax.stages.offline import (
     Offline,
     check_offline,
     fit,
+    how_sure,
     known_gold,
     known_kinds,
 )
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.run import Result, Run, records_of
 from rlhf_jax.stages.scoring import reads_alike
 from rlhf_jax.stages.settings import DataSpec, OfflineSettings
 from rlhf_jax.stages.sources import Source, load_scalar, resolve
@@ -277,7 +278,7 @@ def train(run: Run, job: RewardJob) -> Result:
     params, extra = state.params, {}
     if job.references is not None:
         params, extra = _center(run, offline, job.references, model, params)
-    report = {**examine(params), **extra}
+    report = {**examine(params), **extra, **_labellers_ceiling(run, offline.stage)}
     report['loss_settings'] = {'name': settings.loss, **dataclasses.asdict(job.loss_hp)}
     seconds['eval'] = time.monotonic() - clock
     is_own = offline.tokenizer is not run.tokenizer
@@ -293,6 +294,23 @@ def train(run: Run, job: RewardJob) -> Result:
         data={'train': offline.train, 'eval': offline.eval},
         evaluation=report,
     )
+
+
+def _labellers_ceiling(run: Run, stage: str) -> dict[str, float]:
+    """What the labellers of the held-out data, else of the training data, let a reward
+    model reach, as their label stages have it (``labels/agreement.py``); the lowest of
+    several.
+    """
+    written = run.config[stage]  # where records of stages have their names
+    for spec in (written.eval, written.train):
+        reports = [
+            files.read_json(path, 'the label stage writes it again')
+            for name in records_of(spec)
+            if (path := run.source_dir(name) / 'eval.json').exists()
+        ]
+        if found := [report['ceiling'] for report in reports if 'ceiling' in report]:
+            return {'labellers_ceiling': min(found)}
+    return {}
 
 
 def examination(
@@ -324,7 +342,7 @@ def examination(
     if what == 'rankings':
         scores_of, facts = outputs(text_scores, preference.score_pairs), _ranked(data)
         return lambda params: judgements.ranking_report(
-            scores_of(params), *facts, model.heads
+            scores_of(params), *facts, model.heads, examples.columns['probability']
         )
     if what == 'ratings':
         scores_of = outputs(text_scores, preference.score_pairs)
@@ -343,6 +361,7 @@ def examination(
         lengths=np.asarray([list(map(len, e.answers)) for e in examples]),
         gold=known_gold(data.records),
         kinds=known_kinds(data.records),
+        **how_sure(examples),
     )
     if members > 1:
         return lambda params: ensemble_report(scores_of(params), report_of)

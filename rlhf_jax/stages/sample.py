@@ -210,9 +210,9 @@ def _batches(
             generation,
             decode_behind,
         )
+        scored = {name: scorer(responses) for name, scorer in scorers.items()}
         scores = {
-            name: np.asarray(scorer(responses).scores)[responses.real]
-            for name, scorer in scorers.items()
+            name: np.asarray(one.scores)[responses.real] for name, one in scored.items()
         }
         columns = {
             'logprob': np.asarray(generation.logprobs).sum(-1)[responses.real],
@@ -222,6 +222,11 @@ def _batches(
         if scores:
             columns['reward'] = np.asarray(weighted_sum(scores, weights))
         columns |= {f'score_{name}': column for name, column in scores.items()}
+        columns |= {
+            f'members_{name}': np.asarray(one.members)[responses.real]
+            for name, one in scored.items()
+            if one.members is not None
+        }
         written = {'by': settings.policy, 'temperature': settings.temperature}
         written['key'] = [int(x) for x in np.asarray(key).tolist()]
         rows = [
@@ -230,7 +235,7 @@ def _batches(
                 'completion': text,
                 **({'templated': True} if responses.templated[i] else {}),
                 'sample': i % size,
-                **{name: column[i].item() for name, column in columns.items()},
+                **{name: column[i].tolist() for name, column in columns.items()},
                 **written,
             }
             for i, text in enumerate(responses.texts)

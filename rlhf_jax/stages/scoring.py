@@ -4,7 +4,8 @@ All become one kind of thing, a ``Scorer``. A reward model that reads the policy
 tokens scores them where they are, on the mesh; one with another tokenizer and a
 function get the texts, which are decoded once per batch for all of them. ``check_…``
 finds what is wrong before anything compiles. Functions are in
-``stages/reward_function.py``; read ``stages/loop.py`` next.
+``stages/reward_function.py``, ratings by language models in ``stages/rating.py``; read
+``stages/loop.py`` next.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from rlhf_jax.rewards import (
     ensemble_scores,
     reward_model_scores,
 )
+from rlhf_jax.stages.judging import Judge
+from rlhf_jax.stages.rating import check_rating, make_rater
 from rlhf_jax.stages.reward_function import (
     RewardFunction,
     check_function,
@@ -67,6 +70,7 @@ class Reward:
     source: RewardSource
     fn: RewardFunction | None
     tokenizer: Any | None  # of its model, where that is not the run's
+    judge: Judge | None = None  # a language model that is asked for a rating
 
 
 def check_reward(
@@ -95,24 +99,27 @@ def check_reward(
         raise ValueError(
             f'{where} has model={source.model!r} and fn={source.fn!r}; set exactly one'
         )
-    fn = tokenizer = None
+    fn = tokenizer = judge = None
     if source.combine is not None:
         _check_ensemble(run, where, source)
     if source.fn is not None:
         fn = check_function(where, source, prompts)
+    elif source.rating is not None:
+        judge = check_rating(run, where, source)
     else:
         try:
             tokenizer = _check_model(run, source, longest)
         except ValueError as error:
             raise ValueError(f'{where}: {error}') from error
-    reads_texts = any(x is not None for x in (fn, tokenizer, source.steps))
+    asks = (fn, tokenizer, source.steps, judge)
+    reads_texts = any(x is not None for x in asks)
     if jax.process_count() > 1 and reads_texts:
         raise ValueError(
             f'{where} scores texts, which one process alone can do, and this run has '
             f"{jax.process_count()}; use a reward model with the policy's tokenizer, "
             'or a single process'
         )
-    return Reward(where, source, fn, tokenizer)
+    return Reward(where, source, fn, tokenizer, judge)
 
 
 def check_rewards(
@@ -242,6 +249,8 @@ def make_scorers(run: Run, rewards: Mapping[str, Reward]) -> dict[str, Scorer]:
 def _make_scorer(run: Run, reward: Reward) -> Scorer:
     if reward.fn is not None:
         return functools.partial(score_by_function, reward.fn)
+    if reward.judge is not None:
+        return make_rater(run, reward.judge)
     if reward.source.steps is not None:
         return _make_step_scorer(run, reward)
     score, limit = _load_scores(run, reward)
@@ -275,20 +284,21 @@ def _load_scores(run: Run, reward: Reward) -> tuple[Callable[..., Scored], int]:
         return lambda *text: Scored(compiled(params, *text)), model.config.max_positions
     model, params = load_ensemble(run, named)
     params = frozen(run, model, params)
-    combined = run.compile(
-        lambda params, tokens, mask: combine_members(
-            ensemble_scores(params, tokens, mask, model=model),
-            source.combine or 'mean',
-            source.uncertainty_coef,
-        ),
-        inputs=inputs,
-        outputs=('batch', 'batch'),
-        donate=(),
+
+    def combine(params: Params, tokens: Array, mask: Array) -> tuple[Array, ...]:
+        members = ensemble_scores(params, tokens, mask, model=model)
+        combined = combine_members(
+            members, source.combine or 'mean', source.uncertainty_coef
+        )
+        return *combined, members
+
+    compiled = run.compile(
+        combine, inputs=inputs, outputs=('batch', 'batch', 'batch'), donate=()
     )
 
     def score(tokens: Array, mask: Array) -> Scored:
-        scores, deviation = combined(params, tokens, mask)
-        return Scored(scores, deviation=deviation)
+        scores, deviation, members = compiled(params, tokens, mask)
+        return Scored(scores, deviation=deviation, members=members)
 
     return score, model.config.max_positions
 

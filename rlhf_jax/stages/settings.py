@@ -98,8 +98,32 @@ class StepReading:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionSettings:
+    """How a language model that judges is asked; see ``stages/judging.py``."""
+
+    prompt_file: str | None = None  # None for that of the package
+    # 'chat': the filled prompt is a user's turn, in the judge's chat template
+    prompt_format: Literal['text', 'chat'] = 'text'
+    # tokens of a filled prompt with its label, without what is written at {reasoning}
+    judge_buckets: Annotated[tuple[int, ...], LENGTHS] = (512,)
+    judge_batch_size: Annotated[int, at_least(1)] = 16  # filled prompts at a time
+    max_reasoning_tokens: Annotated[int, at_least(1)] = 256
+    reasoning_temperature: Annotated[float, above(0)] = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RatingSettings(QuestionSettings):
+    """A rating by a language model: the mean of its distribution over whole numbers."""
+
+    lowest: Annotated[int, at_least(0)] = 1
+    highest: Annotated[int, between(1, 99)] = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSource:
-    """What scores a response: a reward model or a Python function, exactly one."""
+    """What scores a response: a reward model, a language model that is asked for a
+    rating, or a Python function; exactly one model or function.
+    """
 
     model: ModelName | None = None
     fn: str | None = None  # 'package.module:function', see stages/scoring.py
@@ -108,6 +132,7 @@ class RewardSource:
     tokenizer: str | None = None  # of model; None for the one that comes with it
     heads: dict[str, float] | None = None  # weights of a model's named scores
     steps: StepReading | None = None  # of a model that scores steps
+    rating: RatingSettings | None = None  # of a language model, in place of a score
     combine: Combine | None = None  # the scores of an ensemble; None: their mean
     # λ of combine='uncertainty', per reward unit; 0.1 in the code of Coste et al. 2023
     uncertainty_coef: Annotated[float, at_least(0)] = 0.1

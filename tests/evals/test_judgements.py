@@ -70,6 +70,17 @@ def test_sides_of_zero_are_told_apart_from_the_order():
     assert 'sign_accuracy' not in ranking_report(SCORES, RANKS, LENGTHS)
 
 
+def test_probabilities_of_comparisons_among_rankings():
+    # 3 > 1 and 3 > 2 with certainty, 0.5 > 1 with 0.7, which the scores deny.
+    report = ranking_report(SCORES, RANKS, LENGTHS, probability=np.array([1, 0.7]))
+    assert report['accuracy'] == pytest.approx((1 + 1 + 0.3) / 3)
+    losses = [np.logaddexp(0, -2), np.logaddexp(0, -1)]
+    losses += [0.7 * np.logaddexp(0, 0.5) + 0.3 * np.logaddexp(0, -0.5)]
+    assert report['loss'] == pytest.approx(np.mean(losses))
+    sure = ranking_report(SCORES, RANKS, LENGTHS, probability=np.ones(2))
+    assert sure['accuracy'] == ranking_report(SCORES, RANKS, LENGTHS)['accuracy']
+
+
 def test_a_constant_model_has_no_order():
     report = ranking_report(np.zeros_like(SCORES), RANKS, LENGTHS)
     assert report['accuracy'] == 0 and report['kendall_tau'] == 0

@@ -118,3 +118,57 @@ def test_rows_that_fill_a_batch_are_left_out():
         [batch([1, 1], 0), batch([1, 0], 100)],
     )
     np.testing.assert_array_equal(scored, [[0, 6], [12, 18], [200, 206]])
+
+
+P = np.array([0.9, 0.6, 0.8, 0.5])
+
+
+def test_soft_labels_count_by_the_agreement_that_is_expected():
+    # right, equal, wrong, right: 0.9, ½, 1 − 0.8, 0.5
+    report = preference_report(SCORES, LENGTHS, probability=P)
+    assert report['accuracy'] == pytest.approx((0.9 + 0.5 + 0.2 + 0.5) / 4)
+    low, high = report['interval']
+    assert low < report['accuracy'] < high
+    gaps = np.array([1.0, 0.0, -3.0, 0.2])
+    by_hand = P * np.log1p(np.exp(-gaps)) + (1 - P) * np.log1p(np.exp(gaps))
+    assert report['loss'] == pytest.approx(by_hand.mean(), abs=1e-6)
+    # longer, equal, shorter, longer
+    assert report['length_baseline'] == pytest.approx((0.9 + 0.5 + 0.2 + 0.5) / 4)
+    assert report['label_ceiling'] == pytest.approx((0.9 + 0.6 + 0.8 + 0.5) / 4)
+    gold = np.array([[1.0, 0.0], [2.0, 2.0], [0.0, 1.0], [0.0, 1.0]])
+    report = preference_report(SCORES, LENGTHS, gold, probability=P)
+    assert report['accuracy_ceiling'] == pytest.approx((0.9 + 0.5 + 0.2 + 0.5) / 4)
+
+
+def test_certain_probabilities_change_the_count_of_equal_scores_alone():
+    plain = preference_report(SCORES, LENGTHS)
+    sure = preference_report(SCORES, LENGTHS, probability=np.ones(4))
+    assert sure.pop('label_ceiling') == 1
+    assert sure['accuracy'] == plain['accuracy'] + 0.5 / 4
+    for name in ('loss', 'length_baseline', 'pairs'):
+        assert sure[name] == pytest.approx(plain[name], rel=1e-6)
+
+
+def test_ties_count_in_the_loss_alone():
+    tied = np.array([False, True, False, False])
+    p = np.where(tied, 0.5, 1.0)
+    report = preference_report(
+        SCORES, LENGTHS, kinds=['a', 'b', 'a', 'b'], probability=p, tied=tied
+    )
+    assert report['pairs'] == 3 and report['ties'] == 0.25
+    assert report['accuracy'] == pytest.approx(2 / 3)
+    assert report['length_baseline'] == pytest.approx(2 / 3)
+    losses = [
+        np.log1p(np.exp(-1)),
+        np.log(2),
+        np.log1p(np.exp(3)),
+        np.log1p(np.exp(-0.2)),
+    ]
+    assert report['loss'] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert [row['count'] for row in report['by_kind']] == [2, 1]
+    assert sum(row['count'] for row in report['calibration']) == 3
+
+
+def test_the_interval_of_fractions_goes_on_from_that_of_counts():
+    low, high = proportion_interval(8.0000001, 10)
+    assert proportion_interval(8, 10) == pytest.approx([low, high], abs=1e-6)

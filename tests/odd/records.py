@@ -35,6 +35,8 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     'comparisons': [
         {'prompt': 'so', 'chosen': ' it is', 'rejected': ' all', 'margin': 0.5},
         {'chosen': TALK, 'rejected': [*TALK[:3], {**SAY, 'content': 'no'}]},
+        {'prompt': 'so', 'chosen': ' it', 'rejected': ' is', 'probability': 0.7},
+        {'prompt': 'so', 'chosen': ' is', 'rejected': ' it', 'tie': True},
         {'prompt': [ASK], 'chosen': 'it', 'rejected': 'is', 'gold_chosen': 1},
     ],
     'verdicts': [

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pkgutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,10 +12,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rlhf_jax import preference
+from rlhf_jax.data.pipeline import load_comparisons
+from rlhf_jax.datasets.tiny_tldr import tokenizer
 from rlhf_jax.export import export
 from rlhf_jax.main import launch
 from rlhf_jax.sample import sample
 from rlhf_jax.stages import offline
+from rlhf_jax.stages import preference as stage_of_preference
 from tests.small_config import config_file
 from tests.stages.kills import killed_behind
 from tests.test_main import command, fails, never_compiled  # noqa: F401
@@ -303,6 +307,57 @@ def test_unpaired_data_and_a_loss_on_pairs(tmp_path, never_compiled):  # noqa: F
     path.write_text('{"prompt": "a", "completion": " b", "label": true}\n' * 2)
     values = get_config(train=f'jsonl:{path}')
     fails(values, tmp_path / 'run', str(path), "config.preference.name='dpo'", "'kto'")
+
+
+def soft_file(path, **last):
+    """Comparisons, most of them uncertain, one a tie."""
+    rows = [
+        {'prompt': f'p {i} ', 'chosen': f' a {i}', 'rejected': ' b c', 'probability': p}
+        for i, p in enumerate(np.linspace(0, 1, 16).round(2).tolist())
+    ]
+    rows[3] |= {'probability': None, 'tie': True}
+    rows[-1] |= last
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return f'jsonl:{path}'
+
+
+def test_soft_labels_train_and_are_measured(tmp_path):
+    data = soft_file(tmp_path / 'a.jsonl')
+    values = get_config(train=data, eval=data, num_steps=2, batch_size=8)
+    values.preference.loop.update(save_every_steps=2, eval_every_steps=2)
+    launch(values, tmp_path / 'run')
+    report = json.loads((tmp_path / 'run/preference/eval.json').read_text())
+    assert report['pairs'] == 15 and report['ties'] == pytest.approx(1 / 16)
+    p = np.delete(np.linspace(0, 1, 16).round(2), 3)
+    assert report['label_ceiling'] == pytest.approx(np.maximum(p, 1 - p).mean())
+    assert report['accuracy'] <= report['label_ceiling']
+    first = rows(tmp_path / 'run')[0]
+    assert first['train/loss'] == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('loss', 'why'),
+    [
+        ('aot', 'compares the pairs of a batch'),
+        ('kto', 'needs responses that are good or bad for certain'),
+    ],
+)
+def test_losses_that_need_certain_labels(tmp_path, never_compiled, loss, why):  # noqa: F811
+    data = soft_file(tmp_path / 'a.jsonl')
+    values = get_config(loss=loss, train=data)
+    fails(
+        values, tmp_path / 'run', f'{data}: 15 of 16', f'name={loss!r} {why}', "'dpo'"
+    )
+
+
+def test_a_reference_belongs_to_its_labels(tmp_path):
+    def mark(**last):
+        spec = soft_file(tmp_path / 'a.jsonl', **last)
+        data = load_comparisons(spec, tokenizer(), max_length=32)
+        model = SimpleNamespace(config='config')
+        return stage_of_preference._fingerprint(model, {}, {'train': data})
+
+    assert mark() == mark() != mark(probability=0.5)
 
 
 LOSSES = [m.name for m in pkgutil.iter_modules(preference.__path__)]

@@ -50,7 +50,7 @@ def config_below(finished):
         'label',
         responses='stage:drawn',
         fn='rlhf_jax.datasets.tiny_tldr:annotate',
-        pairs=2,
+        per_prompt=2,
     )
     config.second = stage(
         'reward_model',
@@ -152,7 +152,7 @@ def test_what_was_labelled_is_what_was_sampled(done):
         for row in rows(workdir / 'drawn' / 'records.jsonl')
     }
     found = rows(workdir / 'labelled' / 'records.jsonl')
-    assert report['stages']['labelled']['comparisons'] == len(found) > 20
+    assert report['stages']['labelled']['records'] == len(found) > 20
     for row in found:
         for side in ('chosen', 'rejected'):
             assert texts[row['prompt'], row[side]] == row[f'gold_{side}']

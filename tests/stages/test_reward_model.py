@@ -47,6 +47,26 @@ def rm_config(kind, **settings):
     return config
 
 
+@pytest.mark.parametrize('members', [1, 2])
+def test_soft_labels_and_ties_train_and_are_measured(tmp_path, members):
+    p = np.linspace(0, 1, 16).round(2).tolist()
+    rows = [
+        {'prompt': f'p {i} ', 'chosen': f' a {i}', 'rejected': ' b c'}
+        for i in range(16)
+    ]
+    rows = [row | {'probability': p[i]} for i, row in enumerate(rows)]
+    rows[3] |= {'probability': None, 'tie': True}
+    path = tmp_path / 'a.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    config = rm_config('comparisons', members=members, references=None, batch_size=8)
+    config.rm.train = config.rm.eval = f'jsonl:{path}'
+    launch(config, tmp_path / 'run')
+    report = json.loads((tmp_path / 'run/rm/eval.json').read_text())
+    assert report['pairs'] == 15 and report['ties'] == pytest.approx(1 / 16)
+    ceiling = np.mean([max(x, 1 - x) for x in p[:3] + p[4:]])
+    assert report['accuracy'] <= report['label_ceiling'] == pytest.approx(ceiling)
+
+
 @pytest.fixture(scope='module')
 def workdirs(tmp_path_factory):
     """A finished run of every kind, made when it is first asked for."""

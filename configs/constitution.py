@@ -1,0 +1,111 @@
+"""Constitutional AI on the embedded world: state only what the article says.
+
+    python -m rlhf_jax.main --config configs/constitution.py --workdir runs/constitution
+    python -m rlhf_jax.main --config configs/constitution.py:from=RUN --workdir DIR
+
+A policy that writes summaries (sft, of the quickstart) invents facts. A critic of its
+size has learned from critiques and revisions that were made by rule (critic). The
+policy answers training prompts, the critic says what is wrong and puts it right
+(revised), the policy learns from the last revisions (sft_2), and inventions are counted
+before and after (measured). Then sft_2 answers other prompts, and learns to prefer the
+revisions to its own answers (paired, dpo). No stage but the critic's sees what the rule
+knows. It is the recipe of Bai et al. 2022, arXiv 2212.08073, with DPO in the place of
+preferences by a model and PPO; see docs/algorithms/constitution.md.
+
+Arguments: ``rounds`` of critique and revision; ``from`` a finished quickstart to take
+sft from; ``smoke``, ``seed=N``.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.ladder import DATA, GOLD, below
+from rlhf_jax.config import parse_arg
+from rlhf_jax.datasets import tiny_critiques
+from rlhf_jax.stages.kinds import stage
+
+CRITIQUES = 'python:rlhf_jax.datasets.tiny_critiques:demonstrations'
+COUNTED = 'rlhf_jax.datasets.tiny_tldr:'
+COUNTS = {
+    'invented': dict(fn=f'{COUNTED}invented', weight=-1.0),
+    'covered': dict(fn=f'{COUNTED}covered'),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The run's config; see the module docstring for ``arg``."""
+    arg = parse_arg(arg, rounds=1, smoke=False, seed=0, **{'from': ''})
+    # The others of the ladder's arguments, at their defaults.
+    told = ConfigDict({**arg.to_dict(), 'model': '', 'data': '', 'learning_rate': 0.0})
+    config = below(None, told)
+    del config.rm
+    first = f'{arg["from"]}/sft' if arg['from'] else 'sft'
+    stages = ('critic', 'revised', 'sft_2', 'measured', 'paired', 'dpo')
+    config.stages = stages if arg['from'] else ('sft', *stages)
+    count = 32 if arg.smoke else 2000
+    config.critic = stage(
+        'sft',
+        init=first,
+        train=f'{CRITIQUES}?split=train',
+        eval=f'{CRITIQUES}?split=test',
+        buckets=(96, 112, 168),
+        sort_batches=16,
+        batch_size=8 if arg.smoke else 32,
+        num_steps=20 if arg.smoke else 600,
+        optim=dict(learning_rate=1.5e-3, warmup_percent=5),
+        loop=dict(eval_every_steps=200),
+    )
+    config.revised = revising(arg, first, f'{DATA}/prompts:train[:{count}]')
+    config.sft_2 = ConfigDict(config.sft.to_dict())
+    config.sft_2.init = first
+    config.sft_2.train = 'stage:revised'
+    config.sft_2.num_steps = 4 if arg.smoke else 120
+    config.sft_2.buckets = (88,)
+    config.sft_2.optim.learning_rate = 5e-4
+    held_out = dict(
+        eval_prompts=f'{DATA}/prompts:test[:{count}]'
+        if arg.smoke
+        else f'{DATA}/prompts:test',
+        gold=GOLD,
+        rewards=COUNTS,
+        eval_batch_size=32 if arg.smoke else 128,
+        prompt_buckets=(56,),
+        max_new_tokens=28,
+    )
+    config.measured = stage('evaluate', policy='sft_2', reference=first, **held_out)
+    config.paired = revising(
+        arg, 'sft_2', f'{DATA}/prompts:train[{count}:{2 * count}]', keep='pairs'
+    )
+    config.dpo = stage(
+        'preference',
+        name='dpo',
+        init='sft_2',
+        train='stage:paired[:90%]',
+        eval='stage:paired[90%:]',
+        batch_size=4 if arg.smoke else 32,
+        num_steps=4 if arg.smoke else 60,
+        buckets=(88,),
+        optim=dict(learning_rate=2e-4, warmup_percent=10),
+        **held_out,
+    )
+    return config
+
+
+def revising(arg: ConfigDict, policy: str, prompts: str, **settings: str) -> ConfigDict:
+    """A stage in which the critic revises a policy's answers."""
+    return stage(
+        'revise',
+        policy=policy,
+        critic='critic',
+        prompts=prompts,
+        constitution=str(tiny_critiques.CONSTITUTION),
+        critique_prompt=str(tiny_critiques.CRITIQUE),
+        revision_prompt=str(tiny_critiques.REVISION),
+        rounds=arg.rounds,
+        batch_size=32 if arg.smoke else 128,
+        prompt_buckets=(56,),
+        max_new_tokens=28,
+        critique_buckets=(96, 152),
+        max_critique_tokens=56,
+        rewards=COUNTS | {'gold': GOLD | {'weight': 0.0}},
+        **settings,
+    )

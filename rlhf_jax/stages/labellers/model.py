@@ -1,0 +1,135 @@
+"""A language model labels: RLAIF.
+
+Both responses stand in a filled prompt file; how likely the model is to go on with the
+label of the first or of the second becomes a soft label. Every pair is judged in both
+orders, and the two are averaged, because models prefer a place:
+
+    p = ½ · (p(first | first, second) + 1 − p(first | second, first))
+
+Source: Lee et al. 2023, arXiv 2309.00267, §3.1 and §3.2; Bai et al. 2022, arXiv
+2212.08073, §4.1: principles drawn for every pair, and probabilities clamped to 40–60%
+where the judge reasons first. Read ``stages/judging.py`` next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.labels.constitution import Principle, draw, read_constitution
+from rlhf_jax.labels.judge import COMPARE, PRINCIPLE, flat, read_prompt
+from rlhf_jax.labels.records import Label
+from rlhf_jax.ranges import Range
+from rlhf_jax.stages.judging import Judge, check_judge, load_judge
+from rlhf_jax.stages.labellers import Answered, Asked, Asks
+from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.settings import ModelName, QuestionSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HParams(QuestionSettings):
+    """A judge of pairs."""
+
+    judge: ModelName  # a language model
+    labels: tuple[str, ...] = (' 1', ' 2')  # what follows for the first, the second
+    # A file of principles (labels/constitution.py): one is drawn for every pair, and
+    # its preference question stands at {principle}
+    constitution: str | None = None
+    # lowest and highest probability that a label gets
+    clamp: Annotated[tuple[float, ...] | None, Range(0, 1, ascending=True)] = None
+
+
+def asks(hp: HParams) -> Asks:
+    """Comparisons alone."""
+    return Asks('comparison', 2)
+
+
+class Checked(NamedTuple):
+    """What ``check`` finds."""
+
+    judge: Judge
+    principles: list[Principle]  # none without a constitution
+
+
+def check(run: Run, where: str, hp: HParams) -> Checked:
+    """The judge and its principles.
+
+    Raises:
+        ValueError: a prompt file that lacks a place, a constitution that cannot be
+            read or that nobody asks for, or a judge that cannot judge.
+    """
+    if len(hp.labels) != 2:
+        raise ValueError(
+            f'{where}.labels={hp.labels}: two are needed, of the first and the second '
+            'response'
+        )
+    if hp.clamp is not None and len(hp.clamp) != 2:
+        raise ValueError(f'{where}.clamp={hp.clamp}: use (lowest, highest), or None')
+    file = hp.prompt_file or (COMPARE if hp.constitution is None else PRINCIPLE)
+    prompt = read_prompt(file, ('prompt', 'first', 'second'))
+    if prompt.asks_principle != (hp.constitution is not None):
+        raise ValueError(
+            f'{where}.constitution={hp.constitution!r}, and {prompt.where} has '
+            f'{"a" if prompt.asks_principle else "no"} place {{principle}}; use both '
+            'or neither'
+        )
+    principles = []
+    if hp.constitution is not None:
+        principles = read_constitution(hp.constitution, ('preference_question',))
+    judge = check_judge(run, f'{where}.judge', hp.judge, hp, prompt, hp.labels)
+    return Checked(judge, principles)
+
+
+def label(asked: Asked) -> Answered:
+    """A soft label per item, and how much the place of a response counted."""
+    hp, items = asked.hp, asked.items
+    judge, principles = asked.checked
+    ask = load_judge(asked.run, judge, asked.run.key(asked.where))
+    drawn = [draw(principles, asked.rng) for _ in items] if principles else []
+    questions = [
+        {
+            'prompt': flat(item.prompt),
+            'first': item.completions[one],
+            'second': item.completions[other],
+            **({'principle': drawn[i].preference_question} if drawn else {}),
+        }
+        for i, item in enumerate(items)
+        for one, other in ((0, 1), (1, 0))
+    ]
+    said, thoughts = ask(questions)
+    shown_first = said[:, 0].reshape(-1, 2)  # [N, order]
+    probabilities = (shown_first[:, 0] + 1 - shown_first[:, 1]) / 2
+    if hp.clamp is not None:
+        probabilities = probabilities.clip(*hp.clamp)
+    notes: list[str | None] = [None] * len(items)
+    if thoughts is not None:
+        notes = ['\n---\n'.join(thoughts[2 * i : 2 * i + 2]) for i in range(len(items))]
+    labels = [
+        Label(item=item.item, labeller=hp.judge, probability=p, note=note)
+        for item, p, note in zip(items, probabilities.tolist(), notes)
+    ]
+    if drawn:  # by which principle each was judged
+        items = [
+            dataclasses.replace(item, why=principle.id)
+            for item, principle in zip(items, drawn)
+        ]
+    return Answered(items, labels, _facts(shown_first, thoughts))
+
+
+def _facts(shown_first: np.ndarray, thoughts: list[str] | None) -> dict[str, Any]:
+    if not len(shown_first):
+        return {}
+    wins = shown_first > 0.5
+    facts = {
+        # Without a preference for a place both are one half.
+        'judge_first_probability': float(shown_first.mean()),
+        'judge_first_chosen': float(wins.mean()),
+        # Both orders name the same response.
+        'judge_consistent': float((wins[:, 0] != wins[:, 1]).mean()),
+        'judge_calls': int(shown_first.size),
+    }
+    if thoughts is not None:
+        facts['judge_reasoning_characters'] = sum(map(len, thoughts))
+    return facts

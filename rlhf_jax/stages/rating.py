@@ -1,0 +1,57 @@
+"""A language model rates responses: a reward without a reward model.
+
+    reward = Σ_k k·p(k),  k = lowest, …, highest
+
+p is how likely the model is to say each rating behind a filled prompt file, normalised
+over the ratings.
+
+Source: Lee et al. 2023, arXiv 2309.00267, §3.3 (direct RLAIF).
+Deviations: they map the ratings to [−1, 1]; here they stay as they are, and ``weight``
+says what they count. Read ``stages/scoring.py`` next.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlhf_jax.labels.judge import RATE, read_prompt
+from rlhf_jax.responses import Responses, Scored, Scorer
+from rlhf_jax.stages.judging import Judge, check_judge, load_judge
+from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.settings import RewardSource
+
+
+def check_rating(run: Run, where: str, source: RewardSource) -> Judge:
+    """Checks a language model that shall rate, before anything compiles.
+
+    Raises:
+        ValueError: settings that it does not read, ratings that are none, a prompt file
+            that lacks a place, or a model that cannot judge.
+    """
+    unread = ('args', 'tokenizer', 'heads', 'steps', 'combine')
+    if given := [name for name in unread if getattr(source, name)]:
+        raise ValueError(
+            f'{where} has rating and {given[0]}, which a language model that rates '
+            'does not read; remove it'
+        )
+    how = source.rating
+    if how.highest <= how.lowest:
+        raise ValueError(
+            f'{where}.rating: highest={how.highest} is not above lowest={how.lowest}'
+        )
+    prompt = read_prompt(how.prompt_file or RATE, ('prompt', 'response'))
+    labels = [f' {number}' for number in range(how.lowest, how.highest + 1)]
+    return check_judge(run, f'{where}.model', source.model, how, prompt, labels)
+
+
+def make_rater(run: Run, judge: Judge) -> Scorer:
+    """Loads the model; the scores are in units of the rating."""
+    ask = load_judge(run, judge, run.key(judge.where))
+    numbers = np.asarray([int(label) for label in judge.labels])
+
+    def score(responses: Responses) -> Scored:
+        pairs = zip(responses.prompts, responses.texts)
+        said, _ = ask([{'prompt': p, 'response': text} for p, text in pairs])
+        return Scored(responses.spread((said @ numbers).astype(np.float32)))
+
+    return score

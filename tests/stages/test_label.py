@@ -1,0 +1,495 @@
+"""Who says which response is better: functions, simulated people, a model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlhf_jax import files
+from rlhf_jax.data import sources
+from rlhf_jax.labels import judge
+from rlhf_jax.labels.exchange import add_labels
+from rlhf_jax.labels.judge import demonstrations, read_prompt
+from rlhf_jax.labels.records import Label, read_items, read_labels
+from rlhf_jax.labels.store import DATABASE, open_store, read_stage
+from rlhf_jax.main import launch
+from rlhf_jax.stages import judging
+from rlhf_jax.stages.kinds import stage
+from tests.small_config import get_config
+from tests.test_main import fails, never_compiled  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+PAIRS = 'tfds:tiny_tldr/comparisons:test[:12]'
+
+
+def rows(path):
+    return [json.loads(line) for line in path.open(encoding='utf-8')]
+
+
+def labelled(**settings):
+    """A run of one label stage, named ``said``."""
+    config = get_config()
+    config.stages = ('said',)
+    config.said = stage('label', **{'responses': PAIRS, **settings})
+    return config
+
+
+def sure(prompts, firsts, seconds, rng, by=1.0):
+    """The longer one by ``by``, else a tie."""
+    gaps = np.asarray([len(a) - len(b) for a, b in zip(firsts, seconds)])
+    return np.clip(0.5 + np.sign(gaps) * by / 2, 0, 1)
+
+
+def wrong_shape(prompts, firsts, seconds, rng):
+    return [0.5]
+
+
+def no_probability(prompts, firsts, seconds, rng):
+    return np.full(len(prompts), 1.5)
+
+
+HERE = 'tests.stages.test_label'
+
+
+def test_comparisons_are_labelled_anew_softly(tmp_path):
+    report = launch(labelled(fn=f'{HERE}:sure', args={'by': 0.5}), tmp_path)
+    found = rows(tmp_path / 'said' / 'records.jsonl')
+    assert len(found) == 12
+    before = [record.fields for record in sources.read(PAIRS)]
+    golds = [{row['gold_chosen'], row['gold_rejected']} for row in before]
+    for row in found:
+        longer = len(row['chosen']) - len(row['rejected'])
+        assert longer >= 0 and row.get('tie', False) == (not longer)
+        assert row.get('probability', 0.5) == (0.75 if longer else 0.5)
+        assert isinstance(row['was_chosen'], bool)
+        assert {row['gold_chosen'], row['gold_rejected']} in golds
+    said = report['stages']['said']
+    sided = [row for row in found if 'tie' not in row]
+    assert said['known_agreement'] == np.mean([row['was_chosen'] for row in sided])
+    assert said['longer_chosen'] == 1.0 and said['ties'] == 12 - len(sided)
+    apart = [r for r in sided if r['gold_chosen'] != r['gold_rejected']]
+    right = [r['gold_chosen'] > r['gold_rejected'] for r in apart]
+    assert said['gold_agreement'] == pytest.approx(np.mean(right))
+    # Which response stands first is drawn, not what was chosen before.
+    firsts = {
+        item.facts[0]['known'] for item in read_items(tmp_path / 'said/items.jsonl')
+    }
+    assert firsts == {True, False}
+
+
+def test_simulated_people_answer_each_for_themselves(tmp_path):
+    config = labelled(
+        by='simulated',
+        fn='rlhf_jax.datasets.tiny_tldr:answer_as',
+        labellers=('ann', 'bob', 'cat', 'coin'),
+        args={'random': (3,)},
+        overlap=2,
+        repeats=0.25,
+        gold='tfds:tiny_tldr/comparisons:test[100:104]',
+        responses='tfds:tiny_tldr/comparisons:test[:40]',
+    )
+    config.stages = ('said', 'learned')
+    config.learned = config.rm
+    config.learned.init, config.learned.references = 'scratch', None
+    config.learned.train = config.learned.eval = 'stage:said'
+    report = launch(config, tmp_path)['stages']
+    folder = tmp_path / 'said'
+    labels, items = (
+        read_labels(folder / 'labels.jsonl'),
+        read_items(folder / 'items.jsonl'),
+    )
+    purposes = [item.purpose for item in items]
+    assert purposes == ['main'] * 40 + ['gold'] * 4
+    assert all(item.known['probability'] in (0.0, 1.0) for item in items[40:])
+    main = [x for x in labels if not x.item.startswith('gold') and not x.repeat]
+    assert len(main) == 80 and sum(x.repeat for x in labels) == 20
+    counts = [sum(x.labeller == name for x in main) for name in config.said.labellers]
+    assert max(counts) - min(counts) <= 1
+    for item in items[:40]:
+        who = [x.labeller for x in main if x.item == item.item]
+        assert len(who) == len(set(who)) == 2
+    together = {
+        tuple(sorted(x.labeller for x in main if x.item == item.item)) for item in items
+    }
+    assert len(together - {()}) == 6  # all meet all
+    assert {x.order for x in labels} == {(0, 1), (1, 0)}
+    # Who was asked with the sides turned still speaks of the item's first completion.
+    golds = {item.item: item for item in items[40:]}
+    careful = [x for x in labels if x.item in golds and x.labeller != 'coin']
+    agree = [x.probability == golds[x.item].known['probability'] for x in careful]
+    assert np.mean(agree) > 0.6
+    # The report is that of the labels, and the reward model's card has their ceiling.
+    said = report['said']
+    assert said['labels'] == len(labels) and said['labellers'] == 4
+    assert {row['labeller'] for row in said['by_labeller']} == {*config.said.labellers}
+    assert report['learned']['labellers_ceiling'] == said['ceiling']
+    page = (tmp_path / 'report.html').read_text()
+    assert 'Ceiling by the labellers' in page and 'said-labellers' in page
+
+
+@pytest.fixture(scope='module')
+def judged(finished, tmp_path_factory):
+    """Judged by an untrained judge, in both orders."""
+    workdir = tmp_path_factory.mktemp('judged')
+    config = labelled(
+        by='model',
+        judge=f'{finished}/sft',
+        labels=(' right', ' wrong'),
+        judge_buckets=(256, 512),
+        judge_batch_size=8,
+    )
+    return workdir, launch(config, workdir), config
+
+
+def test_a_judge_gives_soft_labels_without_a_place(judged, finished):
+    workdir, report, _ = judged
+    said = report['stages']['said']
+    labels = read_labels(workdir / 'said' / 'labels.jsonl')
+    assert all(0 < x.probability < 1 for x in labels) and len(labels) == 12
+    assert said['judge_calls'] == 24
+    # The judge prefers a place by far, which the average takes out.
+    assert abs(said['judge_first_probability'] - 0.5) > 0.02
+    spread = np.asarray([x.probability for x in labels])
+    assert abs(spread.mean() - 0.5) < 0.02
+    for row in rows(workdir / 'said' / 'records.jsonl'):
+        assert 0.5 <= row['probability'] < 1
+
+
+def test_a_judge_is_the_softmax_of_the_labels_by_hand(judged, finished):
+    """Against a plain forward pass of one item, without batches or padding."""
+    import jax
+    import jax.numpy as jnp
+
+    from rlhf_jax.data.tokenizer import encode
+    from rlhf_jax.sharding import ParallelConfig, make_mesh
+    from rlhf_jax.stages.run import Run, load_run_tokenizer
+    from rlhf_jax.stages.sources import load_policy
+
+    workdir, _, config = judged
+    tokenizer = load_run_tokenizer(config)
+    run = Run(workdir, config, make_mesh(ParallelConfig(data=1)), tokenizer)
+    model, params = load_policy(run, f'{finished}/sft', jax.random.PRNGKey(0))
+    item = read_items(workdir / 'said' / 'items.jsonl')[0]
+    template = read_prompt(judge.COMPARE, ('prompt', 'first', 'second'))
+
+    def first_probability(first, second):
+        text = template.fill(prompt=item.prompt, first=first, second=second)
+        (ids,) = encode(tokenizer, [text])
+        ends = [encode(tokenizer, [label])[0] for label in (' right', ' wrong')]
+        assert all(len(end) == 1 for end in ends)
+        tokens = jnp.asarray([ids])
+        mask = jnp.ones_like(tokens, bool)
+        hidden = model.apply({'params': params}, tokens, mask)
+        logits = hidden[0, -1] @ model.unembedding(params)
+        one, other = (float(logits[end[0]]) for end in ends)
+        return 1 / (1 + np.exp(other - one))
+
+    a, b = item.completions
+    wanted = (first_probability(a, b) + 1 - first_probability(b, a)) / 2
+    (label,) = [
+        x for x in read_labels(workdir / 'said' / 'labels.jsonl') if x.item == item.item
+    ]
+    assert label.probability == pytest.approx(wanted, abs=1e-5)
+
+
+def test_reasoning_is_written_and_then_read(finished, tmp_path):
+    path = tmp_path / 'judge.txt'
+    path.write_text('{prompt} {first}\nReport: {second}\n{reasoning}\nIt is\n')
+    config = labelled(
+        by='model',
+        judge=f'{finished}/sft',
+        prompt_file=str(path),
+        labels=(' right', ' wrong'),
+        judge_buckets=(128,),
+        judge_batch_size=8,
+        max_reasoning_tokens=6,
+        clamp=(0.45, 0.55),
+    )
+    report = launch(config, tmp_path / 'run')
+    labels = read_labels(tmp_path / 'run' / 'said' / 'labels.jsonl')
+    assert all(0.45 <= x.probability <= 0.55 for x in labels)
+    assert all('\n---\n' in x.note for x in labels)
+    assert report['stages']['said']['judge_reasoning_characters'] > 0
+
+
+def test_a_judge_goes_by_principles_of_a_constitution(finished, tmp_path):
+    path = tmp_path / 'constitution.md'
+    sections = [f'## {name}\nPreference question: Which is {name}?' for name in 'ab']
+    path.write_text('\n\n'.join(sections))
+    settings = dict(
+        by='model',
+        judge=f'{finished}/sft',
+        constitution=str(path),
+        judge_batch_size=8,
+        labels=(' right', ' wrong'),
+    )
+    launch(labelled(**settings), tmp_path / 'run')
+    items = read_items(tmp_path / 'run' / 'said' / 'items.jsonl')
+    assert {item.why for item in items} == {'a', 'b'}
+    again = dict(settings, prompt_file=str(judge.COMPARE))
+    with pytest.raises(ValueError, match='no place {principle}; use both or neither'):
+        launch(labelled(**again), tmp_path / 'again')
+    path.write_text('')
+    with pytest.raises(ValueError, match='constitution.md'):
+        launch(labelled(**settings), tmp_path / 'empty')
+
+
+def test_text_that_looks_like_a_place_is_no_place(tmp_path):
+    path = tmp_path / 'judge.txt'
+    path.write_text('{prompt}|{first}|{second}|{"a": 1} {principle}\n\n')
+    template = read_prompt(path, ('prompt', 'first', 'second'))
+    filled = template.fill(prompt='{second}', first=' {first} ', second='{reasoning}')
+    assert filled == '{second}|{first}|{reasoning}|{"a": 1} {principle}'
+    assert template.asks_principle and template.after is None
+
+
+def test_comparisons_teach_a_judge(tmp_path):
+    path = tmp_path / 'pairs.jsonl'
+    pairs = [
+        {'prompt': f'p{i}', 'chosen': 'good', 'rejected': 'bad'} for i in range(50)
+    ]
+    files.write_rows(path, pairs)
+    prompt = tmp_path / 'prompt.txt'
+    prompt.write_text('{prompt}:{first}/{second}=')
+    found = demonstrations(f'jsonl:{path}', str(prompt), '["A", "B"]')
+    for i, row in enumerate(found):
+        order = 'good/bad' if row['completion'] == 'A' else 'bad/good'
+        assert row['prompt'] == f'p{i}:{order}='
+    assert {row['completion'] for row in found} == {'A', 'B'}
+
+
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        ({'by': 'nobody'}, ["by='nobody' is no labeller", 'simulated']),
+        ({'fn': f'{HERE}:wrong_shape'}, ['of shape [1] for 12 pairs']),
+        ({'fn': f'{HERE}:no_probability'}, ['gave 1.5, which is no probability']),
+        ({'fn': f'{HERE}:sure', 'rule': 'near'}, ["rule='near' and score=None"]),
+        (
+            {'by': 'simulated', 'fn': f'{HERE}:sure', 'labellers': ('a', 'a')},
+            ['every labeller needs a name of its own'],
+        ),
+        (
+            {
+                'by': 'simulated',
+                'fn': f'{HERE}:sure',
+                'labellers': ('a',),
+                'overlap': 2,
+            },
+            ['overlap=2 labellers per item, and there are 1'],
+        ),
+        (
+            {'by': 'model', 'judge': 'tiny', 'labels': ('a', 'a')},
+            ['does not tell the labels apart'],
+        ),
+        ({'by': 'model', 'judge': 'tiny', 'labels': ('a',)}, ['two are needed']),
+        (
+            {'by': 'model', 'judge': 'tiny', 'prompt_format': 'chat'},
+            ['has no chat template'],
+        ),
+        (
+            {'by': 'model', 'judge': 'tiny', 'judge_buckets': (2000,)},
+            ['exceed the 1024 positions'],
+        ),
+        (
+            {'by': 'model', 'judge': 'tiny', 'judge_buckets': (32,)},
+            ['judge_buckets end at 32; raise them'],
+        ),
+        (
+            {'by': 'model', 'judge': 'tiny', 'prompt_file': '/nowhere.txt'},
+            ['/nowhere.txt cannot be read'],
+        ),
+    ],
+)
+def test_bad_settings_are_told(settings, words, tmp_path):
+    with pytest.raises(ValueError) as error:
+        launch(labelled(**settings), tmp_path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_prompt_file_that_lacks_a_place_is_told(tmp_path):
+    path = tmp_path / 'judge.txt'
+    path.write_text('{prompt} {first}')
+    with pytest.raises(ValueError, match='{second} stands nowhere'):
+        read_prompt(path, ('prompt', 'first', 'second'))
+    path.write_text('{prompt} {reasoning} {reasoning}')
+    with pytest.raises(ValueError, match='stands there 2 times'):
+        read_prompt(path, ('prompt',))
+
+
+def test_what_is_said_of_1_does_not_include_10():
+    # p(1…) = 0.5, of which 0.2 go on to 10; p(2) = 0.3; the rest is something else.
+    logps = np.log([[0.5, 0.3, 0.2]])
+    shares = judging._shares(logps, [[7], [8], [7, 9]])
+    np.testing.assert_allclose(shares, [[0.375, 0.375, 0.25]])
+    np.testing.assert_allclose(
+        judging._shares(logps, [[7], [8], [9]]), [[0.5, 0.3, 0.2]]
+    )
+
+
+def test_a_language_model_rates_as_a_reward(finished, tmp_path):
+    config = get_config()
+    config.stages = ('drawn', 'ppo')
+    rewards = {
+        'ai': dict(
+            model=f'{finished}/sft', rating=dict(judge_buckets=(512,), highest=5)
+        )
+    }
+    config.drawn = stage(
+        'sample',
+        policy=f'{finished}/sft',
+        prompts='tfds:tiny_tldr/prompts:train[:8]',
+        num_samples=2,
+        batch_size=8,
+        prompt_buckets=(56,),
+        max_new_tokens=8,
+        rewards=rewards,
+    )
+    ppo = {
+        k: v for k, v in config.ppo.to_dict().items() if k not in ('kind', 'rewards')
+    }
+    ppo |= {'init': f'{finished}/sft', 'critic': f'{finished}/rm', 'num_rollouts': 2}
+    config.ppo = stage('ppo', **ppo, rewards=rewards)
+    launch(config, tmp_path)
+    scores = [row['score_ai'] for row in rows(tmp_path / 'drawn' / 'records.jsonl')]
+    assert all(1 < score < 5 for score in scores) and len(set(scores)) > 4
+    found = rows(tmp_path / 'ppo' / 'metrics.jsonl')
+    assert any('reward/ai' in row for row in found)
+
+
+@pytest.mark.parametrize(
+    'source, words',
+    [
+        ({'rating': dict(highest=1)}, ['highest=1 is not above lowest=1']),
+        ({'rating': {}, 'heads': {'a': 1.0}}, ['has rating and heads']),
+        ({'rating': dict(prompt_file='/nowhere')}, ['/nowhere cannot be read']),
+    ],
+)
+def test_bad_ratings_are_told(source, words, tmp_path):
+    config = get_config()
+    config.stages = ('drawn',)
+    config.drawn = stage(
+        'sample',
+        policy='tiny',
+        prompts='tfds:tiny_tldr/prompts:train[:8]',
+        rewards={'ai': dict(model='tiny', **source)},
+    )
+    with pytest.raises(ValueError) as error:
+        launch(config, tmp_path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def people(form='comparison', **settings):
+    return labelled(
+        by='people', form=form, labellers=('ann', 'bob'), overlap=2, **settings
+    )
+
+
+def answered(folder, make):
+    """Labels by both of every item that is written down, ``make(item, labeller)``."""
+    items, plan = read_stage(folder)
+    labels = [
+        Label(item=item.item, labeller=name, **said)
+        for item in items
+        for name in plan.labellers
+        for said in make(item, name)
+    ]
+    store = open_store(folder / DATABASE)
+    store.claim(items)
+    return add_labels(store, labels)
+
+
+def test_a_run_waits_for_people_and_goes_on(tmp_path, capsys):
+    guideline = tmp_path / 'guide.md'
+    guideline.write_text('# What is better')
+    config = people(
+        aggregate='majority',
+        guidelines={'helpful': str(guideline)},
+        gold='tfds:tiny_tldr/comparisons:test[100:102]',
+        training='tfds:tiny_tldr/comparisons:test[200:201]',
+    )
+    config.stages = ('said', 'learned')
+    config.learned = config.rm
+    config.learned.init, config.learned.train = 'scratch', 'stage:said'
+    config.learned.eval, config.learned.batch_size = 'stage:said', 4
+    config.learned.references = None
+    workdir = tmp_path / 'run'
+    with pytest.raises(SystemExit) as stop:
+        launch(config, workdir)
+    assert stop.value.code == 75
+    told = capsys.readouterr().out
+    assert 'said: 0 of 12 items have 2 labels' in told
+    assert f'python -m rlhf_jax.label --workdir {workdir} --stage said' in told
+    purposes = [item.purpose for item in read_items(workdir / 'said' / 'items.jsonl')]
+    assert purposes == ['main'] * 12 + ['training'] + ['gold'] * 2
+
+    def half(item, name):
+        return [{'probability': 1.0}] if name == 'ann' else []
+
+    answered(workdir / 'said', half)
+    with pytest.raises(SystemExit):
+        launch(config, workdir)
+    assert 'ann 12, bob 0' in capsys.readouterr().out
+
+    def rest(item, name):
+        number = int(item.item) if item.purpose == 'main' else 0
+        if name == 'ann':
+            return []
+        if number == 3:
+            return [{'verdict': 'bad'}]
+        return [{'probability': float(number % 2), 'strength': 1 + number % 4}]
+
+    answered(workdir / 'said', rest)
+    launch(config, workdir)
+    found = rows(workdir / 'said' / 'records.jsonl')
+    assert [row['item'] for row in found] == [str(i) for i in range(12)]
+    assert [row.get('tie', False) for row in found] == [
+        i % 2 == 0 for i in range(12)
+    ]  # ann says 1, bob 0; of the odd ones both say 1, or ann alone
+    assert found[3]['labeller'] == 'ann' and found[5]['strength'] == 2
+    assert (workdir / 'learned' / 'done.json').exists()
+
+
+def test_people_rate_by_dimension_and_rank(tmp_path):
+    responses = tmp_path / 'responses.jsonl'
+    rows_ = [
+        {'prompt': [{'role': 'user', 'content': f'p{i}'}], 'completion': f' c{j}'}
+        for i in range(2)
+        for j in range(3)
+    ]
+    files.write_rows(responses, rows_)
+    for name in ('helpful', 'brief'):
+        (tmp_path / f'{name}.md').write_text(name)
+    guidelines = {n: str(tmp_path / f'{n}.md') for n in ('helpful', 'brief')}
+    spec = f'jsonl:{responses}'
+    config = people('rating', responses=spec, guidelines=guidelines, per_prompt=3)
+    with pytest.raises(SystemExit):
+        launch(config, tmp_path / 'rated')
+
+    def rate(item, name):
+        value = int(item.completions[0][-1]) + (name == 'bob')
+        return [
+            {'dimension': 'helpful', 'rating': 1 + value},
+            {'dimension': 'brief', 'rating': 2},
+        ]
+
+    answered(tmp_path / 'rated' / 'said', rate)
+    launch(config, tmp_path / 'rated')
+    found = rows(tmp_path / 'rated' / 'said' / 'records.jsonl')
+    assert len(found) == 6 and found[0]['prompt'] == [{'role': 'user', 'content': 'p0'}]
+    for row in found:
+        helpful = int(row['completion'][-1]) + 1.5
+        assert row['ratings'] == {'helpful': helpful, 'brief': 2.0}
+
+    config = people('ranking', responses=spec, ranked=3)
+    with pytest.raises(SystemExit):
+        launch(config, tmp_path / 'ranked')
+    answered(tmp_path / 'ranked' / 'said', lambda item, name: [{'ranks': (1, 2, 2)}])
+    launch(config, tmp_path / 'ranked')
+    found = rows(tmp_path / 'ranked' / 'said' / 'records.jsonl')
+    assert len(found) == 4 and {row['labeller'] for row in found} == {'ann', 'bob'}
+    assert all(len(row['completions']) == 3 for row in found)
+    assert all(row['ranks'] == [1, 2, 2] for row in found)
