@@ -63,14 +63,8 @@ def generate_continuously(
     row never overwrites its own response, whenever it began.
 
     Args:
-        params: of ``model``.
-        tokens: [B, P] int32, left-padded prompts.
-        mask: [B, P] bool; every row holds a real token, at its last place.
-        row_ids: [N = B·G] int32, G samples for every prompt, in adjacent rows.
-        key: of this batch of samples.
-        how: traced sampling parameters.
-        model: the language model.
-        max_new_tokens: R, static.
+        params, tokens, mask, row_ids, key, how, model, max_new_tokens: as there; N =
+            B·G row ids.
         num_rows: S, samples that are decoded at the same time, static.
 
     Returns:

@@ -18,7 +18,6 @@ from rlhf_jax.algos.online_preference import (
     prepare_pairs,
 )
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.rewards import ScoreHParams
@@ -28,9 +27,10 @@ from rlhf_jax.stages.online import (
     Online,
     check_optimised,
     load_online,
+    policy_method,
     train_online,
 )
-from rlhf_jax.stages.rollouts import Method, initial_state
+from rlhf_jax.stages.rollouts import Method
 from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Params
@@ -112,13 +112,6 @@ def _begin(
     loss: PreferenceLoss,
     loss_hp: Any,
 ) -> Method:
-    hp, start = job.hp, {'policy': params}
-    tx = make_optimizer(job.settings.optim, job.num_updates)
-    how = {'model': policy, 'hp': hp, 'loss': loss}
-    return Method(
-        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
-        configs={'policy': policy.config},
-        prepare=functools.partial(prepare_pairs, **how),
-        step=functools.partial(online_preference_step, **how, tx=tx, loss_hp=loss_hp),
-        group_size=hp.group_size,
-    )
+    prepare = functools.partial(prepare_pairs, loss=loss)
+    step = functools.partial(online_preference_step, loss=loss, loss_hp=loss_hp)
+    return policy_method(run, job, policy, params, prepare, step)

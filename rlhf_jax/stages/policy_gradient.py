@@ -24,7 +24,6 @@ from rlhf_jax.algos.policy_gradient import (
     prepare_policy,
 )
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.ranges import at_least
 from rlhf_jax.rewards import ScoreHParams
@@ -34,9 +33,10 @@ from rlhf_jax.stages.online import (
     Online,
     check_optimised,
     load_online,
+    policy_method,
     train_online,
 )
-from rlhf_jax.stages.rollouts import Method, initial_state
+from rlhf_jax.stages.rollouts import Method
 from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Outcomes, Params
@@ -172,17 +172,15 @@ def _begin(
     estimator: Estimator,
     estimator_hp: Any,
 ) -> Method:
-    settings, hp, start = job.settings, job.hp, {'policy': params}
-    tx = make_optimizer(settings.optim, job.num_updates)
-    how = {'model': policy, 'hp': hp}
-    return Method(
-        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
-        configs={'policy': policy.config},
-        prepare=functools.partial(
-            prepare_policy, **how, estimator=estimator, estimator_hp=estimator_hp
+    return policy_method(
+        run,
+        job,
+        policy,
+        params,
+        functools.partial(
+            prepare_policy, estimator=estimator, estimator_hp=estimator_hp
         ),
-        step=functools.partial(policy_step, **how, tx=tx),
-        group_size=hp.group_size,
+        policy_step,
         wants_baseline=getattr(estimator, 'WANTS_BASELINE', False),
-        max_draws=settings.max_draws,
+        max_draws=job.settings.max_draws,
     )

@@ -142,9 +142,7 @@ def load_ptx(
         run.tokenizer,
         max_length=length,
         loss_on='response',
-        overlong=settings.overlong,
-        on_bad=settings.on_bad,
-        control_tokens=settings.control_tokens,
+        **settings.reading,
     )
     return tell_left_out(data)
 
