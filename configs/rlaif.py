@@ -6,8 +6,9 @@
 The same pairs of summaries are labelled by six simulated people (people), by a language
 model that was fine-tuned on other comparisons of theirs (model), or the first half by
 the ones and the second half by the other (half). A reward model learns from the labels,
-and PPO optimises it. The judge reads both orders and gives a soft label; it is sft,
-trained to say behind a prompt file whether the second summary is right or wrong. RLAIF:
+and PPO optimises it. The judge reads both orders and gives a soft label; it is the
+base model, trained to say behind a prompt file whether the second summary is right or
+wrong. RLAIF:
 Lee et al. 2023, arXiv 2309.00267.
 
 Arguments: ``labels`` people, model or half; ``count`` of pairs that are labelled;
@@ -88,12 +89,12 @@ def judging(smoke: bool) -> ConfigDict:
     spec += f'&prompt={tiny_tldr.JUDGE}&data=tfds:tiny_tldr/comparisons:'
     return stage(
         'sft',
-        init='sft',
-        train=f'{spec}train[12000:]',
+        init='tiny',
+        train=f'{spec}train[6000:]',
         eval=f'{spec}test[:500]',
         buckets=(112, 144),
         batch_size=8 if smoke else 32,
-        num_steps=20 if smoke else 400,
-        optim=dict(learning_rate=1.2e-3, warmup_percent=5),
-        loop=dict(eval_every_steps=200),
+        num_steps=20 if smoke else 2000,
+        optim=dict(learning_rate=1.5e-3, warmup_percent=5),
+        loop=dict(eval_every_steps=250),
     )
