@@ -159,7 +159,7 @@ def policy_method(
         params: where it starts.
         prepare: see ``Method``; it takes ``model`` and ``hp`` too.
         step: likewise, and ``tx``.
-        others: fields of ``Method``.
+        **others: fields of ``Method``.
     """
     tx = make_optimizer(job.settings.optim, job.num_updates)
     how = {'model': policy, 'hp': job.hp}
