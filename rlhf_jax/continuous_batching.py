@@ -60,11 +60,10 @@ def generate_continuously(
 
     All prompts are prefilled first, in one batch. At every token all rows write the
     same slot of the cache. The R slots behind the prompt are a ring buffer, so that a
-    row never overwrites its own response, whenever it began.
+    row never overwrites its own response, whenever it began. What is not said here of
+    the arguments is as there; N = B·G are the row ids.
 
     Args:
-        params, tokens, mask, row_ids, key, how, model, max_new_tokens: as there; N =
-            B·G row ids.
         num_rows: S, samples that are decoded at the same time, static.
 
     Returns:

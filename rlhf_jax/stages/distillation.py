@@ -22,16 +22,12 @@ from rlhf_jax.pages.drawing import Panel, Plot, Rows, draw_panels
 from rlhf_jax.pages.page import Json, Verdict, less, number
 from rlhf_jax.responses import Responses, Scored
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.kinds import Makes
-from rlhf_jax.stages.online import (
-    READS,
-    Online,
-    load_online,
-    policy_method,
-    train_online,
-)
+from rlhf_jax.stages.online import Online, load_online, policy_method
+from rlhf_jax.stages.online import makes as makes
+from rlhf_jax.stages.online import reads as reads
+from rlhf_jax.stages.online import train as train
 from rlhf_jax.stages.rollouts import Method
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import ModelName, OnlineSettings
 from rlhf_jax.stages.sources import check_policy, check_positions, frozen, load_policy
 from rlhf_jax.types import Params
@@ -98,16 +94,6 @@ PAGE = dataclasses.replace(
 # ------------------------------------------------------------------------------- stage
 
 
-def makes(settings: DistillationSettings, *_: object) -> Makes:
-    """A policy."""
-    return Makes(parts={'policy': settings.init})
-
-
-def reads(*_: object) -> dict[str, str]:
-    """Prompts."""
-    return READS
-
-
 def load(
     run: Run,
     stage: str,
@@ -127,11 +113,6 @@ def load(
     _check_rewards(where, settings, hp, shaping)
     anchors, size = AnchorHParams(), hp.group_size
     return load_online(run, stage, settings, hp, shaping, anchors, _begin, size)
-
-
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
 
 
 def _check_teacher(run: Run, where: str, settings: DistillationSettings) -> None:

@@ -16,32 +16,17 @@ from rlhf_jax.algos.expert_iteration import (
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.kinds import Makes
-from rlhf_jax.stages.online import (
-    READS,
-    Online,
-    check_optimised,
-    load_online,
-    policy_method,
-    train_online,
-)
+from rlhf_jax.stages.online import Online, check_optimised, load_online, policy_method
+from rlhf_jax.stages.online import makes as makes
+from rlhf_jax.stages.online import reads as reads
+from rlhf_jax.stages.online import train as train
 from rlhf_jax.stages.rollouts import Method
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Params
 
 SETTINGS = (OnlineSettings, ExpertIterationHParams, ScoreHParams, AnchorHParams)
 PAGE = dataclasses.replace(pages.ONLINE, title='Expert iteration')
-
-
-def makes(settings: OnlineSettings, *_: object) -> Makes:
-    """A policy."""
-    return Makes(parts={'policy': settings.init})
-
-
-def reads(*_: object) -> dict[str, str]:
-    """Prompts."""
-    return READS
 
 
 def load(
@@ -56,11 +41,6 @@ def load(
     check_optimised(f'config.{stage}', settings)
     groups = hp.group_size, hp.keep
     return load_online(run, stage, settings, hp, shaping, anchors, _begin, *groups)
-
-
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
 
 
 def _begin(run: Run, job: Online, policy: CausalLM, params: Params) -> Method:

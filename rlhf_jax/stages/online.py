@@ -1,8 +1,9 @@
 """What the kinds of stage that learn from their own samples have in common.
 
 They differ in their settings and in the ``Method`` that they hand to the loop of
-``stages/rollouts.py``. Read ``stages/ppo.py`` next, or ``policy_gradient.py``,
-``online_preference.py``, ``expert_iteration.py``, ``distillation.py``.
+``stages/rollouts.py``; ``makes``, ``reads`` and ``train`` they import from here. Read
+``stages/ppo.py`` next, or ``policy_gradient.py``, ``online_preference.py``,
+``expert_iteration.py``, ``distillation.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rlhf_jax.stages.evaluation import (
     evaluate_policy,
     read_prompts,
 )
+from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.rollouts import (
     Method,
     Rollouts,
@@ -45,8 +47,6 @@ from rlhf_jax.stages.sources import (
     load_policy,
 )
 from rlhf_jax.types import Params
-
-READS = {'prompts': 'prompts', 'eval_prompts': 'prompts'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,16 @@ class Online:
         """Optimizer steps of the whole stage."""
         hp = self.hp
         return self.settings.num_rollouts * hp.num_epochs * hp.num_minibatches
+
+
+def makes(settings: OnlineSettings, *_: object) -> Makes:
+    """A policy."""
+    return Makes(parts={'policy': settings.init})
+
+
+def reads(*_: object) -> dict[str, str]:
+    """Prompts."""
+    return {'prompts': 'prompts', 'eval_prompts': 'prompts'}
 
 
 def load_online(
@@ -159,7 +169,7 @@ def policy_method(
         params: where it starts.
         prepare: see ``Method``; it takes ``model`` and ``hp`` too.
         step: likewise, and ``tx``.
-        others: fields of ``Method``.
+        **others: fields of ``Method``.
     """
     tx = make_optimizer(job.settings.optim, job.num_updates)
     how = {'model': policy, 'hp': job.hp}
@@ -201,7 +211,7 @@ def _check_groups(run: Run, where: str, batch_size: int, group_size: int) -> Non
         )
 
 
-def train_online(run: Run, job: Online) -> Result:
+def train(run: Run, job: Online) -> Result:
     """Runs a stage: trains, and compares the policy with the one it started from."""
     clock = time.monotonic()
     settings, key = job.settings, run.key(job.stage)
