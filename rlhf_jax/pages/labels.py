@@ -112,6 +112,7 @@ PAGE = Page(
         ('Judge: the first of two is likelier', 'judge_first_chosen', 'fraction'),
         ('Judge: both orders agree', 'judge_consistent', 'fraction'),
         ('Judge: prompts read', 'judge_calls', ''),
+        ('Judge: items left out', 'judge_too_long', 'longer than its buckets'),
     ),
     draw=draw,
 )
