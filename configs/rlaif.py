@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def asking(arg: ConfigDict) -> dict[str, Any]:
     """What the judge is asked, and what it may say."""
     if arg.data:
-        return {'judge_buckets': (2 * arg.length,)}
+        return {'judge_buckets': (2 * arg.length + 128,)}
     return {
         'prompt_file': str(tiny_tldr.JUDGE),
         'labels': LABELS,
