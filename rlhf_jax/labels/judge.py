@@ -84,10 +84,15 @@ def read_prompt(path: str | Path, needed: tuple[str, ...]) -> JudgePrompt:
 
 
 def flat(prompt: Any) -> str:
-    """A prompt as text: messages as lines ``role: content``."""
+    """A prompt as text: messages as lines ``role: content``, where there is no content
+    its tool calls as JSON.
+    """
     if isinstance(prompt, str):
         return prompt
-    return '\n'.join(f'{turn["role"]}: {turn["content"]}' for turn in prompt)
+    return '\n'.join(
+        f'{turn["role"]}: {turn.get("content") or json.dumps(turn.get("tool_calls"))}'
+        for turn in prompt
+    )
 
 
 def demonstrations(

@@ -70,7 +70,7 @@ def draw(
         The pairs or sets, by prompt in the order of the groups.
 
     Raises:
-        ValueError: a response without the score.
+        ValueError: a response without the score, or one that is no number.
     """
     ranked: list[tuple[float, int, Drawn]] = []  # how early, number of the prompt, set
     for number, responses in enumerate(groups):
@@ -103,7 +103,7 @@ def _of_prompt(
             sets.setdefault(frozenset(chosen), chosen)
         return [(0.0, tuple(responses[i] for i in one)) for one in sets.values()]
     prefix = 'members' if rule == 'uncertain' else 'score'
-    values = np.asarray([_value(r, prefix, score) for r in responses], np.float64)
+    values = _values(responses, prefix, score)
     if rule == 'best_and_worst':
         best, worst = int(values.argmax()), int(values.argmin())
         if values[best] == values[worst]:
@@ -128,6 +128,28 @@ def _of_prompt(
 
 def _turned(pair: Drawn, rng: np.random.Generator) -> Drawn:
     return pair if rng.random() < 0.5 else (pair[1], pair[0])
+
+
+def _values(
+    responses: Sequence[Response], prefix: str, score: str | None
+) -> np.ndarray:
+    """Scores [N], or [N, M] of an ensemble's members."""
+    values = [_value(response, prefix, score) for response in responses]
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):  # texts, or lists of different lengths
+        found = np.asarray(np.nan)
+    if found.ndim != (2 if prefix == 'members' else 1) or not np.isfinite(found).all():
+        raise ValueError(
+            f'score={score!r}: {prefix}_{score} is {values[0]!r:.40} and '
+            f'{values[1]!r:.40}; '
+            + (
+                'responses need finite numbers there, as many each'
+                if prefix == 'members'
+                else 'responses need a finite number there'
+            )
+        )
+    return found
 
 
 def _value(response: Response, prefix: str, score: str | None) -> Any:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from typing import Annotated, Any
 
 import numpy as np
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
-from rlhf_jax.labels.aggregation import Method
+from rlhf_jax.data.formats import GOLD, number_of, text_of, to_turns
+from rlhf_jax.labels.aggregation import METHODS, Method
 from rlhf_jax.labels.agreement import report as report_agreement
 from rlhf_jax.labels.judge import flat
 from rlhf_jax.labels.outcomes import to_records
@@ -35,6 +37,12 @@ PICK = 16  # a purpose folded into the stage's key
 LABELS = 'labels.jsonl'
 SHOWN = 16  # comparisons in samples.jsonl
 SIDES = ('chosen', 'rejected')
+# What cannot be made of the labels of an item, by its form.
+UNFIT = {
+    'comparison': (),
+    'rating': ('dawid_skene', 'bradley_terry'),
+    'ranking': ('majority', 'dawid_skene', 'bradley_terry'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +54,8 @@ class LabelSettings:
     responses: DataSpec  # several to a prompt, or comparisons
     by: str = 'fn'  # a module of stages/labellers, or package.module
     rule: Rule = 'random'  # which pairs of responses, see labels/pairs.py
-    score: str | None = (
-        None  # of the responses, for the other rules: NAME of score_NAME
-    )
+    # For the other rules: NAME of the responses' field score_NAME
+    score: str | None = None
     per_prompt: Annotated[int, at_least(1)] = 1  # items of a prompt at most
     limit: Annotated[int | None, at_least(1)] = None  # items in all
     # what becomes of several labels of an item, see labels/aggregation.py
@@ -71,7 +78,7 @@ class LabelJob:
     checked: Any  # what it found before anything compiled
     groups: list[list[dict[str, Any]]]  # the responses to every prompt, all different
     compared: list[tuple[dict[str, Any], dict[str, Any]]]  # pairs that were given
-    repeated: int  # responses that were left out of the groups
+    repeated: int  # equal responses to a prompt that were left out
 
 
 def makes(settings: LabelSettings, by: Any, hp: Any) -> Makes:
@@ -88,8 +95,9 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
     """Reads the responses and asks the labeller's module.
 
     Raises:
-        ValueError: responses without a prompt or a text, a rule without its score, or
-            what the labeller's module refuses.
+        ValueError: responses without a prompt or a text, too few of them, a rule
+            without its score, an ``aggregate`` that is not for what is asked, or what
+            the labeller's module refuses.
     """
     where = f'config.{stage}'
     if (settings.rule == 'random') != (settings.score is None):
@@ -103,29 +111,61 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
             f'{where}.rule={settings.rule!r} draws pairs, and a {form} is asked; use '
             "'random'"
         )
+    if settings.aggregate in UNFIT[form]:
+        raise ValueError(
+            f'{where}.aggregate={settings.aggregate!r} is not for {form}s; use '
+            f'{" or ".join(repr(x) for x in METHODS if x not in UNFIT[form])}'
+        )
     checked = by.check(run, where, hp)
-    responses, compared = [], []
+    responses, compared, repeated = [], [], 0
     for record in sources.read(settings.responses):
-        names = ('prompt', *(SIDES if 'chosen' in record.fields else ['completion']))
-        for name in names:
-            value = record.fields.get(name)
-            is_prompt = name == 'prompt' and isinstance(value, list)
-            if not (isinstance(value, str) or is_prompt):
-                raise ValueError(
-                    f'{record.where}: {name} is no text; {where}.responses are the '
-                    "records of a sample stage with keep='all', or comparisons"
-                )
-        if names[1] == 'completion':
-            responses.append(dict(record.fields))
+        fields = record.fields
+        _check_record(record, where)
+        if 'chosen' not in fields:
+            responses.append(dict(fields))
+        elif fields['chosen'] == fields['rejected']:
+            repeated += 1
         else:
-            compared.append(_sides(record.fields))
+            compared.append(_sides(fields))
     if compared and form != 'comparison':
         raise ValueError(
             f'{where}.responses are comparisons, and a {form} is asked; take those of '
             'a sample stage'
         )
-    groups, repeated = group(responses)
-    return LabelJob(stage, settings, by, hp, checked, groups, compared, repeated)
+    if compared and settings.rule != 'random':
+        raise ValueError(
+            f'{where}.rule={settings.rule!r} chooses among several responses to a '
+            f"prompt, and {where}.responses are comparisons; use 'random'"
+        )
+    groups, more = group(responses)
+    job = LabelJob(stage, settings, by, hp, checked, groups, compared, repeated + more)
+    if not compared and all(len(responses) < size for responses in groups):
+        raise ValueError(
+            f'{where}: nothing to label: a {form} is of {size} different responses '
+            f'to a prompt, and no prompt of {len(groups)} has as many ({job.repeated} '
+            'equal ones were left out); sample more responses to a prompt'
+        )
+    return job
+
+
+def _check_record(record: sources.SourceRecord, where: str) -> None:
+    """A prompt with a response, or with two of them, and numbers as scores."""
+    fields = record.fields
+    names = SIDES if 'chosen' in fields else ('completion',)
+    for name in ('prompt', *names):
+        value = fields.get(name)
+        if name == 'prompt' and isinstance(value, list):
+            continue
+        if not isinstance(value, str):
+            raise ValueError(
+                f'{record.where}: {name} is no text; {where}.responses are the '
+                "records of a sample stage with keep='all', or comparisons"
+            )
+        text_of(record, name, value)
+    to_turns(record)
+    for name, value in fields.items():
+        if name.startswith('score_') or name in GOLD:
+            number_of(record, name, value)
 
 
 def _sides(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -157,25 +197,37 @@ def train(run: Run, job: LabelJob) -> Result:
     rng = np.random.default_rng([*map(int, run.key(job.stage)), PICK])
     settings, where = job.settings, f'config.{job.stage}'
     form, size = job.by.asks(job.hp)
-    drawn = draw(
-        job.groups,
-        rng,
-        size=size,
-        rule=settings.rule,
-        score=settings.score,
-        per_prompt=settings.per_prompt,
-        limit=settings.limit,
-    )
+    try:
+        drawn = draw(
+            job.groups,
+            rng,
+            size=size,
+            rule=settings.rule,
+            score=settings.score,
+            per_prompt=settings.per_prompt,
+            limit=settings.limit,
+        )
+    except ValueError as error:
+        raise ValueError(f'{where}.{error}') from error
     drawn += [pair if rng.random() < 0.5 else pair[::-1] for pair in job.compared]
+    if settings.limit is not None and len(drawn) > settings.limit:
+        kept = rng.choice(len(drawn), settings.limit, replace=False)
+        drawn = [drawn[i] for i in sorted(kept.tolist())]
+    if not drawn:
+        raise ValueError(
+            f'{where}.rule={settings.rule!r} drew nothing: of every prompt all '
+            f'responses have the same score_{settings.score}'
+        )
     main = [_item(i, responses, form) for i, responses in enumerate(drawn)]
     asked = Asked(run, where, folder, job.hp, job.checked, main, rng)
     items, labels, facts = job.by.label(asked)
     records = to_records(main, labels, settings.aggregate)
     if not records:
+        said = Counter(label.verdict for label in labels)
         raise ValueError(
-            f'{where}: no comparison came of {len(labels)} labels of {len(main)} items '
-            f'({len(job.groups)} prompts, {job.repeated} responses repeated); sample '
-            'more responses, or label more items'
+            f'{where}: no {form} came of {len(labels)} labels of {len(main)} items '
+            f'({said["skipped"]} skipped, {said["bad"]} called bad); more labels are '
+            'needed, or other responses'
         )
     files.write_rows(folder / ITEMS, map(to_row, items))
     files.write_rows(folder / LABELS, map(to_row, labels))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.config import load_dotted
+from rlhf_jax.config import failure, load_dotted
 from rlhf_jax.labels.records import Label
 from rlhf_jax.stages.labellers import Answered, Asked, Asks
 from rlhf_jax.stages.run import Run
@@ -45,7 +45,7 @@ def label(asked: Asked) -> Answered:
     """One label per item, by the function.
 
     Raises:
-        ValueError: it returns something else.
+        ValueError: it fails, or returns something else.
     """
     probabilities = call(asked, asked.checked, asked.hp.args)
     labels = [
@@ -68,13 +68,18 @@ def call(
         **columns: further parameters, one value per item.
 
     Raises:
-        ValueError: it returns something else.
+        ValueError: it fails, or returns something else.
     """
     if not asked.items:
         return []
     prompts = [item.prompt for item in asked.items]
     texts = ([item.completions[side] for item in asked.items] for side in (0, 1))
-    found = np.asarray(fn(prompts, *texts, rng=asked.rng, **columns, **args))
+    try:
+        found = np.asarray(fn(prompts, *texts, rng=asked.rng, **columns, **args))
+    except Exception as error:  # whatever the user's function raises
+        raise ValueError(
+            f'{asked.where}.fn={asked.hp.fn!r} failed with {failure(error)}'
+        ) from error
     is_probability = found.dtype == bool or np.issubdtype(found.dtype, np.floating)
     if not (found.shape == (len(prompts),) and is_probability):
         raise ValueError(

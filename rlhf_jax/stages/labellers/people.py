@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from rlhf_jax import files
@@ -18,7 +19,9 @@ from rlhf_jax.labels.store import (
     ITEMS,
     PLAN,
     LabelPlan,
+    Unusable,
     labels_of,
+    open_store,
     progress,
 )
 from rlhf_jax.ranges import at_least, between
@@ -110,10 +113,12 @@ def label(asked: Asked) -> Answered:
 
     Raises:
         SystemExit: there are not yet enough; a line says how to go on.
+        ValueError: the answers that are there already are to other items.
     """
     folder, (known, guideline) = asked.folder, asked.checked
     plan = _plan(asked.hp, guideline, asked.where)
     items = [*asked.items, *known]
+    _check_unchanged(folder / DATABASE, items, asked.where)
     files.write_rows(folder / ITEMS, map(to_row, items))
     files.write_json(folder / PLAN, dataclasses.asdict(plan))
     labels = labels_of(folder / DATABASE)
@@ -126,3 +131,19 @@ def label(asked: Asked) -> Answered:
         )
         raise SystemExit(NOT_YET)
     return Answered(items, labels)
+
+
+def _check_unchanged(path: Path, items: list[Item], where: str) -> None:
+    """The answers that are there already are answers to these items."""
+    if not path.exists():
+        return
+    try:
+        open_store(path).claim(items)
+    except Unusable:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f'{path} holds answers to other items than {where} now asks: its '
+            'responses, gold or training items have changed since; put the old ones '
+            f'back, or `mv {shlex.quote(str(path))}* DIR` to begin with none'
+        ) from error
