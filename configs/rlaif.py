@@ -113,7 +113,7 @@ def judging(arg: ConfigDict, count: int) -> ConfigDict:
     if not arg.data:
         query['data'] = f'{DATA}/comparisons:test[:500]'
         held_out = reader + urlencode(query)
-    rate, *_ = rates(arg, 1.5e-3, 0.0, 0.0)
+    rate, *_ = rates(arg, 1e-3, 0.0, 0.0)
     return stage(
         'sft',
         init=arg.model or 'tiny',
@@ -122,7 +122,7 @@ def judging(arg: ConfigDict, count: int) -> ConfigDict:
         buckets=how['judge_buckets'],
         overlong='truncate' if arg.data else 'drop',
         batch_size=8 if arg.smoke else 32,
-        num_steps=20 if arg.smoke else 2000,
+        num_steps=20 if arg.smoke else 1500,
         optim=dict(learning_rate=rate, warmup_percent=5),
         loop=dict(eval_every_steps=250),
     )
