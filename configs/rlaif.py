@@ -6,76 +6,89 @@
 The same pairs of summaries are labelled by six simulated people (people), by a language
 model that was fine-tuned on other comparisons of theirs (model), or the first half by
 the ones and the second half by the other (half). A reward model learns from the labels,
-and PPO optimises it. The judge reads both orders and gives a soft label; it is sft,
-trained to say behind a prompt file whether the second summary is right or wrong. RLAIF:
-Lee et al. 2023, arXiv 2309.00267.
+and PPO optimises it. The judge reads both orders and gives a soft label; it is the
+base model, trained to say behind a prompt file whether the second summary is right or
+wrong. RLAIF: Lee et al. 2023, arXiv 2309.00267.
+
+    python -m rlhf_jax.main --config configs/rlaif.py:model=DIR,data=hh:FILE
+    --workdir DIR
+
+With ``data`` its own labels are those by people, and the judge is asked by the prompt
+file of the package.
 
 Arguments: ``labels`` people, model or half; ``count`` of pairs that are labelled;
-``from`` a finished run to take sft, and of this recipe the judge, from; ``smoke``,
-``seed=N``.
+``from`` a finished run to take sft, and of this recipe the judge, from; and those of
+``configs/ladder.py``.
 """
+
+import json
+from typing import Any
+from urllib.parse import urlencode
 
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.ladder import DATA
-from rlhf_jax.config import parse_arg
+from configs.ladder import DATA, arguments, rates
 from rlhf_jax.datasets import tiny_tldr
 from rlhf_jax.stages.kinds import stage
 
-JUDGED = 12_000  # pairs at most for a judge to label; it learns from those behind
 LABELS = (' wrong', ' right')  # the second one is: of the first, of the second better
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
-    own = parse_arg(
-        arg, labels='model', count=6000, smoke=False, seed=0, **{'from': ''}
-    )
-    if own.labels not in ('people', 'model', 'half'):
-        raise ValueError(f"labels={own.labels!r}; use 'people', 'model' or 'half'")
-    most = 20_000 if own.labels == 'people' else JUDGED
-    least = 2 if own.labels == 'half' else 1
-    if not least <= own.count <= most:
-        raise ValueError(
-            f'count={own.count}: with labels={own.labels!r} use {least} to {most} '
-            'pairs in all'
-        )
-    config = quickstart.get_config('smoke' if own.smoke else None)
-    config.seed = own.seed
-    count = 32 if own.smoke else own.count
-    by_people = {'people': count, 'model': 0, 'half': count // 2}[own.labels]
-    named, first = [], f'{own["from"]}/' if own['from'] else ''
+    arg = arguments(arg, labels='model', count=6000)
+    if arg.labels not in ('people', 'model', 'half'):
+        raise ValueError(f"labels={arg.labels!r}; use 'people', 'model' or 'half'")
+    if arg.count < 1 + (arg.labels == 'half'):
+        raise ValueError(f'count={arg.count} pairs are too few for {arg.labels!r}')
+    config = quickstart.configure(arg)
+    first = f'{arg["from"]}/' if arg['from'] else ''
+    if first:  # which has no reward model of these labels
+        own = quickstart.configure(ConfigDict({**arg.to_dict(), 'from': ''}))
+        config.rm = own.rm
+        config.rm.init = f'{first}sft'
+    count = 32 if arg.smoke else arg.count
+    by_people = {'people': count, 'model': 0, 'half': count // 2}[arg.labels]
+    pairs = arg.data or f'{DATA}/comparisons:train'
+    stages, learned = [] if first else ['sft'], []
     if by_people:
-        config.people = simulated(f'{DATA}/comparisons:train[:{by_people}]')
-        named.append('people')
+        learned.append(f'{pairs}[:{by_people}]')
+        if not arg.data:
+            config.people = simulated(learned.pop())
+            learned.append('stage:people')
+            stages.append('people')
     if by_people < count:
-        judge = f'{first}judge'
         if not first:
-            config.judge = judging(own.smoke)
-            named.insert(0, 'judge')
-        pairs = f'{DATA}/comparisons:train[{by_people}:{count}]'
+            config.judge = judging(arg, count)
+            stages.append('judge')
         config.model_labels = stage(
             'label',
-            responses=pairs,
+            responses=f'{pairs}[{by_people}:{count}]',
             by='model',
-            judge=judge,
-            prompt_file=str(tiny_tldr.JUDGE),
-            labels=LABELS,
-            judge_buckets=(112, 144),
-            judge_batch_size=32 if own.smoke else 64,
+            judge=f'{first}judge',
+            **asking(arg),
+            judge_batch_size=32 if arg.smoke else 64,
         )
-        named.append('model_labels')
-    labelled = [name for name in named if name != 'judge']
-    config.rm.init = f'{first}sft'
-    config.rm.train = ' + '.join(f'stage:{name}' for name in labelled)
-    if not own.smoke:
+        stages.append('model_labels')
+        learned.append('stage:model_labels')
+    config.rm.train = ' + '.join(learned)
+    if not (arg.smoke or arg.data):
         config.rm.num_steps = 300
-    config.ppo.init = f'{first}sft'
-    config.stages = (*([] if first else ['sft']), *named, 'rm', 'ppo')
-    if first:
-        del config.sft
+    config.ppo.rewards.rm.model = config.ppo.critic = 'rm'
+    config.stages = (*stages, 'rm', 'ppo')
     return config
+
+
+def asking(arg: ConfigDict) -> dict[str, Any]:
+    """What the judge is asked, and what it may say."""
+    if arg.data:
+        return {'judge_buckets': (2 * arg.length + 128,)}
+    return {
+        'prompt_file': str(tiny_tldr.JUDGE),
+        'labels': LABELS,
+        'judge_buckets': (112, 144),
+    }
 
 
 def simulated(responses: str, **settings: object) -> ConfigDict:
@@ -90,18 +103,28 @@ def simulated(responses: str, **settings: object) -> ConfigDict:
     )
 
 
-def judging(smoke: bool) -> ConfigDict:
+def judging(arg: ConfigDict, count: int) -> ConfigDict:
     """A model that learns to compare, from comparisons that nobody labels anew."""
-    spec = 'python:rlhf_jax.labels.judge:demonstrations?labels=[" wrong"," right"]'
-    spec += f'&prompt={tiny_tldr.JUDGE}&data=tfds:tiny_tldr/comparisons:'
+    how = asking(arg)
+    query = {'data': arg.data or f'{DATA}/comparisons:train'}
+    if not arg.data:
+        query |= {'prompt': how['prompt_file'], 'labels': json.dumps(LABELS)}
+    reader = 'python:rlhf_jax.labels.judge:demonstrations?'
+    spec = reader + urlencode(query)
+    held_out = f'{spec}[90%:]'
+    if not arg.data:
+        query['data'] = f'{DATA}/comparisons:test[:500]'
+        held_out = reader + urlencode(query)
+    rate, *_ = rates(arg, 1e-3, 0.0, 0.0)
     return stage(
         'sft',
-        init='sft',
-        train=f'{spec}train[{JUDGED}:]',
-        eval=f'{spec}test[:500]',
-        buckets=(112, 144),
-        batch_size=8 if smoke else 32,
-        num_steps=20 if smoke else 400,
-        optim=dict(learning_rate=1.2e-3, warmup_percent=5),
-        loop=dict(eval_every_steps=200),
+        init=arg.model or 'tiny',
+        train=f'{spec}[{count}:{"90%" if arg.data else ""}]',
+        eval=held_out,
+        buckets=how['judge_buckets'],
+        overlong='truncate' if arg.data else 'drop',
+        batch_size=8 if arg.smoke else 32,
+        num_steps=20 if arg.smoke else 1500,
+        optim=dict(learning_rate=rate, warmup_percent=5),
+        loop=dict(eval_every_steps=250),
     )

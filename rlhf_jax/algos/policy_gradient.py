@@ -30,18 +30,17 @@ from rlhf_jax.algos.rollout import (
     sampled_kl,
 )
 from rlhf_jax.algos.surrogate import surrogate_loss
-from rlhf_jax.algos.updates import apply_update, update_epochs
+from rlhf_jax.algos.updates import RatioHParams, update_policy
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.ops import policy_loss
 from rlhf_jax.ops.advantages import token_rewards
 from rlhf_jax.ops.kl import KLEstimator
 from rlhf_jax.ops.policy_loss import Aggregation, RatioLevel
 from rlhf_jax.ops.rows import in_groups
-from rlhf_jax.ranges import above, at_least, check_fields
+from rlhf_jax.ranges import above, at_least
 from rlhf_jax.types import (
     Array,
     Generation,
-    Mean,
     Metrics,
     OnlineState,
     Outcomes,
@@ -53,15 +52,13 @@ from rlhf_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyHParams:
+class PolicyHParams(RatioHParams):
     """Hyperparameters of ``policy_step``, beside the estimator's own.
 
     The defaults are GRPO's where the paper has one, but for the aggregation, which is
     that of the estimator's paper; other methods set what they need.
     """
 
-    # of rollout, reference and training passes alike
-    temperature: Annotated[float, above(0)] = 1.0
     # G, responses to a prompt (Shao et al.: 64)
     group_size: Annotated[int, at_least(1)] = 8
     # KL in the reward: β of the per-token penalty
@@ -81,17 +78,9 @@ class PolicyHParams:
     aggregation: Aggregation | None = None  # None: the estimator's AGGREGATION
     # tokens; of the aggregation of that name alone
     fixed_length: Annotated[int | None, at_least(1)] = None
-    # Optimisation of one rollout
-    num_epochs: Annotated[int, at_least(1)] = 1
-    num_minibatches: Annotated[int, at_least(1)] = 1
-    num_microbatches: Annotated[int, at_least(1)] = 1
-    # parts of the response that microbatches are cut at
-    num_length_buckets: Annotated[int, at_least(1)] = 1
-    # above it the rest of the rollout is skipped
-    target_approxkl: Annotated[float | None, above(0)] = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         check_plan(self)
         if self.objective not in ('clipped', 'cispo'):
             raise ValueError(
@@ -267,23 +256,14 @@ def policy_step(
         ValueError: rows that do not divide into the minibatches.
     """
 
-    def update(
-        params: Params, opt_state: Any, minibatch: Rollout
-    ) -> tuple[Params, Any, Metrics]:
-        gradient, metrics = mean_gradient(
+    def gradient_of(params: Params, minibatch: Rollout) -> tuple[Params, Metrics]:
+        return mean_gradient(
             lambda p, part: policy_gradient_loss(p, part, model=model, hp=hp),
-            params['policy'],
+            params,
             minibatch,
             num_microbatches=hp.num_microbatches,
             axis_name=axis_name,
             cuts=response_cuts(minibatch, hp.num_length_buckets),
         )
-        metrics['policy/grad_norm'] = Mean(optax.tree.norm(gradient), jnp.float32(1))
-        params, opt_state = apply_update(params, opt_state, {'policy': gradient}, tx)
-        return params, opt_state, metrics
 
-    params, opt_state, metrics = update_epochs(
-        state, batch, update, hp=hp, axis_name=axis_name
-    )
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-    return state, metrics
+    return update_policy(state, batch, gradient_of, tx=tx, hp=hp, axis_name=axis_name)

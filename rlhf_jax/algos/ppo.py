@@ -31,7 +31,7 @@ from rlhf_jax.algos.rollout import (
 )
 from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.algos.surrogate import surrogate_loss
-from rlhf_jax.algos.updates import apply_update, update_epochs
+from rlhf_jax.algos.updates import RatioHParams, apply_update, update_epochs
 from rlhf_jax.models.heads import CausalLM, ScalarModel, apply_to_last
 from rlhf_jax.ops.advantages import gae, token_rewards
 from rlhf_jax.ops.kl import KLEstimator, adapt_kl_coef
@@ -42,7 +42,7 @@ from rlhf_jax.ops.policy_loss import (
     clipped_policy_loss,
     clipped_value_loss,
 )
-from rlhf_jax.ranges import above, at_least, between, check_fields
+from rlhf_jax.ranges import above, at_least, between
 from rlhf_jax.types import (
     Array,
     Generation,
@@ -66,10 +66,9 @@ class ActorCritic(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOHParams:
+class PPOHParams(RatioHParams):
     """Hyperparameters of PPO. Where a default has an owner, it is named."""
 
-    temperature: Annotated[float, above(0)] = 1.0  # of all passes alike
     # Rewards
     kl_coef: Annotated[float, at_least(0)] = 0.05  # β, at first (Huang et al.: 0.05)
     kl_estimator: KLEstimator = 'k1'  # the others are refused in the reward
@@ -97,15 +96,10 @@ class PPOHParams:
     aggregation: Aggregation = 'token_mean'
     # Optimisation of one rollout
     num_epochs: Annotated[int, at_least(1)] = 4
-    num_minibatches: Annotated[int, at_least(1)] = 1
-    num_microbatches: Annotated[int, at_least(1)] = 1
-    num_length_buckets: Annotated[int, at_least(1)] = 1  # parts of the response
-    # above it the rest of the rollout is skipped
-    target_approxkl: Annotated[float | None, above(0)] = None
     critic_warmup_rollouts: Annotated[int, at_least(0)] = 0  # the critic learns alone
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         check_plan(self)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(

@@ -6,18 +6,22 @@ the policy that sampled it. Read ``algos/surrogate.py`` next.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax.ops.layout import over_batch
+from rlhf_jax.ranges import above, at_least, check_fields
 from rlhf_jax.types import (
     Array,
     Last,
+    Mean,
     Metrics,
+    OnlineState,
     Params,
     TrainState,
     merge_metrics,
@@ -33,16 +37,35 @@ SHUFFLE = 1  # purpose folded into the key of the minibatch permutations
 Update = Callable[[Params, Any, Any], tuple[Params, Any, Metrics]]
 
 
-class UpdatePlan(Protocol):
-    """What hyperparameters say of the updates over a rollout."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutHParams:
+    """Hyperparameters of every step that learns from rollouts."""
 
-    num_epochs: int
-    num_minibatches: int
-    target_approxkl: float | None
+    # of the policy, in the rollout and where the rollout is scored
+    temperature: Annotated[float, above(0)] = 1.0
+    # Optimisation of one rollout
+    num_epochs: Annotated[int, at_least(1)] = 1
+    num_minibatches: Annotated[int, at_least(1)] = 1
+    num_microbatches: Annotated[int, at_least(1)] = 1
+    # Without a ratio of the policy to the sampler nothing says when to stop.
+    target_approxkl: ClassVar[float | None] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RatioHParams(RolloutHParams):
+    """Those of a step whose loss has the ratio of the policy to the sampler."""
+
+    # parts of the response that microbatches are cut at
+    num_length_buckets: Annotated[int, at_least(1)] = 1
+    # above it the rest of the rollout is skipped
+    target_approxkl: Annotated[float | None, above(0)] = None
 
 
 def minibatches(
-    state: TrainState, batch: Any, hp: UpdatePlan, axis_name: str | None
+    state: TrainState, batch: Any, hp: RolloutHParams, axis_name: str | None
 ) -> Any:
     """All minibatches of all epochs, [epochs·minibatches, rows, …], freshly shuffled.
 
@@ -120,7 +143,7 @@ def update_epochs(
     batch: Any,
     update: Update,
     *,
-    hp: UpdatePlan,
+    hp: RolloutHParams,
     axis_name: str | None = None,
 ) -> tuple[Params, Any, Metrics]:
     """All epochs and minibatches over one batch.
@@ -161,6 +184,48 @@ def update_epochs(
         one, start, minibatches(state, batch, hp, axis_name)
     )
     return params, opt_state, _over_updates(stacked, done)
+
+
+def update_policy(
+    state: OnlineState,
+    batch: Any,
+    gradient_of: Callable[[Params, Any], tuple[Params, Metrics]],
+    *,
+    tx: optax.GradientTransformation,
+    hp: RolloutHParams,
+    axis_name: str | None = None,
+) -> tuple[OnlineState, Metrics]:
+    """:func:`update_epochs` where the policy is all that is trained.
+
+    Args:
+        state: ``params`` is ``{'policy': …}``.
+        batch: as there.
+        gradient_of: (parameters of the policy, minibatch) -> (gradient, metrics).
+        tx: the optimizer over ``{'policy': …}``, static.
+        hp: hyperparameters, static.
+        axis_name: mapped device axis under ``pmap``.
+
+    Returns:
+        (new state, metrics: those of ``gradient_of`` and ``policy/grad_norm``, merged
+        over the updates; ``policy/updates`` counts these).
+
+    Raises:
+        ValueError: rows that do not divide into the minibatches.
+    """
+
+    def update(
+        params: Params, opt_state: Any, minibatch: Any
+    ) -> tuple[Params, Any, Metrics]:
+        gradient, metrics = gradient_of(params['policy'], minibatch)
+        metrics['policy/grad_norm'] = Mean(optax.tree.norm(gradient), jnp.float32(1))
+        params, opt_state = apply_update(params, opt_state, {'policy': gradient}, tx)
+        return params, opt_state, metrics
+
+    params, opt_state, metrics = update_epochs(
+        state, batch, update, hp=hp, axis_name=axis_name
+    )
+    step = state.step + 1
+    return state.replace(step=step, params=params, opt_state=opt_state), metrics
 
 
 def _over_updates(stacked: Metrics, done: Array) -> Metrics:

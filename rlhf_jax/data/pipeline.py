@@ -328,11 +328,6 @@ def load_prompts(
 # ---------------------------------------------------------------------------- batching
 
 
-def epoch_steps(dataset: Dataset, batch_size: int) -> int:
-    """Batches that see every example at least once: ⌈examples / batch_size⌉."""
-    return -(-len(dataset.examples) // batch_size)
-
-
 def batches(
     dataset: Dataset,
     batch_size: int,

@@ -307,6 +307,37 @@ def answer(
     return bool((rng.random() < p) != (rng.random() < FLIP_RATE))
 
 
+# What annotators look at when they go by one guideline alone, in units of the gold
+# reward. 'wordy' asks for the opposite of 'brief', as a cost does.
+GUIDELINES = {
+    'helpful': lambda parts: parts.covered - parts.invented + 2 * parts.well_formed,
+    'brief': lambda parts: -0.5 * parts.words + 2 * parts.well_formed,
+    'wordy': lambda parts: 0.5 * parts.words,
+}
+
+
+def answer_by(
+    guideline: str,
+    index: int,
+    a: tiny_world.GoldParts,
+    b: tiny_world.GoldParts,
+    rng: np.random.Generator,
+) -> bool:
+    """Whether an annotator who goes by a guideline notes down a as the better one.
+
+    Args:
+        guideline: a key of ``GUIDELINES``.
+        index: of the annotator, whose temperature counts, and taste for length not.
+        a: of the one summary.
+        b: of the other.
+        rng: draws the label.
+    """
+    value = GUIDELINES[guideline]
+    temperature = ANNOTATORS[index % len(ANNOTATORS)].temperature
+    p = 1 / (1 + np.exp(-(value(a) - value(b)) / temperature))
+    return bool((rng.random() < p) != (rng.random() < FLIP_RATE))
+
+
 def make_judgement(
     article: Article, rng: np.random.Generator, length_taste: float = 1.0
 ) -> Judgement:

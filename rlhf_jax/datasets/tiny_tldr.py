@@ -82,6 +82,7 @@ def answer_as(
     rng: np.random.Generator,
     length_taste: float = 1.0,
     random: Sequence[int] = (),
+    guideline: str | None = None,
 ) -> np.ndarray:
     """Whether the first response is the better one, each by one annotator of this
     world; see ``tiny_people.answer``.
@@ -95,14 +96,24 @@ def answer_as(
         rng: draws the labels.
         length_taste: multiplies every annotator's ``length_bias``.
         random: those among the labellers who toss a coin.
+        guideline: what they go by instead, see ``tiny_people.GUIDELINES``.
 
     Returns:
         [N] bool.
+
+    Raises:
+        ValueError: no such guideline.
     """
+    known = tiny_people.GUIDELINES
+    if guideline is not None and guideline not in known:
+        raise ValueError(f'guideline={guideline!r}; use {", ".join(known)}')
     found = []
     for prompt, *pair, who in zip(prompts, firsts, seconds, labellers, strict=True):
         parts = [tiny_world.gold_parts(prompt, text) for text in pair]
-        likes = tiny_people.answer(int(who), *parts, rng, length_taste)
+        if guideline is None:
+            likes = tiny_people.answer(int(who), *parts, rng, length_taste)
+        else:
+            likes = tiny_people.answer_by(guideline, int(who), *parts, rng)
         found.append(rng.random() < 0.5 if who in random else likes)
     return np.asarray(found, bool)
 

@@ -75,7 +75,7 @@ def measure(
     Args:
         names: of the evaluators.
         report: what is measured without them.
-        sampled: before, after and weights, as an evaluator gets them.
+        *sampled: before, after and weights, as an evaluator gets them.
         where: as in :func:`load`.
 
     Raises:

@@ -64,17 +64,17 @@ def report(items: Sequence[Item] | None, labels: Sequence[Label]) -> dict[str, A
     Returns:
         Numbers by name, None where they do not exist; ``…_interval`` is 95%:
 
-        * ``labels``, ``labellers``, ``items``, ``items_shared`` (by at least two),
-          ``skipped``, ``bad``, ``flagged``: counts; ``ties``: a share;
-        * ``agreement``, ``cohen_kappa``, ``fleiss_kappa``, ``alpha_nominal``,
-          ``alpha_ordinal``, each with a bootstrap interval over items;
-        * ``ceiling`` with its interval, ``ceiling_least``, ``ceiling_dawid_skene``: see
-          :func:`ceilings`;
-        * ``gold``, ``others``, ``self``, ``first_shown``, ``longer`` with Wilson
-          intervals and counts: shares over all labellers;
-        * ``by_labeller``: the same of each, their counts, ``chance`` (the agreement
-          with others that is expected by chance) and ``seconds`` (median of an item);
-        * ``never_agree`` and ``near_chance``: labellers, by name.
+        counts ``labels``, ``labellers``, ``items``, ``items_shared`` (by at least two),
+        ``skipped``, ``bad``, ``flagged``, and ``ties``, a share;
+        ``agreement``, ``cohen_kappa``, ``fleiss_kappa``, ``alpha_nominal``,
+        ``alpha_ordinal``, each with a bootstrap interval over items;
+        ``ceiling`` with its interval, ``ceiling_least``, ``ceiling_dawid_skene``: see
+        :func:`ceilings`;
+        ``gold``, ``others``, ``self``, ``first_shown``, ``longer`` with Wilson
+        intervals and counts: shares over all labellers;
+        ``by_labeller``: the same of each, their counts, ``chance`` (the agreement with
+        others that is expected by chance) and ``seconds`` (median of an item);
+        ``never_agree`` and ``near_chance``: labellers, by name.
 
     Raises:
         ValueError: no labels; labels of unknown items; what ``units.answers`` refuses.

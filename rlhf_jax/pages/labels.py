@@ -56,7 +56,7 @@ def draw(stage: str, rows: Any, e: Json) -> Figures:
             first = label if i == 0 else None
             axes.plot(i + shift, row[name], 'o', color=color, ms=4, label=first)
     axes.set_xticks(range(len(people)), [row['labeller'] for row in people])
-    axes.set(ylim=(0, 1), ylabel='agreement')
+    axes.set(ylim=(0, 1.04), ylabel='agreement')
     axes.legend(fontsize=8)
     svg = to_svg(figure, f'{stage}-labellers', 'agreement of every labeller')
     caption = 'Share of equal answers, with 95% intervals.'
@@ -112,6 +112,7 @@ PAGE = Page(
         ('Judge: the first of two is likelier', 'judge_first_chosen', 'fraction'),
         ('Judge: both orders agree', 'judge_consistent', 'fraction'),
         ('Judge: prompts read', 'judge_calls', ''),
+        ('Judge: items left out', 'judge_too_long', 'longer than its buckets'),
     ),
     draw=draw,
 )

@@ -45,22 +45,3 @@ def loss(gap: Array, tied: Array, hp: HParams) -> Array:
     smoothing = jnp.where(tied, 0.5, hp.label_smoothing)
     right, wrong = jax.nn.log_sigmoid(gap), jax.nn.log_sigmoid(-gap)
     return -(1 - smoothing) * right - smoothing * wrong
-
-
-def bradley_terry_loss(
-    chosen_scores: Array, rejected_scores: Array, margin: Array | float = 0.0
-) -> Array:
-    """Negative log-likelihood that the chosen text is preferred.
-
-    L = −log σ(r_w − r_l − m)
-
-    Args:
-        chosen_scores: [P] r_w, reward units.
-        rejected_scores: [P] r_l.
-        margin: [P] or scalar m ≥ 0, the difference the labels demand.
-
-    Returns:
-        [P] nats, by a log-sigmoid that is stable for any difference.
-    """
-    gap = chosen_scores - rejected_scores - margin
-    return loss(gap, jnp.zeros_like(gap, bool), HParams())

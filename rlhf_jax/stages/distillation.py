@@ -17,16 +17,17 @@ from rlhf_jax.algos.distillation import (
 )
 from rlhf_jax.evals.policy import KINDS, row_statistics
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.pages.drawing import Panel, Plot, Rows, draw_panels
 from rlhf_jax.pages.page import Json, Verdict, less, number
 from rlhf_jax.responses import Responses, Scored
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.kinds import Makes
-from rlhf_jax.stages.online import READS, Online, load_online, train_online
-from rlhf_jax.stages.rollouts import Method, initial_state
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.online import Online, load_online, policy_method
+from rlhf_jax.stages.online import makes as makes
+from rlhf_jax.stages.online import reads as reads
+from rlhf_jax.stages.online import train as train
+from rlhf_jax.stages.rollouts import Method
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import ModelName, OnlineSettings
 from rlhf_jax.stages.sources import check_policy, check_positions, frozen, load_policy
 from rlhf_jax.types import Params
@@ -93,16 +94,6 @@ PAGE = dataclasses.replace(
 # ------------------------------------------------------------------------------- stage
 
 
-def makes(settings: DistillationSettings, *_: object) -> Makes:
-    """A policy."""
-    return Makes(parts={'policy': settings.init})
-
-
-def reads(*_: object) -> dict[str, str]:
-    """Prompts."""
-    return READS
-
-
 def load(
     run: Run,
     stage: str,
@@ -122,11 +113,6 @@ def load(
     _check_rewards(where, settings, hp, shaping)
     anchors, size = AnchorHParams(), hp.group_size
     return load_online(run, stage, settings, hp, shaping, anchors, _begin, size)
-
-
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
 
 
 def _check_teacher(run: Run, where: str, settings: DistillationSettings) -> None:
@@ -173,20 +159,19 @@ def _check_rewards(
 
 
 def _begin(run: Run, job: Online, policy: CausalLM, params: Params) -> Method:
-    settings, hp, start = job.settings, job.hp, {'policy': params}
+    settings = job.settings
     key = run.key(f'{job.stage}.teacher')  # for 'scratch' alone
     teacher, teacher_params = load_policy(run, settings.teacher, key)
     teacher_params = frozen(run, teacher, teacher_params)
-    tx = make_optimizer(settings.optim, job.num_updates)
-    how = {'model': policy, 'hp': hp}
-    return Method(
-        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
-        configs={'policy': policy.config},
-        prepare=functools.partial(prepare_distillation, **how, teacher=teacher),
-        step=functools.partial(distillation_step, **how, tx=tx),
-        group_size=hp.group_size,
+    return policy_method(
+        run,
+        job,
+        policy,
+        params,
+        functools.partial(prepare_distillation, teacher=teacher),
+        distillation_step,
         models=(teacher_params,),
-        judges={TEACHER_KL: _teacher_kl(run, teacher, teacher_params, hp)},
+        judges={TEACHER_KL: _teacher_kl(run, teacher, teacher_params, job.hp)},
     )
 
 

@@ -24,16 +24,15 @@ from rlhf_jax.pages.held_out import draw_held_out
 from rlhf_jax.pages.page import Json, Page, Verdict
 from rlhf_jax.pages.reward_model import verdict_of as verdict_of_reward_model
 from rlhf_jax.ranges import above, at_least
-from rlhf_jax.responses import GOLD
 from rlhf_jax.sharding import check_batch_size
 from rlhf_jax.stages import scoring
 from rlhf_jax.stages.console import tell_left_out
-from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, evaluate_policy
+from rlhf_jax.stages.evaluation import Evaluation, evaluate_policy, load_evaluation
 from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.offline import how_sure, known_gold, known_kinds
 from rlhf_jax.stages.reward_model import examination
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.sampler import check_sampler, make_sampler
+from rlhf_jax.stages.sampler import make_sampler
 from rlhf_jax.stages.settings import (
     LENGTHS,
     DataSpec,
@@ -131,14 +130,11 @@ def load(run: Run, stage: str, settings: EvaluateSettings) -> EvaluateJob:
     needs_policy = settings.eval_prompts is not None or settings.reward_model is None
     if needs_policy:
         _check_policies(run, where, settings)
-    limits = {
-        'overlong': settings.overlong,
-        'on_bad': settings.on_bad,
-        'control_tokens': settings.control_tokens,
-    }
     evaluation = comparisons = None
     if settings.eval_prompts is not None:
-        evaluation = _check_evaluation(run, stage, settings, limits)
+        source = resolve(run, settings.policy)
+        check_positions(run, f'{where}.policy', source, settings)
+        evaluation = load_evaluation(run, stage, settings)
     if is_ranked:
         check_batch_size(settings.batch_size, run.mesh, where)
         tokenizer = run.tokenizer
@@ -159,7 +155,7 @@ def load(run: Run, stage: str, settings: EvaluateSettings) -> EvaluateJob:
                 f'{config.max_positions} positions; use shorter buckets'
             )
         comparisons = tell_left_out(
-            read(settings.comparisons, tokenizer, max_length=length, **limits)
+            read(settings.comparisons, tokenizer, max_length=length, **settings.reading)
         )
     return EvaluateJob(stage, settings, evaluation, comparisons)
 
@@ -193,28 +189,6 @@ def _check_policies(run: Run, where: str, settings: EvaluateSettings) -> None:
             f'{where}: policy={settings.policy!r} and reference='
             f'{settings.reference!r} are models of different shapes'
         )
-
-
-def _check_evaluation(
-    run: Run, stage: str, settings: EvaluateSettings, limits: dict[str, Any]
-) -> Evaluation:
-    where = f'config.{stage}'
-    source = resolve(run, settings.policy)
-    check_positions(run, f'{where}.policy', source, settings)
-    check_sampler(run, where, settings)
-    length = settings.prompt_buckets[-1]
-    prompts = tell_left_out(
-        pipeline.load_prompts(
-            settings.eval_prompts, run.tokenizer, max_prompt_length=length, **limits
-        )
-    )
-    longest = length + settings.max_new_tokens
-    rewards = scoring.check_rewards(
-        run, where, settings.rewards, longest, [prompts], (GOLD,)
-    )
-    return check_evaluation(
-        run, stage, settings, settings.temperature, prompts, rewards, [prompts]
-    )
 
 
 def train(run: Run, job: EvaluateJob) -> Result:

@@ -21,7 +21,9 @@ from rlhf_jax.evals.policy import Sampled
 from rlhf_jax.models.heads import CausalLM
 from rlhf_jax.responses import GOLD, Scorer
 from rlhf_jax.stages import scoring
+from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.run import Run
+from rlhf_jax.stages.sampler import check_sampler
 from rlhf_jax.stages.settings import EvaluationSettings
 from rlhf_jax.stages.sources import (
     check_policy,
@@ -46,6 +48,51 @@ class Evaluation:
     scorers: dict[str, scoring.Reward]
     weights: dict[str, float]  # of those that are rewards, in their sum
     needs_end: bool = False  # in training, see ``ScoreHParams.needs_end``
+
+
+def read_prompts(run: Run, spec: str, settings: Any) -> pipeline.Dataset:
+    """The prompts of a spec, with a line for people about what was left out.
+
+    Args:
+        run: the run.
+        spec: see ``data/sources.py``.
+        settings: ``RecordSettings`` and ``SamplerSettings`` in one.
+
+    Raises:
+        ValueError: bad data.
+    """
+    length = settings.prompt_buckets[-1]
+    return tell_left_out(
+        pipeline.load_prompts(
+            spec, run.tokenizer, max_prompt_length=length, **settings.reading
+        )
+    )
+
+
+def load_evaluation(run: Run, stage: str, settings: Any) -> Evaluation:
+    """Reads the prompts of an evaluation and checks all of it, for a stage that samples
+    from its policy at the end alone.
+
+    Args:
+        run: the run.
+        stage: its name.
+        settings: ``RecordSettings``, ``SamplerSettings``, ``EvaluationSettings``, with
+            ``rewards`` and a ``temperature``, in one.
+
+    Raises:
+        ValueError: see :func:`check_evaluation`, or what is wrong with the prompts or
+            the rewards.
+    """
+    where = f'config.{stage}'
+    check_sampler(run, where, settings)
+    prompts = read_prompts(run, settings.eval_prompts, settings)
+    longest = settings.prompt_buckets[-1] + settings.max_new_tokens
+    rewards = scoring.check_rewards(
+        run, where, settings.rewards, longest, [prompts], (GOLD,)
+    )
+    return check_evaluation(
+        run, stage, settings, settings.temperature, prompts, rewards, [prompts]
+    )
 
 
 def check_evaluation(

@@ -6,7 +6,6 @@ See ``algos/expert_iteration.py``; read ``main.py`` next.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 from rlhf_jax.algos.anchors import AnchorHParams
 from rlhf_jax.algos.expert_iteration import (
@@ -15,34 +14,19 @@ from rlhf_jax.algos.expert_iteration import (
     prepare_best,
 )
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.kinds import Makes
-from rlhf_jax.stages.online import (
-    READS,
-    Online,
-    check_optimised,
-    load_online,
-    train_online,
-)
-from rlhf_jax.stages.rollouts import Method, initial_state
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.online import Online, check_optimised, load_online, policy_method
+from rlhf_jax.stages.online import makes as makes
+from rlhf_jax.stages.online import reads as reads
+from rlhf_jax.stages.online import train as train
+from rlhf_jax.stages.rollouts import Method
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Params
 
 SETTINGS = (OnlineSettings, ExpertIterationHParams, ScoreHParams, AnchorHParams)
 PAGE = dataclasses.replace(pages.ONLINE, title='Expert iteration')
-
-
-def makes(settings: OnlineSettings, *_: object) -> Makes:
-    """A policy."""
-    return Makes(parts={'policy': settings.init})
-
-
-def reads(*_: object) -> dict[str, str]:
-    """Prompts."""
-    return READS
 
 
 def load(
@@ -59,19 +43,5 @@ def load(
     return load_online(run, stage, settings, hp, shaping, anchors, _begin, *groups)
 
 
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
-
-
 def _begin(run: Run, job: Online, policy: CausalLM, params: Params) -> Method:
-    hp, start = job.hp, {'policy': params}
-    tx = make_optimizer(job.settings.optim, job.num_updates)
-    how = {'model': policy, 'hp': hp}
-    return Method(
-        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
-        configs={'policy': policy.config},
-        prepare=functools.partial(prepare_best, **how),
-        step=functools.partial(expert_iteration_step, **how, tx=tx),
-        group_size=hp.group_size,
-    )
+    return policy_method(run, job, policy, params, prepare_best, expert_iteration_step)

@@ -95,6 +95,21 @@ def check_judge(
     return Judge(where, model, hp, prompt, tokenizer, tuple(labels))
 
 
+def fitting(judge: Judge, questions: Sequence[dict[str, str]]) -> list[bool]:
+    """Which filled prompts, with their longest label, are within the judge's buckets;
+    of one with reasoning, the part in front of it.
+    """
+    texts = [judge.prompt.fill(**question) for question in questions]
+    rows = _opened(judge, texts, [''] * len(texts))
+    room = judge.hp.judge_buckets[-1]
+    if judge.prompt.after is None:
+        labels = find_joint(judge.tokenizer).encode(
+            [None] * len(judge.labels), list(judge.labels)
+        )
+        room -= max(map(len, labels))
+    return [len(row) <= room for row in rows]
+
+
 # (values of the places of each filled prompt) -> probabilities [N, K], texts of the
 # reasoning or None
 Ask = Callable[[Sequence[dict[str, str]]], tuple[np.ndarray, list[str] | None]]

@@ -1,28 +1,42 @@
 """What the kinds of stage that learn from their own samples have in common.
 
 They differ in their settings and in the ``Method`` that they hand to the loop of
-``stages/rollouts.py``. Read ``stages/ppo.py`` next, or ``policy_gradient.py``,
-``online_preference.py``, ``expert_iteration.py``, ``distillation.py``.
+``stages/rollouts.py``; ``makes``, ``reads`` and ``train`` they import from here. Read
+``stages/ppo.py`` next, or ``policy_gradient.py``, ``online_preference.py``,
+``expert_iteration.py``, ``distillation.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax import sharding
 from rlhf_jax.algos.anchors import AnchorHParams
+from rlhf_jax.algos.updates import RolloutHParams
 from rlhf_jax.data import pipeline
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import make_schedule
+from rlhf_jax.optim import make_optimizer, make_schedule
 from rlhf_jax.responses import GOLD
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.console import tell_left_out, tell_shared
-from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, evaluate_policy
-from rlhf_jax.stages.rollouts import Method, Rollouts, train_on_rollouts
+from rlhf_jax.stages.console import tell_shared
+from rlhf_jax.stages.evaluation import (
+    Evaluation,
+    check_evaluation,
+    evaluate_policy,
+    read_prompts,
+)
+from rlhf_jax.stages.kinds import Makes
+from rlhf_jax.stages.rollouts import (
+    Method,
+    Rollouts,
+    initial_state,
+    train_on_rollouts,
+)
 from rlhf_jax.stages.run import Result, Run
 from rlhf_jax.stages.sampler import check_sampler, make_sampler
 from rlhf_jax.stages.settings import OnlineSettings, RewardSource
@@ -34,8 +48,6 @@ from rlhf_jax.stages.sources import (
 )
 from rlhf_jax.types import Params
 
-READS = {'prompts': 'prompts', 'eval_prompts': 'prompts'}
-
 
 @dataclasses.dataclass(frozen=True)
 class Online:
@@ -43,7 +55,7 @@ class Online:
 
     stage: str
     settings: OnlineSettings
-    hp: Any  # of the method's step
+    hp: RolloutHParams  # of the method's step
     shaping: ScoreHParams
     anchors: AnchorHParams
     prompts: pipeline.Dataset
@@ -59,11 +71,21 @@ class Online:
         return self.settings.num_rollouts * hp.num_epochs * hp.num_minibatches
 
 
+def makes(settings: OnlineSettings, *_: object) -> Makes:
+    """A policy."""
+    return Makes(parts={'policy': settings.init})
+
+
+def reads(*_: object) -> dict[str, str]:
+    """Prompts."""
+    return {'prompts': 'prompts', 'eval_prompts': 'prompts'}
+
+
 def load_online(
     run: Run,
     stage: str,
     settings: OnlineSettings,
-    hp: Any,
+    hp: RolloutHParams,
     shaping: ScoreHParams,
     anchors: AnchorHParams,
     begin: Callable[[Run, Online, CausalLM, Params], Method],
@@ -77,7 +99,7 @@ def load_online(
         run: the run.
         stage: its name.
         settings: what the user wrote.
-        hp: of the method's step: temperature, epochs, minibatches.
+        hp: of the method's step.
         shaping: what is done to scores.
         anchors: whether the reference follows the policy, and an average does.
         begin: see ``Online``.
@@ -97,12 +119,6 @@ def load_online(
     if kept is not None:
         rows, name = rows // group_size * kept, f'batch_size/group_size × {kept}'
     sharding.check_batch_size(rows, run.mesh, where, parts, name)
-    limits = {
-        'max_prompt_length': settings.prompt_buckets[-1],
-        'overlong': settings.overlong,
-        'on_bad': settings.on_bad,
-        'control_tokens': settings.control_tokens,
-    }
     buffer = shaping.overlong_buffer
     if buffer is not None and not 1 <= buffer <= settings.max_new_tokens:
         raise ValueError(
@@ -114,7 +130,7 @@ def load_online(
     policy = check_policy(run, f'{where}.init', settings.init)
     check_positions(run, f'{where}.init', policy, settings)
     data = [
-        tell_left_out(pipeline.load_prompts(spec, run.tokenizer, **limits))
+        read_prompts(run, spec, settings)
         for spec in (settings.prompts, settings.eval_prompts)
     ]
     tell_shared(*data)
@@ -132,6 +148,40 @@ def load_online(
     evaluation = dataclasses.replace(evaluation, needs_end=shaping.needs_end)
     return Online(
         stage, settings, hp, shaping, anchors, data[0], rewards, evaluation, begin
+    )
+
+
+def policy_method(
+    run: Run,
+    job: Online,
+    policy: CausalLM,
+    params: Params,
+    prepare: Callable[..., Any],
+    step: Callable[..., Any],
+    **others: Any,
+) -> Method:
+    """The method of an algorithm that trains the policy alone.
+
+    Args:
+        run: the run.
+        job: its stage, whose ``hp`` has a ``group_size``.
+        policy: the model.
+        params: where it starts.
+        prepare: see ``Method``; it takes ``model`` and ``hp`` too.
+        step: likewise, and ``tx``.
+        **others: fields of ``Method``.
+    """
+    tx = make_optimizer(job.settings.optim, job.num_updates)
+    how = {'model': policy, 'hp': job.hp}
+    return Method(
+        state=initial_state(
+            run, job.stage, job.shaping, job.anchors, {'policy': params}, tx
+        ),
+        configs={'policy': policy.config},
+        prepare=functools.partial(prepare, **how),
+        step=functools.partial(step, **how, tx=tx),
+        group_size=job.hp.group_size,
+        **others,
     )
 
 
@@ -161,7 +211,7 @@ def _check_groups(run: Run, where: str, batch_size: int, group_size: int) -> Non
         )
 
 
-def train_online(run: Run, job: Online) -> Result:
+def train(run: Run, job: Online) -> Result:
     """Runs a stage: trains, and compares the policy with the one it started from."""
     clock = time.monotonic()
     settings, key = job.settings, run.key(job.stage)

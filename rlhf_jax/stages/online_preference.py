@@ -18,20 +18,16 @@ from rlhf_jax.algos.online_preference import (
     prepare_pairs,
 )
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.kinds import Choice, Makes
-from rlhf_jax.stages.online import (
-    READS,
-    Online,
-    check_optimised,
-    load_online,
-    train_online,
-)
-from rlhf_jax.stages.rollouts import Method, initial_state
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.kinds import Choice
+from rlhf_jax.stages.online import Online, check_optimised, load_online, policy_method
+from rlhf_jax.stages.online import makes as makes
+from rlhf_jax.stages.online import reads as reads
+from rlhf_jax.stages.online import train as train
+from rlhf_jax.stages.rollouts import Method
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Params
 
@@ -53,16 +49,6 @@ SETTINGS = (
 )
 CHOICE = Choice('name', preference.load)
 PAGE = dataclasses.replace(pages.ONLINE, title='Online preference optimisation')
-
-
-def makes(settings: OnlinePreferenceSettings, *_: object) -> Makes:
-    """A policy."""
-    return Makes(parts={'policy': settings.init})
-
-
-def reads(*_: object) -> dict[str, str]:
-    """Prompts."""
-    return READS
 
 
 def load(
@@ -98,11 +84,6 @@ def load(
     return load_online(run, stage, settings, hp, shaping, anchors, begin, size, kept=1)
 
 
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
-
-
 def _begin(
     run: Run,
     job: Online,
@@ -112,13 +93,6 @@ def _begin(
     loss: PreferenceLoss,
     loss_hp: Any,
 ) -> Method:
-    hp, start = job.hp, {'policy': params}
-    tx = make_optimizer(job.settings.optim, job.num_updates)
-    how = {'model': policy, 'hp': hp, 'loss': loss}
-    return Method(
-        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
-        configs={'policy': policy.config},
-        prepare=functools.partial(prepare_pairs, **how),
-        step=functools.partial(online_preference_step, **how, tx=tx, loss_hp=loss_hp),
-        group_size=hp.group_size,
-    )
+    prepare = functools.partial(prepare_pairs, loss=loss)
+    step = functools.partial(online_preference_step, loss=loss, loss_hp=loss_hp)
+    return policy_method(run, job, policy, params, prepare, step)

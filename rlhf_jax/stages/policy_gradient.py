@@ -24,20 +24,16 @@ from rlhf_jax.algos.policy_gradient import (
     prepare_policy,
 )
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.ranges import at_least
 from rlhf_jax.rewards import ScoreHParams
-from rlhf_jax.stages.kinds import Choice, Makes
-from rlhf_jax.stages.online import (
-    READS,
-    Online,
-    check_optimised,
-    load_online,
-    train_online,
-)
-from rlhf_jax.stages.rollouts import Method, initial_state
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.kinds import Choice
+from rlhf_jax.stages.online import Online, check_optimised, load_online, policy_method
+from rlhf_jax.stages.online import makes as makes
+from rlhf_jax.stages.online import reads as reads
+from rlhf_jax.stages.online import train as train
+from rlhf_jax.stages.rollouts import Method
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import OnlineSettings
 from rlhf_jax.types import Outcomes, Params
 
@@ -57,16 +53,6 @@ class PolicyGradientSettings(OnlineSettings):
 SETTINGS = (PolicyGradientSettings, PolicyHParams, ScoreHParams, AnchorHParams)
 CHOICE = Choice('name', estimators.load)
 PAGE = dataclasses.replace(pages.ONLINE, title='Policy gradient without a critic')
-
-
-def makes(settings: PolicyGradientSettings, *_: object) -> Makes:
-    """A policy."""
-    return Makes(parts={'policy': settings.init})
-
-
-def reads(*_: object) -> dict[str, str]:
-    """Prompts."""
-    return READS
 
 
 def load(
@@ -92,11 +78,6 @@ def load(
     begin = functools.partial(_begin, estimator=estimator, estimator_hp=estimator_hp)
     size = hp.group_size
     return load_online(run, stage, settings, hp, shaping, anchors, begin, size)
-
-
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
 
 
 def _check(
@@ -172,17 +153,15 @@ def _begin(
     estimator: Estimator,
     estimator_hp: Any,
 ) -> Method:
-    settings, hp, start = job.settings, job.hp, {'policy': params}
-    tx = make_optimizer(settings.optim, job.num_updates)
-    how = {'model': policy, 'hp': hp}
-    return Method(
-        state=initial_state(run, job.stage, job.shaping, job.anchors, start, tx),
-        configs={'policy': policy.config},
-        prepare=functools.partial(
-            prepare_policy, **how, estimator=estimator, estimator_hp=estimator_hp
+    return policy_method(
+        run,
+        job,
+        policy,
+        params,
+        functools.partial(
+            prepare_policy, estimator=estimator, estimator_hp=estimator_hp
         ),
-        step=functools.partial(policy_step, **how, tx=tx),
-        group_size=hp.group_size,
+        policy_step,
         wants_baseline=getattr(estimator, 'WANTS_BASELINE', False),
-        max_draws=settings.max_draws,
+        max_draws=job.settings.max_draws,
     )

@@ -20,17 +20,13 @@ from rlhf_jax.optim import OptimConfig, actor_critic_optimizer
 from rlhf_jax.pages import policy as pages
 from rlhf_jax.ranges import at_least
 from rlhf_jax.rewards import ScoreHParams
+from rlhf_jax.stages import online
 from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.kinds import Makes
-from rlhf_jax.stages.online import (
-    READS,
-    Online,
-    check_optimised,
-    load_online,
-    train_online,
-)
+from rlhf_jax.stages.online import Online, check_optimised, load_online
+from rlhf_jax.stages.online import train as train
 from rlhf_jax.stages.rollouts import Method, initial_state
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import LENGTHS, DataSpec, ModelName, OnlineSettings
 from rlhf_jax.stages.sources import (
     check_positions,
@@ -70,7 +66,7 @@ def makes(settings: PPOSettings, *_: object) -> Makes:
 def reads(settings: PPOSettings, *_: object) -> dict[str, str]:
     """Prompts, and what ``ptx_coef`` asks for."""
     form = {'demonstrations': 'demonstrations', 'text': 'texts'}[settings.ptx_form]
-    return {**READS, 'ptx': form}
+    return {**online.reads(), 'ptx': form}
 
 
 def load(
@@ -92,11 +88,6 @@ def load(
     check_critic(run, f'{where}.critic', settings.critic, settings)
     begin = functools.partial(_begin, ptx=load_ptx(run, where, settings, hp))
     return load_online(run, stage, settings, hp, shaping, anchors, begin)
-
-
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
 
 
 def check_critic(run: Run, where: str, critic: str, settings: PPOSettings) -> None:
@@ -142,9 +133,7 @@ def load_ptx(
         run.tokenizer,
         max_length=length,
         loss_on='response',
-        overlong=settings.overlong,
-        on_bad=settings.on_bad,
-        control_tokens=settings.control_tokens,
+        **settings.reading,
     )
     return tell_left_out(data)
 

@@ -28,9 +28,10 @@ from rlhf_jax.pages import policy as pages
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.stages import ppo
 from rlhf_jax.stages.kinds import Makes
-from rlhf_jax.stages.online import Online, check_optimised, load_online, train_online
+from rlhf_jax.stages.online import Online, check_optimised, load_online
+from rlhf_jax.stages.online import train as train
 from rlhf_jax.stages.rollouts import Method, initial_state
-from rlhf_jax.stages.run import Result, Run
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import ModelName, RewardSource
 from rlhf_jax.stages.sources import load_scalar
 from rlhf_jax.types import LagrangianState, Params
@@ -90,11 +91,6 @@ def load(
     begin = functools.partial(_begin, ptx=ptx, constraint=constraint)
     costs = {COST: settings.cost}
     return load_online(run, stage, settings, hp, shaping, anchors, begin, others=costs)
-
-
-def train(run: Run, job: Online) -> Result:
-    """Trains and evaluates; see ``online.train_online``."""
-    return train_online(run, job)
 
 
 def _begin(

@@ -35,10 +35,8 @@ from rlhf_jax.pages import policy as pages
 from rlhf_jax.preference import PreferenceLoss, wants_tokens
 from rlhf_jax.preference import load as load_loss
 from rlhf_jax.ranges import above
-from rlhf_jax.responses import GOLD
 from rlhf_jax.stages import scoring
-from rlhf_jax.stages.console import tell_left_out
-from rlhf_jax.stages.evaluation import Evaluation, check_evaluation, evaluate_policy
+from rlhf_jax.stages.evaluation import Evaluation, evaluate_policy, load_evaluation
 from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.offline import (
     Offline,
@@ -49,7 +47,7 @@ from rlhf_jax.stages.offline import (
     known_kinds,
 )
 from rlhf_jax.stages.run import Result, Run
-from rlhf_jax.stages.sampler import check_sampler, make_sampler
+from rlhf_jax.stages.sampler import make_sampler
 from rlhf_jax.stages.settings import (
     EvaluationSettings,
     OfflineSettings,
@@ -120,12 +118,6 @@ def load(
     where = f'config.{stage}'
     source = check_policy(run, f'{where}.init', settings.init)
     check_positions(run, f'{where}.init', source, settings)
-    check_sampler(run, where, settings)
-    limits = {
-        'overlong': settings.overlong,
-        'on_bad': settings.on_bad,
-        'control_tokens': settings.control_tokens,
-    }
 
     def read(spec: str) -> pipeline.Dataset:
         wanted_by = f'{where}.name={settings.name!r}'
@@ -135,31 +127,16 @@ def load(
             kind=loss.DATA,
             wanted_by=wanted_by,
             max_length=settings.buckets[-1],
-            **limits,
+            **settings.reading,
         )
         if hasattr(loss, 'context'):
             refuse_soft(data, wanted_by, 'compares the pairs of a batch')
         _refuse_dimensions(data, f'{where}: {spec}')
         return data
 
-    length = settings.prompt_buckets[-1]
-    prompts = tell_left_out(
-        pipeline.load_prompts(
-            settings.eval_prompts, run.tokenizer, max_prompt_length=length, **limits
-        )
-    )
-    longest = length + settings.max_new_tokens
-    rewards = scoring.check_rewards(
-        run, where, settings.rewards, longest, [prompts], (GOLD,)
-    )
-    return PreferenceJob(
-        offline=check_offline(run, stage, settings, hp, source, read),
-        loss=loss,
-        loss_hp=loss_hp,
-        evaluation=check_evaluation(
-            run, stage, settings, settings.temperature, prompts, rewards, [prompts]
-        ),
-    )
+    evaluation = load_evaluation(run, stage, settings)
+    offline = check_offline(run, stage, settings, hp, source, read)
+    return PreferenceJob(offline, loss, loss_hp, evaluation)
 
 
 def _refuse_dimensions(data: pipeline.Dataset, where: str) -> None:

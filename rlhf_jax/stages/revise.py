@@ -154,9 +154,7 @@ def load(run: Run, stage: str, settings: ReviseSettings) -> ReviseJob:
             settings.prompts,
             run.tokenizer,
             max_prompt_length=settings.prompt_buckets[-1],
-            overlong=settings.overlong,
-            on_bad=settings.on_bad,
-            control_tokens=settings.control_tokens,
+            **settings.reading,
         )
     )
     found = {record.where: record for record in sources.read(settings.prompts)}

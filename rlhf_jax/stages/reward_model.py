@@ -145,21 +145,14 @@ def load(
         )
     tokenizer = _scoring_tokenizer(run, where, settings, source)
     _check_kind(where, settings, loss, source)
-    limits = Limits(
-        settings.buckets[-1],
-        settings.overlong,
-        settings.on_bad,
-        settings.control_tokens,
-    )
+    limits = Limits(settings.buckets[-1], **settings.reading)
     references = None
     if settings.references is not None:
         references = pipeline.load_demonstrations(
             settings.references,
             tokenizer,
             max_length=limits.length,
-            overlong=limits.overlong,
-            on_bad=limits.on_bad,
-            control_tokens=limits.control_tokens,
+            **settings.reading,
         )
         references = tell_left_out(references).take(settings.num_references)
     wanted = Wanted(

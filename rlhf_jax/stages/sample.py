@@ -145,9 +145,7 @@ def load(run: Run, stage: str, settings: SampleSettings) -> SampleJob:
             settings.prompts,
             run.tokenizer,
             max_prompt_length=settings.prompt_buckets[-1],
-            overlong=settings.overlong,
-            on_bad=settings.on_bad,
-            control_tokens=settings.control_tokens,
+            **settings.reading,
         )
     )
     longest = settings.prompt_buckets[-1] + settings.max_new_tokens

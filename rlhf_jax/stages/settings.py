@@ -62,6 +62,12 @@ class RecordSettings:
     # A record that spells a control token; None: refused in messages, else allowed
     control_tokens: Literal['refuse', 'escape', 'allow'] | None = None
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """These three by name, as the loaders of ``data/pipeline.py`` take them."""
+        names = (field.name for field in dataclasses.fields(RecordSettings))
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfflineSettings(RecordSettings):

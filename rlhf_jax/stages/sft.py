@@ -81,9 +81,7 @@ def load(run: Run, stage: str, settings: SFTSettings, hp: SFTHParams) -> Offline
             run.tokenizer,
             max_length=limit,
             loss_on=settings.loss_on,
-            overlong=settings.overlong,
-            on_bad=settings.on_bad,
-            control_tokens=settings.control_tokens,
+            **settings.reading,
         )
 
     job = check_offline(run, stage, settings, hp, source, read)

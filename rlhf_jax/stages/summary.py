@@ -5,7 +5,6 @@ rounds of a run. Read ``stages/evaluate.py`` next.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ class SummarySettings:
     """The summary stage."""
 
     # By name the points of a curve, 'STAGE:KEY' each: a number in the eval.json of an
-    # earlier stage, or of a finished stage's folder
+    # earlier stage, or of a finished stage's folder; 'a.b' is the b in a
     series: dict[str, tuple[str, ...]]
 
 
@@ -41,7 +40,7 @@ def _verdict(e: dict[str, Any]) -> Verdict:
 
 
 def _draw(stage: str, rows: Any, e: dict[str, Any]) -> tuple[list[Plot], list[str]]:
-    series = e['series']
+    series = {name: e['series'][name] for name in e['order']}
     cols = min(len(series), 4)
     lines = math.ceil(len(series) / cols)
     figure, grid = blank(FULL, 2.25 * lines, lines, cols)
@@ -66,7 +65,7 @@ def _table(series: dict[str, list[float | None]]) -> str:
 PAGE = Page(
     title='Summary',
     verdict=_verdict,
-    required=lambda e: ('series',),
+    required=lambda e: ('series', 'order'),
     facts=(),
     draw=_draw,
 )
@@ -130,16 +129,16 @@ def train(run: Run, job: SummaryJob) -> Result:
     series: dict[str, list[Any]] = {}
     for name, points in job.series.items():
         for path, key, place in points:
-            numbers = files.read_json(path, files.remake(path.parent))
-            if key not in numbers:
-                raise ValueError(f'{place}: {path} has no {key}{nearest(key, numbers)}')
-            value = numbers[key]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not is_number:
-                raise ValueError(
-                    f'{place}: {key} of {path} is {json.dumps(value):.60}, which is no '
-                    'number; name another key'
-                )
+            value: Any = files.read_json(path, files.remake(path.parent))
+            for part in key.split('.'):
+                known = value if isinstance(value, dict) else {}
+                if part not in known:
+                    hint = nearest(part, known) if known else ''
+                    raise ValueError(f'{place}: {path} has no {key}{hint}')
+                value = known[part]
+            if not isinstance(value, int | float | None):
+                raise ValueError(f'{place}: {key} in {path} is no number')
             series.setdefault(name, []).append(value)
+    report = {'series': series, 'order': list(series)}  # JSON objects have none
     seconds = {'read': time.monotonic() - clock}
-    return Result(steps=0, seconds=seconds, data={}, evaluation={'series': series})
+    return Result(steps=0, seconds=seconds, data={}, evaluation=report)

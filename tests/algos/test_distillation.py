@@ -25,7 +25,6 @@ from rlhf_jax.algos.distillation import (
     prepare_distillation,
 )
 from rlhf_jax.models.heads import CausalLM
-from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
 from rlhf_jax.types import Scores
 from tests.algos import small_rollout as small
 from tests.algos.small_rollout import LENGTHS, PARAMS, REF, ROWS, G
@@ -273,46 +272,16 @@ def test_more_padding_and_microbatches_change_nothing(bigram):
 @pytest.mark.parametrize('backend', ['jit', 'pmap'])
 def test_eight_devices_equal_one(backend, bigram):
     """Sixteen prompts, two on every device, with scores."""
-    tx, hp = optax.adam(0.1), _hp(group_size=G, num_microbatches=2)
-    whole = jax.tree.map(
-        lambda x: jnp.tile(x, (8,) + (1,) * (x.ndim - 1)), small.generation()
-    )
-    scores = np.random.default_rng(1).normal(size=16 * G).astype(np.float32)
-
-    def run(mesh, backend):
-        ready = compile_step(
-            functools.partial(
-                prepare_distillation, model=bigram, teacher=bigram, hp=hp
-            ),
-            mesh=mesh,
-            backend=backend,
-            inputs=('params', 'params', 'batch', 'batch', 'params'),
-            outputs=('batch', 'replicated'),
-            donate=(),
-        )
-        step = functools.partial(distillation_step, model=bigram, tx=tx, hp=hp)
-        step = compile_step(step, mesh=mesh, backend=backend)
-        ref, teacher = (place(x, mesh, 'params') for x in (REF, TEACHER))
-        batch, before = ready(None, ref, whole, Scores(scores), teacher)
-        state, metrics = step(place(small.state(tx), mesh, 'params'), batch)
-        return small.moved(state), small.numbers({**before, **metrics})
-
-    mesh = make_mesh(ParallelConfig(backend=backend))
-    one = run(make_mesh(ParallelConfig(), jax.devices()[:1]), 'jit')
-    many = run(mesh, backend)
-    np.testing.assert_allclose(one[0], many[0], atol=1e-5)
-    for name, value in one[1].items():
-        assert many[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert mesh.size == 8 and np.abs(one[0]).max() > 1e-2
+    how = {'model': bigram, 'hp': _hp(group_size=G, num_microbatches=2)}
+    prepare = functools.partial(prepare_distillation, teacher=bigram, **how)
+    step = functools.partial(distillation_step, **how)
+    scores, tx = np.random.default_rng(1).normal(size=16 * G), optax.adam(0.1)
+    small.on_one_and_on_eight(backend, prepare, step, scores, TEACHER, tx=tx)
 
 
 def test_no_key_is_used_twice(bigram):
-    with jax.debug_key_reuse(True):
-        step = functools.partial(
-            distillation_step, model=bigram, tx=SGD, hp=_hp(num_epochs=2)
-        )
-        state = small.state(SGD, rng=jax.random.key(5))
-        jax.jit(step)(state, _prepare(bigram, _hp())[0])
+    step = functools.partial(distillation_step, model=bigram, hp=_hp(num_epochs=2))
+    small.uses_no_key_twice(step, _prepare(bigram, _hp())[0], SGD)
 
 
 # ------------------------------------------------------------------------------- errors

@@ -17,7 +17,6 @@ from rlhf_jax.algos.expert_iteration import (
 )
 from rlhf_jax.algos.sft import sft_loss
 from rlhf_jax.algos.updates import SHUFFLE
-from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
 from rlhf_jax.types import Scores
 from tests.algos import small_rollout as small
 from tests.algos.small_rollout import PARAMS, REF, ROWS, G
@@ -209,43 +208,18 @@ def test_the_score_of_the_samples_rises(bigram):
 @pytest.mark.parametrize('backend', ['jit', 'pmap'])
 def test_eight_devices_equal_one(backend, bigram):
     """Sixteen prompts, two on every device."""
-    tx, hp = optax.adam(0.1), _hp(keep=2, min_score=0.3, num_microbatches=2)
-    whole = jax.tree.map(
-        lambda x: jnp.tile(x, (8,) + (1,) * (x.ndim - 1)), small.generation()
-    )
-    scores = jnp.asarray(np.random.default_rng(1).normal(size=8 * ROWS), jnp.float32)
-
-    def run(mesh, backend):
-        ready = compile_step(
-            functools.partial(prepare_best, model=bigram, hp=hp),
-            mesh=mesh,
-            backend=backend,
-            inputs=('params', 'params', 'batch', 'batch'),
-            outputs=('batch', 'replicated'),
-            donate=(),
-        )
-        step = functools.partial(expert_iteration_step, model=bigram, tx=tx, hp=hp)
-        step = compile_step(step, mesh=mesh, backend=backend)
-        batch, before = ready(None, place(REF, mesh, 'params'), whole, Scores(scores))
-        state, metrics = step(place(small.state(tx), mesh, 'params'), batch)
-        return small.moved(state), small.numbers({**before, **metrics})
-
-    mesh = make_mesh(ParallelConfig(backend=backend))
-    one = run(make_mesh(ParallelConfig(), jax.devices()[:1]), 'jit')
-    many = run(mesh, backend)
-    np.testing.assert_allclose(one[0], many[0], atol=1e-5)
-    assert one[1] == pytest.approx(many[1], rel=1e-4)
-    assert mesh.size == 8 and 0 < one[1]['rollout/kept'] < 1
+    how = {'model': bigram, 'hp': _hp(keep=2, min_score=0.3, num_microbatches=2)}
+    prepare = functools.partial(prepare_best, **how)
+    step = functools.partial(expert_iteration_step, **how)
+    scores = np.random.default_rng(1).normal(size=8 * ROWS)
+    tx = optax.adam(0.1)
+    numbers = small.on_one_and_on_eight(backend, prepare, step, scores, tx=tx)
+    assert 0 < numbers['rollout/kept'] < 1
 
 
 def test_no_key_is_used_twice(bigram):
-    with jax.debug_key_reuse(True):
-        step = functools.partial(
-            expert_iteration_step, model=bigram, tx=SGD, hp=_hp(num_epochs=2)
-        )
-        jax.jit(step)(
-            small.state(SGD, rng=jax.random.key(5)), _prepare(bigram, _hp())[0]
-        )
+    step = functools.partial(expert_iteration_step, model=bigram, hp=_hp(num_epochs=2))
+    small.uses_no_key_twice(step, _prepare(bigram, _hp())[0], SGD)
 
 
 # ------------------------------------------------------------------------------- errors

@@ -19,7 +19,6 @@ from rlhf_jax.algos.online_preference import (
 from rlhf_jax.algos.preference import batch_context, preference_loss
 from rlhf_jax.algos.updates import SHUFFLE
 from rlhf_jax.preference import aot, dpo, ipo, kto, simpo
-from rlhf_jax.sharding import ParallelConfig, compile_step, make_mesh, place
 from rlhf_jax.types import Scores
 from tests.algos import small_rollout as small
 from tests.algos.small_rollout import PARAMS, REF, ROWS, G
@@ -226,48 +225,20 @@ def test_garbage_in_the_padding_changes_nothing(bigram):
 @pytest.mark.parametrize('backend', ['jit', 'pmap'])
 def test_eight_devices_equal_one(backend, bigram):
     """Sixteen prompts, two on every device; some of them without a difference."""
-    tx, hp = optax.adam(0.1), _hp(num_microbatches=2)
-    whole = jax.tree.map(
-        lambda x: jnp.tile(x, (8,) + (1,) * (x.ndim - 1)), small.generation()
-    )
+    how = {'model': bigram, 'hp': _hp(num_microbatches=2), 'loss': aot}
+    prepare = functools.partial(prepare_pairs, **how)
+    step = functools.partial(online_preference_step, **how, loss_hp=aot.HParams())
     scores = np.random.default_rng(1).normal(size=(16, G))
     scores[[3, 8]] = 0.5
-    scores = jnp.asarray(scores.reshape(-1), jnp.float32)
-
-    def run(mesh, backend):
-        ready = compile_step(
-            functools.partial(prepare_pairs, model=bigram, hp=hp, loss=aot),
-            mesh=mesh,
-            backend=backend,
-            inputs=('params', 'params', 'batch', 'batch'),
-            outputs=('batch', 'replicated'),
-            donate=(),
-        )
-        how = {'loss': aot, 'loss_hp': aot.HParams()}
-        step = functools.partial(
-            online_preference_step, model=bigram, tx=tx, hp=hp, **how
-        )
-        step = compile_step(step, mesh=mesh, backend=backend)
-        batch, before = ready(None, place(REF, mesh, 'params'), whole, Scores(scores))
-        state, metrics = step(place(small.state(tx), mesh, 'params'), batch)
-        return small.moved(state), small.numbers({**before, **metrics})
-
-    mesh = make_mesh(ParallelConfig(backend=backend))
-    one = run(make_mesh(ParallelConfig(), jax.devices()[:1]), 'jit')
-    many = run(mesh, backend)
-    np.testing.assert_allclose(one[0], many[0], atol=1e-5)
-    assert one[1] == pytest.approx(many[1], rel=1e-4)
-    assert mesh.size == 8 and one[1]['rollout/equal_groups'] == 2 / 16
+    scores, tx = scores.reshape(-1), optax.adam(0.1)
+    numbers = small.on_one_and_on_eight(backend, prepare, step, scores, tx=tx)
+    assert numbers['rollout/equal_groups'] == 2 / 16
 
 
 def test_no_key_is_used_twice(bigram):
-    how = {'loss': dpo, 'loss_hp': dpo.HParams()}
-    with jax.debug_key_reuse(True):
-        step = functools.partial(
-            online_preference_step, model=bigram, tx=SGD, hp=_hp(num_epochs=2), **how
-        )
-        state = small.state(SGD, rng=jax.random.key(5))
-        jax.jit(step)(state, _prepare(bigram, _hp())[0])
+    how = {'loss': dpo, 'loss_hp': dpo.HParams(), 'hp': _hp(num_epochs=2)}
+    step = functools.partial(online_preference_step, model=bigram, **how)
+    small.uses_no_key_twice(step, _prepare(bigram, _hp())[0], SGD)
 
 
 # ------------------------------------------------------------------------------- errors

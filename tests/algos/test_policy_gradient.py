@@ -20,57 +20,23 @@ from rlhf_jax.algos.policy_gradient import (
     prepare_policy,
 )
 from rlhf_jax.algos.updates import SHUFFLE
-from rlhf_jax.types import Generation, Scores, TrainState
+from rlhf_jax.types import Scores
+from tests.algos import small_rollout as small
+from tests.algos.small_rollout import PARAMS, REF, ROWS, G
 
-V, ROWS, G, T = 6, 8, 4, 7
 SCORES = jnp.array([0.25, -0.75, 1.5, 0.4, 0.5, 0.5, 0.5, 0.5])  # group 2: all equal
 PLAIN = PolicyHParams(group_size=G)
 SGD = optax.sgd(0.5)
 
 
-def _table(seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(V, V)), jnp.float32)
-
-
-PARAMS = {'policy': {'table': _table(0)}}
-REF = {'table': PARAMS['policy']['table'] + _table(2) / 4}
-
-
-def _logprobs(table, tokens):
-    """[B, T], position 0 holds 0."""
-    logp = jax.nn.log_softmax(table, -1)[tokens[:, :-1], tokens[:, 1:]]
-    return jnp.pad(logp, ((0, 0), (1, 0)))
-
-
 @pytest.fixture(scope='module')
 def generation():
     """Prompts of 2 tokens and responses of 1 to 5, with the policy's own numbers."""
-    tokens = jnp.asarray(np.random.default_rng(4).integers(0, V, (ROWS, T)), jnp.int32)
-    lengths = jnp.array([1, 5, 3, 2, 4, 5, 2, 3])[:, None]
-    place = jnp.arange(T) - 2
-    response = (place >= 0) & (place < lengths)
-    logprobs = _logprobs(PARAMS['policy']['table'], tokens)
-    return Generation(
-        tokens=tokens,
-        mask=response | (place < 0),
-        response_mask=response,
-        logprobs=jnp.where(response, logprobs, 0),
-        ended=lengths[:, 0] < 5,
-    )
+    return small.generation()
 
 
 def _hp(**values):
     return PolicyHParams(**{**vars(PLAIN), **values})
-
-
-def _state(tx=SGD, step=0, rng=None):
-    params = jax.tree.map(jnp.array, PARAMS)
-    return TrainState(
-        step=jnp.int32(step),
-        rng=jax.random.PRNGKey(5) if rng is None else rng,
-        params=params,
-        opt_state=tx.init(params),
-    )
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +54,7 @@ def ready(bigram, generation):
     ):
         module = estimators.load(name, 'name')
         rollout, metrics = prepare_policy(
-            _state(),
+            small.state(SGD),
             ref,
             sampled,
             Scores(scores, **named, baseline=baseline),
@@ -109,7 +75,7 @@ def update(bigram):
     )
 
     def run(rollout, hp=PLAIN, tx=SGD, **start):
-        state, metrics = compiled(_state(tx, **start), rollout, tx=tx, hp=hp)
+        state, metrics = compiled(small.state(tx, **start), rollout, tx=tx, hp=hp)
         return state, {n: float(metric.value()) for n, metric in metrics.items()}
 
     return run
@@ -125,7 +91,7 @@ def _moved(state):
 def test_kl_in_the_reward_is_part_of_the_return(ready, generation):
     """RLOO on score − β·Σ d, and not on the score."""
     rollout, metrics = ready('rloo', _hp(kl_coef=0.1))
-    ref = _logprobs(REF['table'], generation.tokens)
+    ref = small.logprobs(REF['table'], generation.tokens)
     d = jnp.where(generation.response_mask, generation.logprobs - ref, 0).sum(-1)
     whole = np.asarray(SCORES - 0.1 * d).reshape(2, G)
     expected = ((whole - whole.mean(-1, keepdims=True)) * 4 / 3).reshape(-1)
@@ -159,7 +125,7 @@ def test_an_estimator_sees_the_single_rewards_and_what_is_beside_them(
     how = {'each': {'a': jnp.asarray(one), 'b': jnp.asarray(two)}}
     how['weights'] = {'a': 1.0, 'b': -0.5}
     rollout, _ = ready('gdpo', _hp(kl_coef=0.1), total, **how)
-    ref = _logprobs(REF['table'], generation.tokens)
+    ref = small.logprobs(REF['table'], generation.tokens)
     d = jnp.where(generation.response_mask, generation.logprobs - ref, 0).sum(-1)
 
     def deviations(x):
@@ -219,7 +185,7 @@ def test_one_epoch_without_a_clip_is_reinforce(
 
     def reinforce(table):
         mask = generation.response_mask
-        logp = jnp.where(mask, _logprobs(table, generation.tokens), 0)
+        logp = jnp.where(mask, small.logprobs(table, generation.tokens), 0)
         return jnp.mean((SCORES - baseline) * logp.sum(-1))
 
     gradient = jax.grad(reinforce)(PARAMS['policy']['table'])
@@ -232,7 +198,7 @@ def _loss(table, rows, hp):
     mask = np.asarray(rows.response_mask)
     count = mask.sum(-1)
     hidden = jax.nn.log_softmax(table, -1)
-    logp = jnp.where(mask, _logprobs(table, rows.tokens), 0)
+    logp = jnp.where(mask, small.logprobs(table, rows.tokens), 0)
     log_ratio = logp - rows.old_logprobs
     if hp.ratio_level == 'sequence':
         log_ratio = jnp.broadcast_to(
@@ -362,7 +328,7 @@ def test_losses_over_parts_add_up(ready, bigram):
 def test_no_key_is_used_twice(ready, bigram):
     with jax.debug_key_reuse(True):
         step = functools.partial(policy_step, model=bigram, tx=SGD, hp=PLAIN)
-        jax.jit(step)(_state(rng=jax.random.key(5)), ready()[0])
+        jax.jit(step)(small.state(SGD, rng=jax.random.key(5)), ready()[0])
 
 
 @pytest.mark.parametrize(

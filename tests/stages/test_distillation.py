@@ -11,9 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rlhf_jax import checkpoint
 from rlhf_jax.main import launch
 from tests.small_config import config_file
+from tests.stages.kills import killed_behind
 from tests.stages.test_scoring import WORDS, words
 from tests.test_main import fails, never_compiled  # noqa: F401
 
@@ -97,22 +97,9 @@ def test_the_kl_to_the_teacher_decides_where_nothing_else_judges(done):
     assert 'There are no rewards' in page and 'only the learned one' not in page
 
 
-def test_a_resumed_run_is_bit_identical(done, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
-
-    save = checkpoint.save_state
-
-    def kill_behind_step_2(manager, step, state, seconds):
-        save(manager, step, state, seconds)
-        if step == 2:
-            manager.wait_until_finished()
-            raise Killed
-
-    monkeypatch.setattr(checkpoint, 'save_state', kill_behind_step_2)
-    with pytest.raises(Killed):
+def test_a_resumed_run_is_bit_identical(done, tmp_path):
+    with killed_behind(2):
         launch(get_config(num_rollouts=4), tmp_path)
-    monkeypatch.undo()
     launch(get_config(num_rollouts=4), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params(done[0]), params(tmp_path))
     name = 'objective/teacher_kl'

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
+from rlhf_jax.data.tokenizer import encode
 from rlhf_jax.labels import judge
 from rlhf_jax.labels.exchange import add_labels
 from rlhf_jax.labels.judge import demonstrations, read_prompt
@@ -15,6 +16,7 @@ from rlhf_jax.labels.store import DATABASE, open_store, read_stage
 from rlhf_jax.main import launch
 from rlhf_jax.stages import judging
 from rlhf_jax.stages.kinds import stage
+from rlhf_jax.stages.run import load_run_tokenizer
 from tests.small_config import get_config
 from tests.test_main import fails, never_compiled  # noqa: F401
 
@@ -161,9 +163,8 @@ def test_a_judge_is_the_softmax_of_the_labels_by_hand(judged, finished):
     import jax
     import jax.numpy as jnp
 
-    from rlhf_jax.data.tokenizer import encode
     from rlhf_jax.sharding import ParallelConfig, make_mesh
-    from rlhf_jax.stages.run import Run, load_run_tokenizer
+    from rlhf_jax.stages.run import Run
     from rlhf_jax.stages.sources import load_policy
 
     workdir, _, config = judged
@@ -235,6 +236,40 @@ def test_a_judge_goes_by_principles_of_a_constitution(finished, tmp_path):
         launch(labelled(**settings), tmp_path / 'empty')
 
 
+def test_items_that_are_too_long_for_the_judge_are_left_out_and_counted(
+    finished, judged, tmp_path, capsys
+):
+    workdir, _, config = judged
+    lengths = []
+    tokenizer = load_run_tokenizer(config)
+    template = read_prompt(judge.COMPARE, ('prompt', 'first', 'second'))
+    for item in read_items(workdir / 'said' / 'items.jsonl'):
+        one, other = item.completions
+        filled = template.fill(prompt=item.prompt, first=one, second=other)
+        lengths.append(len(encode(tokenizer, [filled])[0]) + 1)
+    limit = sorted(lengths)[-3]  # two are longer, if no others are as long
+    longer = sum(length > limit for length in lengths)
+    assert longer
+    config = labelled(
+        by='model',
+        judge=f'{finished}/sft',
+        labels=(' right', ' wrong'),
+        judge_buckets=(limit,),
+        judge_batch_size=8,
+    )
+    report = launch(config, tmp_path)['stages']['said']
+    assert report['judge_too_long'] == report['unused'] == longer
+    assert report['records'] == 12 - longer
+    assert f'said: {longer} of 12 items are longer' in capsys.readouterr().out
+    before, now = (
+        {x.item: x.probability for x in read_labels(d / 'said' / 'labels.jsonl')}
+        for d in (workdir, tmp_path)
+    )
+    for name, probability in now.items():
+        if probability is not None:
+            assert probability == pytest.approx(before[name], abs=1e-5)
+
+
 def test_text_that_looks_like_a_place_is_no_place(tmp_path):
     path = tmp_path / 'judge.txt'
     path.write_text('{prompt}|{first}|{second}|{"a": 1} {principle}\n\n')
@@ -294,7 +329,7 @@ def test_comparisons_teach_a_judge(tmp_path):
         ),
         (
             {'by': 'model', 'judge': 'tiny', 'judge_buckets': (32,)},
-            ['judge_buckets end at 32; raise them'],
+            ['no comparison came of 12 labels of 12 items'],
         ),
         (
             {'by': 'model', 'judge': 'tiny', 'prompt_file': '/nowhere.txt'},

@@ -8,12 +8,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rlhf_jax import checkpoint
 from rlhf_jax.main import launch
 from rlhf_jax.rewards import ScoreHParams
 from rlhf_jax.sample import sample
 from rlhf_jax.stages import rollouts
 from tests.small_config import ROOT, config_file
+from tests.stages.kills import killed_behind
 from tests.test_main import fails, never_compiled  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -144,24 +144,11 @@ def test_continuous_batching_writes_the_same_samples(grpo, all_devices, tmp_path
         ('ppo_lagrangian', {'critic': 'scratch', 'cost_critic': 'scratch'}),
     ],
 )
-def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch, name, values):
-    class Killed(Exception):
-        pass
-
+def test_a_resumed_run_is_bit_identical(tmp_path, name, values):
     values = {'num_rollouts': 4, **values}
     launch(get_config(name, **values), tmp_path / 'undisturbed')
-    save = checkpoint.save_state
-
-    def kill_behind_step_2(manager, step, state, seconds):
-        save(manager, step, state, seconds)
-        if step == 2:
-            manager.wait_until_finished()
-            raise Killed
-
-    monkeypatch.setattr(checkpoint, 'save_state', kill_behind_step_2)
-    with pytest.raises(Killed):
+    with killed_behind(2):
         launch(get_config(name, **values), tmp_path / 'killed')
-    monkeypatch.undo()
     launch(get_config(name, **values), tmp_path / 'killed')
     both = params(tmp_path / 'undisturbed'), params(tmp_path / 'killed')
     jax.tree.map(np.testing.assert_array_equal, *both)

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rlhf_jax import checkpoint, preference
+from rlhf_jax import preference
 from rlhf_jax.data.pipeline import load_comparisons
 from rlhf_jax.datasets.tiny_tldr import tokenizer
 from rlhf_jax.export import export
@@ -20,6 +20,7 @@ from rlhf_jax.sample import sample
 from rlhf_jax.stages import offline
 from rlhf_jax.stages import preference as stage_of_preference
 from tests.small_config import config_file
+from tests.stages.kills import killed_behind
 from tests.test_main import command, fails, never_compiled  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -165,21 +166,8 @@ def length(prompts, responses):
 def test_a_resumed_run_is_bit_identical_and_computes_no_reference(
     dpo, tmp_path, monkeypatch
 ):
-    class Killed(Exception):
-        pass
-
-    save = checkpoint.save_state
-
-    def kill_behind_step_4(manager, step, state, seconds):
-        save(manager, step, state, seconds)
-        if step == 4:
-            manager.wait_until_finished()
-            raise Killed
-
-    monkeypatch.setattr(checkpoint, 'save_state', kill_behind_step_4)
-    with pytest.raises(Killed):
+    with killed_behind(4):
         launch(get_config(), tmp_path)
-    monkeypatch.undo()
 
     def refuse(*_):
         raise AssertionError('the reference was computed again')

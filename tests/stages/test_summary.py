@@ -50,7 +50,8 @@ def test_numbers_of_this_run_and_of_a_finished_one_are_in_order(tmp_path):
 @pytest.mark.parametrize('sizes', [(1,), (3, 1, 2), (2,) * 5])
 def test_every_series_has_its_axes_and_the_table_all_numbers(sizes):
     series = {f's{i}': [1.5 * k for k in range(n)] for i, n in enumerate(sizes)}
-    [plot], _ = summary._draw('seen', None, {'series': series})
+    found = {'series': series, 'order': list(series)}
+    [plot], _ = summary._draw('seen', None, found)
     assert plot.wide
     svg = re.sub(r'\s+', ' ', plot.svg)
     assert all(f's{i}' in svg for i in range(len(sizes)))
@@ -71,7 +72,7 @@ def test_every_series_has_its_axes_and_the_table_all_numbers(sizes):
         ({'a': ('sayd:records',)}, ["'sayd' is no earlier", "did you mean 'said'"]),
         ({'a': ('seen:records',)}, ["'seen' is no earlier stage"]),
         ({'a': ('said:recordz',)}, ['has no recordz', "did you mean 'records'"]),
-        ({'a': ('said:by_labeller',)}, ['by_labeller of', 'is no number']),
+        ({'a': ('said:by_labeller',)}, ['by_labeller in', 'is no number']),
     ],
 )
 def test_what_is_no_number_of_a_stage_is_told(series, words, tmp_path):

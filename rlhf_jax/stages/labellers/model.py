@@ -20,9 +20,10 @@ import numpy as np
 
 from rlhf_jax.labels.constitution import Principle, draw, read_constitution
 from rlhf_jax.labels.judge import COMPARE, PRINCIPLE, flat, read_prompt
-from rlhf_jax.labels.records import Label
+from rlhf_jax.labels.records import Item, Label
 from rlhf_jax.ranges import Range
-from rlhf_jax.stages.judging import Judge, check_judge, load_judge
+from rlhf_jax.stages.console import tell
+from rlhf_jax.stages.judging import Judge, check_judge, fitting, load_judge
 from rlhf_jax.stages.labellers import Answered, Asked, Asks
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import ModelName, QuestionSettings
@@ -86,36 +87,52 @@ def label(asked: Asked) -> Answered:
     """A soft label per item, and how much the place of a response counted."""
     hp, items = asked.hp, asked.items
     judge, principles = asked.checked
+    if principles:  # by which each is judged
+        drawn = [draw(principles, asked.rng) for _ in items]
+        items = [
+            dataclasses.replace(item, why=one.id) for item, one in zip(items, drawn)
+        ]
+    by_id = {one.id: one.preference_question for one in principles}
+    questions = [_both_orders(item, by_id) for item in items]
+    fits = fitting(judge, [question for both in questions for question in both])
+    short = [all(fits[2 * i : 2 * i + 2]) for i in range(len(items))]
     ask = load_judge(asked.run, judge, asked.run.key(asked.where))
-    drawn = [draw(principles, asked.rng) for _ in items] if principles else []
-    questions = [
-        {
-            'prompt': flat(item.prompt),
-            'first': item.completions[one],
-            'second': item.completions[other],
-            **({'principle': drawn[i].preference_question} if drawn else {}),
-        }
-        for i, item in enumerate(items)
-        for one, other in ((0, 1), (1, 0))
-    ]
-    said, thoughts = ask(questions)
+    said, thoughts = ask([q for both, ok in zip(questions, short) if ok for q in both])
     shown_first = said[:, 0].reshape(-1, 2)  # [N, order]
     probabilities = (shown_first[:, 0] + 1 - shown_first[:, 1]) / 2
     if hp.clamp is not None:
         probabilities = probabilities.clip(*hp.clamp)
-    notes: list[str | None] = [None] * len(items)
-    if thoughts is not None:
-        notes = ['\n---\n'.join(thoughts[2 * i : 2 * i + 2]) for i in range(len(items))]
-    labels = [
-        Label(item=item.item, labeller=hp.judge, probability=p, note=note)
-        for item, p, note in zip(items, probabilities.tolist(), notes)
+    answers = iter(probabilities.tolist())
+    notes = iter(thoughts or ())
+    labels = []
+    for item, ok in zip(items, short):
+        who = {'item': item.item, 'labeller': hp.judge}
+        if not ok:
+            labels.append(Label(**who, verdict='skipped', note='too long to be judged'))
+            continue
+        note = None if thoughts is None else f'{next(notes)}\n---\n{next(notes)}'
+        labels.append(Label(**who, probability=next(answers), note=note))
+    facts = _facts(shown_first, thoughts)
+    if left_out := short.count(False):
+        facts['judge_too_long'] = left_out
+        tell(
+            f'{"warning: " if 2 * left_out > len(items) else ""}{asked.folder.name}: '
+            f'{left_out} of {len(items)} items are longer than {asked.where}.'
+            f'judge_buckets={hp.judge_buckets} with {judge.prompt.where}, and are left '
+            'out'
+        )
+    return Answered(items, labels, facts)
+
+
+def _both_orders(item: Item, questions: dict[str, str | None]) -> list[dict[str, str]]:
+    """What stands in the places of the prompt file, in the one order and the other."""
+    principle = {} if item.why is None else {'principle': questions[item.why]}
+    first, second = item.completions
+    asked = {'prompt': flat(item.prompt), **principle}
+    return [
+        asked | {'first': first, 'second': second},
+        asked | {'first': second, 'second': first},
     ]
-    if drawn:  # by which principle each was judged
-        items = [
-            dataclasses.replace(item, why=principle.id)
-            for item, principle in zip(items, drawn)
-        ]
-    return Answered(items, labels, _facts(shown_first, thoughts))
 
 
 def _facts(shown_first: np.ndarray, thoughts: list[str] | None) -> dict[str, Any]:
