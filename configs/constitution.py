@@ -47,17 +47,27 @@ def get_config(arg: str | None = None) -> ConfigDict:
         init=first,
         train=f'{CRITIQUES}?split=train',
         eval=f'{CRITIQUES}?split=test',
-        buckets=(96, 112, 168),
+        buckets=(96, 120, 184),
         sort_batches=16,
-        batch_size=8 if arg.smoke else 32,
-        num_steps=20 if arg.smoke else 600,
-        optim=dict(learning_rate=1.5e-3, warmup_percent=5),
-        loop=dict(eval_every_steps=200),
+        batch_size=8 if arg.smoke else 16,
+        num_steps=20 if arg.smoke else 1200,
+        # As in pretraining, Muon learns to copy in fewer steps than AdamW.
+        optim=dict(
+            name='muon',
+            learning_rate=1e-2,
+            adam_learning_rate=2e-3,
+            warmup_percent=5,
+            final_percent=10,
+            weight_decay=0.01,
+            b2=0.98,
+        ),
+        loop=dict(eval_every_steps=600),
     )
     config.revised = revising(arg, first, f'{DATA}/prompts:train[:{count}]')
     config.sft_2 = ConfigDict(config.sft.to_dict())
     config.sft_2.init = first
-    config.sft_2.train = 'stage:revised'
+    config.sft_2.train = 'stage:revised[:90%]'
+    config.sft_2.eval = 'stage:revised[90%:]'
     config.sft_2.num_steps = 4 if arg.smoke else 120
     config.sft_2.buckets = (88,)
     config.sft_2.optim.learning_rate = 5e-4
@@ -104,8 +114,9 @@ def revising(arg: ConfigDict, policy: str, prompts: str, **settings: str) -> Con
         batch_size=32 if arg.smoke else 128,
         prompt_buckets=(56,),
         max_new_tokens=28,
-        critique_buckets=(96, 152),
-        max_critique_tokens=56,
+        critique_buckets=(96, 160),
+        max_critique_tokens=60,
+        critic_temperature=0.0,
         rewards=COUNTS | {'gold': GOLD | {'weight': 0.0}},
         **settings,
     )

@@ -86,7 +86,9 @@ class ReviseSettings(RecordSettings, SamplerSettings):
     # static lengths of the prompts for critiques and revisions, in tokens
     critique_buckets: Annotated[tuple[int, ...], LENGTHS] = (256,)
     max_critique_tokens: Annotated[int, at_least(1)] = 64
-    temperature: Annotated[float, above(0)] = 1.0  # of all that is written
+    temperature: Annotated[float, above(0)] = 1.0  # of the policy's responses
+    # of critiques and revisions; 0 is greedy
+    critic_temperature: Annotated[float, at_least(0)] = 1.0
     batch_size: Annotated[int, at_least(1)] = 128  # prompts at a time
     # By name; they score the first response and the last revision, for the report
     rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
@@ -330,7 +332,7 @@ def _writers(run: Run, job: ReviseJob) -> tuple[Any, Write, Write]:
         make_writer(
             run,
             _critic_settings(settings, step),
-            settings.temperature,
+            settings.critic_temperature,
             *loaded[settings.critic or settings.policy],
             batch_size=settings.batch_size,
             control_tokens=settings.control_tokens,
@@ -368,6 +370,7 @@ def _begun(
             'by': settings.policy,
             'critic': settings.critic or settings.policy,
             'temperature': settings.temperature,
+            'critic_temperature': settings.critic_temperature,
         }
         begun.append(trail | ({'templated': True} if one.prompt.templated else {}))
     return begun

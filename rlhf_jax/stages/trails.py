@@ -18,7 +18,8 @@ from rlhf_jax.evals.policy import distinct_bigrams
 
 Trail = dict[str, Any]
 LEFT_OUT = ('too_long', 'blank', 'refused', 'equal')
-ABOUT = ('templated', 'by', 'critic', 'temperature', 'key')  # kept in records
+# Kept in records.
+ABOUT = ('templated', 'by', 'critic', 'temperature', 'critic_temperature', 'key')
 
 
 def last(trail: Trail) -> dict[str, Any]:

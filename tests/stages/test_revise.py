@@ -105,6 +105,7 @@ def test_every_step_is_written_down(done, finished):
         for step in row['steps']:
             assert step['critique']['tokens'] <= 6 and step['revision']['tokens'] <= 8
         assert row['by'] == f'{finished}/ppo' and row['critic'] == f'{finished}/sft'
+        assert row['temperature'] == row['critic_temperature'] == 1.0
         pair = [row['response']['text'], row['completion']]
         counted = tiny_tldr.invented([row['prompt']] * 2, pair).tolist()
         assert [row['score_invented_before'], row['score_invented']] == counted
