@@ -161,7 +161,7 @@ PAGE = Page(
         ('Held-out rankings', 'rankings', ''),
         ('Held-out ratings', 'ratings', ''),
         ('Held-out steps', 'steps', ''),
-        ('Ceiling by the labellers’ agreement', 'labellers_ceiling', 'accuracy'),
+        ('Ceiling by the labellers’ agreement', 'labellers_ceiling', 'of their labels'),
         ('Loss', 'loss', 'per pair, rating or step'),
         ('Kendall’s τ', 'kendall_tau', 'mean over rankings'),
         ('Texts on the right side of 0', 'sign_accuracy', 'fraction'),

@@ -184,7 +184,8 @@ def odd_configs(rng: random.Random, folder: Path) -> Case:
                 value = None
             about = f'{key}={value!r:.80}'
             shown = repr(value)
-    names = (*place, shown, 'nothing is left')
+    # The error of a file that is not there names the file.
+    names = (*place, shown, 'nothing is left', '/nowhere does not exist')
     return Case(f'config {about}', lambda: _launch(config, folder), names)
 
 
