@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_jax.data.tokenizer import encode
 from rlhf_jax.labels.judge import RATE, read_prompt
 from rlhf_jax.responses import Responses, Scored, Scorer
 from rlhf_jax.stages.judging import Judge, check_judge, load_judge
@@ -21,12 +22,19 @@ from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import RewardSource
 
 
-def check_rating(run: Run, where: str, source: RewardSource) -> Judge:
+def check_rating(run: Run, where: str, source: RewardSource, longest: int) -> Judge:
     """Checks a language model that shall rate, before anything compiles.
+
+    Args:
+        run: the run.
+        where: the place of the source in the config.
+        source: what the user wrote there.
+        longest: tokens of prompt and response together, by the run's tokenizer.
 
     Raises:
         ValueError: settings that it does not read, ratings that are none, a prompt file
-            that lacks a place, or a model that cannot judge.
+            that lacks a place, a model that cannot judge, or buckets that are too short
+            for the prompt file with a prompt and a response.
     """
     unread = ('args', 'tokenizer', 'heads', 'steps', 'combine')
     if given := [name for name in unread if getattr(source, name)]:
@@ -41,7 +49,17 @@ def check_rating(run: Run, where: str, source: RewardSource) -> Judge:
         )
     prompt = read_prompt(how.prompt_file or RATE, ('prompt', 'response'))
     labels = [f' {number}' for number in range(how.lowest, how.highest + 1)]
-    return check_judge(run, f'{where}.model', source.model, how, prompt, labels)
+    judge = check_judge(run, f'{where}.model', source.model, how, prompt, labels)
+    if judge.tokenizer.get_vocab() == run.tokenizer.get_vocab():
+        (frame,) = encode(run.tokenizer, [prompt.fill(prompt='', response='')])
+        needed = len(frame) + longest + max(map(len, labels))
+        if needed > how.judge_buckets[-1]:
+            raise ValueError(
+                f'{where}.rating.judge_buckets={how.judge_buckets}: {prompt.where} has '
+                f'{len(frame)} tokens, prompts and responses up to {longest}; use a '
+                f'last bucket of {needed}'
+            )
+    return judge
 
 
 def make_rater(run: Run, judge: Judge) -> Scorer:

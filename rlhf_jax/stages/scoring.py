@@ -110,7 +110,7 @@ def check_reward(
     if source.fn is not None:
         fn = check_function(where, source, prompts)
     elif source.rating is not None:
-        judge = check_rating(run, where, source)
+        judge = check_rating(run, where, source, longest)
     else:
         try:
             tokenizer = _check_model(run, source, longest)

@@ -399,6 +399,7 @@ def test_a_language_model_rates_as_a_reward(finished, tmp_path):
     [
         ({'rating': dict(highest=1)}, ['highest=1 is not above lowest=1']),
         ({'rating': {}, 'heads': {'a': 1.0}}, ['has rating and heads']),
+        ({'rating': dict(judge_buckets=(64,))}, ['use a last bucket of ']),
         ({'rating': dict(prompt_file='/nowhere')}, ['/nowhere cannot be read']),
     ],
 )
