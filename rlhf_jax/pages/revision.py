@@ -41,8 +41,9 @@ def _draw(stage: str, rows: Rows, e: Json) -> tuple[list[Plot], list[str]]:
     names = list(scores)
     for side, colour, sign in (('higher', BLUE, 1), ('lower', ORANGE, -1)):
         shares = [sign * scores[name][side] for name in names]
-        axes.barh(names, shares, color=colour, label=side)
+        axes.barh(range(len(names)), shares, color=colour, label=side)
     axes.axvline(0, linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
     axes.set(xlabel='share of the responses (lower to the left)', xlim=(-1, 1))
     svg = to_svg(figure, f'{stage}-scores', 'shares of higher and lower scores')
     said = '; '.join(
