@@ -17,8 +17,8 @@ With ``data`` its own labels are those by people, and the judge is asked by the 
 file of the package.
 
 Arguments: ``labels`` people, model or half; ``count`` of pairs that are labelled;
-``from`` a finished run to take sft, and of this recipe the judge, from; and those of
-``configs/ladder.py``.
+``from`` a finished run to take sft, and of this recipe the judge, from; ``smoke``,
+``seed=N``, and the others of ``configs/ladder.py``.
 """
 
 import json
