@@ -43,10 +43,10 @@ def comparisons(items: Sequence[Item], labels: Sequence[Label]) -> list[dict[str
                 'labeller': label.labeller,
                 'item': item.item,
             }
-            if probability < 1:
-                row['probability'] = probability
             if probability == 0.5:
                 row['tie'] = True
+            elif probability < 1:
+                row['probability'] = probability
             if item.templated:
                 row['templated'] = True
             for name in SHARED:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from rlhf_jax.data.formats import to_comparison
+from rlhf_jax.data.sources import SourceRecord
 from rlhf_jax.labels.exchange import add_labels, comparisons, read_given
 from rlhf_jax.labels.records import Label, to_row
 from rlhf_jax.labels.store import labels_of, open_store, read_stage
@@ -75,10 +77,13 @@ def test_comparisons_of_labels_and_back(tmp_path, stage):
             'rejected': 'poor 2',
             'labeller': 'bob',
             'item': 'pair-2',
-            'probability': 0.5,
             'tie': True,
         },
     ]
+    # A reward model reads them as they are.
+    for i, row in enumerate(rows):
+        pair = to_comparison(SourceRecord(row, f'row {i}'), None)
+        assert pair.probability == (0.5 if i == 2 else 1.0) and pair.tied == (i == 2)
     for row in rows:
         del row['item']
     back = read_given(_written(tmp_path, rows), *stage)
