@@ -37,7 +37,7 @@ SERIES = {
     'proxy reward': 'ppo_{}:proxy_reward_after',
     'win rate': 'ppo_{}:win_rate',
     'KL, nats': 'ppo_{}:kl',
-    'RM accuracy on human pairs': 'rm_{}:accuracy',
+    'RM accuracy on held-out pairs': 'rm_{}:accuracy',
     'RM accuracy on its policy': 'measured_{}:accuracy',
     'agreement of labellers': 'labelled_{}:agreement',
 }
