@@ -12,11 +12,11 @@ held-out prompts are compared too, and its reward model is measured on them (tes
 judged_1, measured_1); these are no labels that anything learns from. Source: Ziegler et
 al. 2019, arXiv 1909.08593; Stiennon et al. 2020, arXiv 2009.01325.
 
-Arguments: ``rounds``; ``labels`` in all; ``schedule`` even, or ziegler: the rate
-of labels falls linearly to 0, so that 1 − (1 − k/rounds)² of them are there after round
-k, as in Ziegler et al. 2019, who begin with a first batch besides; ``model`` new: every reward
-model starts from sft, or on: from the one before; ``data`` all that there are so far,
-or last: those of the round; ``from`` a finished run to take sft from; ``smoke``,
+Arguments: ``rounds``; ``labels`` in all; ``schedule`` even, or ziegler: the rate of
+labels falls linearly to 0, so that 1 − (1 − k/rounds)² of them are there after round k,
+as in Ziegler et al. 2019, who begin with a first batch besides; ``model`` new: every
+reward model starts from sft, or on: from the one before; ``data`` all that there are so
+far, or last: those of the round; ``from`` a finished run to take sft from; ``smoke``,
 ``seed=N``.
 """
 
