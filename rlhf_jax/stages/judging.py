@@ -110,18 +110,19 @@ def fitting(judge: Judge, questions: Sequence[dict[str, str]]) -> list[bool]:
     return [len(row) <= room for row in rows]
 
 
-# (values of the places of each filled prompt) -> probabilities [N, K], texts of the
-# reasoning or None
-Ask = Callable[[Sequence[dict[str, str]]], tuple[np.ndarray, list[str] | None]]
+# (values of the places of each filled prompt, key of the reasoning) -> probabilities
+# [N, K], texts of the reasoning or None
+Ask = Callable[[Sequence[dict[str, str]], PRNGKey], tuple[np.ndarray, Any]]
 
 
 def load_judge(run: Run, judge: Judge, key: PRNGKey) -> Ask:
     """Loads the model and compiles.
 
     Returns:
-        A function of the values of the places, one dict per question; it gives the
-        probability of every label, normalised over the labels, [N, K] float64, and
-        what was written at ``{reasoning}``, None where the prompt file has none.
+        A function of the values of the places, one dict per question, and of a key; it
+        gives the probability of every label, normalised over the labels, [N, K]
+        float64, and what was written at ``{reasoning}``, None where the prompt file has
+        none.
     """
     model, params = load_policy(run, judge.model, key)
     params = frozen(run, model, params)
@@ -133,13 +134,15 @@ def load_judge(run: Run, judge: Judge, key: PRNGKey) -> Ask:
     )
     reason = None
     if judge.prompt.after is not None:
-        reason = _reasoner(run, judge, model, params, key)
+        reason = _reasoner(run, judge, model, params)
 
-    def ask(questions: Sequence[dict[str, str]]) -> tuple[np.ndarray, Any]:
+    def ask(
+        questions: Sequence[dict[str, str]], key: PRNGKey
+    ) -> tuple[np.ndarray, Any]:
         texts, thoughts = [judge.prompt.fill(**q) for q in questions], None
         begun = [''] * len(texts)
         if reason is not None:
-            thoughts = reason(_opened(judge, texts, begun))
+            thoughts = reason(_opened(judge, texts, begun), key)
             begun = [
                 thought + judge.prompt.fill_after(**q)
                 for thought, q in zip(thoughts, questions)
@@ -222,8 +225,8 @@ def _shares(logps: np.ndarray, labels: list[list[int]]) -> np.ndarray:
 
 
 def _reasoner(
-    run: Run, judge: Judge, model: Any, params: Any, key: PRNGKey
-) -> Callable[[list[list[int]]], list[str]]:
+    run: Run, judge: Judge, model: Any, params: Any
+) -> Callable[[list[list[int]], PRNGKey], list[str]]:
     """A function that samples what the judge writes behind some tokens."""
     hp = judge.hp
     settings = SamplerSettings(
@@ -232,7 +235,7 @@ def _reasoner(
     own = dataclasses.replace(run, tokenizer=judge.tokenizer)
     sampler = make_sampler(own, settings, hp.reasoning_temperature, model)
 
-    def reason(rows: list[list[int]]) -> list[str]:
+    def reason(rows: list[list[int]], key: PRNGKey) -> list[str]:
         texts: list[str] = []
         size = hp.judge_batch_size
         for first in range(0, len(rows), size):

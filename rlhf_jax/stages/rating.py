@@ -64,12 +64,13 @@ def check_rating(run: Run, where: str, source: RewardSource, longest: int) -> Ju
 
 def make_rater(run: Run, judge: Judge) -> Scorer:
     """Loads the model; the scores are in units of the rating."""
-    ask = load_judge(run, judge, run.key(judge.where))
+    key = run.key(judge.where)
+    ask = load_judge(run, judge, key)
     numbers = np.asarray([int(label) for label in judge.labels])
 
     def score(responses: Responses) -> Scored:
         pairs = zip(responses.prompts, responses.texts)
-        said, _ = ask([{'prompt': p, 'response': text} for p, text in pairs])
+        said, _ = ask([{'prompt': p, 'response': text} for p, text in pairs], key)
         return Scored(responses.spread((said @ numbers).astype(np.float32)))
 
     return score

@@ -3,8 +3,8 @@
 Constitutional AI's first half: a policy's response to every prompt (or the one that the
 record has), a critique of it by a drawn principle, a revision by the critique, and so
 on for ``rounds`` rounds, each of which starts from the last revision alone. What every
-step said is written down. A killed stage goes on behind its last whole batch and writes
-the same.
+step said is written down. A killed stage goes on behind its last whole batch
+(``stages/batches.py``).
 
 Source: Bai et al. 2022, arXiv 2212.08073, §3. Read ``stages/revision.py`` first, and
 ``stages/label.py`` next.
@@ -13,7 +13,6 @@ Source: Bai et al. 2022, arXiv 2212.08073, §3. Read ``stages/revision.py`` firs
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -32,6 +31,7 @@ from rlhf_jax.ranges import above, at_least
 from rlhf_jax.rewards import weighted_sum
 from rlhf_jax.sharding import check_batch_size
 from rlhf_jax.stages import scoring, trails
+from rlhf_jax.stages.batches import Batch, remove_batches, write_batches
 from rlhf_jax.stages.console import tell, tell_left_out
 from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.revision import (
@@ -62,8 +62,6 @@ from rlhf_jax.stages.sources import (
 )
 from rlhf_jax.stages.trails import LEFT_OUT, Trail, is_changed, last
 
-PART = 'trails.part.jsonl'  # what a running stage has written
-PROGRESS = 'progress.json'  # batches and bytes of it that are whole
 TRAILS = 'trails.jsonl'  # every prompt with all steps, those left out as well
 SHOWN = 32  # trails in samples.jsonl
 PRINCIPLE = 17  # a purpose folded into the stage's key
@@ -246,39 +244,24 @@ def train(run: Run, job: ReviseJob) -> Result:
     """Writes, criticises, revises and scores, batch by batch."""
     clock = time.monotonic()
     folder, settings = run.stage_dir(job.stage), job.settings
-    path, progress = folder / PART, folder / PROGRESS
-    again = f'`rm {progress}`: all is written anew'
-    asked_by = [dataclasses.asdict(p) | {'where': None} for p in job.principles]
-    asked_by += [[t.text, t.turn] for t in job.templates]
-    done = {'batches': 0, 'bytes': 0, 'scores_cut': 0, 'asked_by': asked_by}
-    if path.exists() and progress.exists():
-        done = files.read_json(progress, again)
-        if done['asked_by'] != asked_by:
-            raise ValueError(
-                f'the constitution {settings.constitution} or a prompt file has '
-                f'changed since {path} was begun; put it back, or {again}'
-            )
-    with path.open('a+b') as file:
-        file.truncate(done['bytes'])
-        file.seek(done['bytes'])
-        for batch, begun, cut in _batches(run, job, done['batches']):
-            for trail in begun:
-                file.write(json.dumps(trail, ensure_ascii=False).encode() + b'\n')
-            file.flush()
-            done |= {'batches': batch + 1, 'bytes': file.tell()}
-            done['scores_cut'] += cut
-            files.write_json(progress, done)
-    with path.open(encoding='utf-8') as file:
-        found = [json.loads(line) for line in file]
-    report = {**trails.report(found), 'scores_cut': done['scores_cut']}
+    about = {
+        f'the constitution {settings.constitution}': [
+            dataclasses.asdict(p) | {'where': None} for p in job.principles
+        ],
+        'a prompt file': [[t.text, t.turn] for t in job.templates],
+    }
+    found, counts = write_batches(
+        folder, lambda start: _batches(run, job, start), about
+    )
+    report = {**trails.report(found), **counts}
     _tell_left_out(job.stage, report)
     files.write_rows(folder / 'samples.jsonl', map(trails.sample, found[:SHOWN]))
     kept = (trail for trail in found if trail['left_out'] is None)
     is_pair = settings.keep == 'pairs'
     as_record = trails.comparison if is_pair else trails.demonstration
     files.write_rows(folder / RECORDS, map(as_record, kept))
-    path.replace(folder / TRAILS)
-    progress.unlink()
+    files.write_rows(folder / TRAILS, found)
+    remove_batches(folder)
     return Result(
         steps=0,
         init=settings.policy or settings.critic,
@@ -297,10 +280,8 @@ def _tell_left_out(stage: str, report: dict[str, Any]) -> None:
         )
 
 
-def _batches(
-    run: Run, job: ReviseJob, start: int
-) -> Iterator[tuple[int, list[Trail], int]]:
-    """(number, trails, texts cut by scorers) of every batch from ``start`` on."""
+def _batches(run: Run, job: ReviseJob, start: int) -> Iterator[Batch]:
+    """The trails of every batch from ``start`` on, and texts that scorers cut."""
     settings, base = job.settings, run.key(job.stage)
     answer, criticise, revise = _writers(run, job)
     scorers = scoring.make_scorers(run, job.rewards)
@@ -318,7 +299,8 @@ def _batches(
             _go_round(run, job, begun, places, round_, keys, (criticise, revise))
         cut = _scored(run, job, scorers, batch, begun)
         own = {'key': [int(x) for x in np.asarray(key).tolist()]}
-        yield number, [_closed(settings, trail) | own for trail in begun], cut
+        closed = [_closed(settings, trail) | own for trail in begun]
+        yield Batch(closed, {'scores_cut': cut})
 
 
 def _writers(run: Run, job: ReviseJob) -> tuple[Any, Write, Write]:

@@ -2,16 +2,14 @@
 
 ``num_samples`` responses to every prompt, with their scores by any named rewards,
 become the records that ``keep`` says. A killed stage goes on behind its last whole
-batch and writes the same. Read ``stages/label.py`` next.
+batch (``stages/batches.py``). Read ``stages/label.py`` next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -28,6 +26,7 @@ from rlhf_jax.responses import Responses
 from rlhf_jax.rewards import weighted_sum
 from rlhf_jax.sharding import check_batch_size
 from rlhf_jax.stages import scoring
+from rlhf_jax.stages.batches import Batch, remove_batches, write_batches
 from rlhf_jax.stages.console import tell_left_out
 from rlhf_jax.stages.kinds import Makes
 from rlhf_jax.stages.run import RECORDS, Result, Run
@@ -46,8 +45,6 @@ from rlhf_jax.stages.sources import (
     load_policy,
 )
 
-PART = 'records.part.jsonl'  # what a running stage has written
-PROGRESS = 'progress.json'  # batches and bytes of it that are whole
 SHOWN = 16  # responses in samples.jsonl
 
 
@@ -157,22 +154,11 @@ def train(run: Run, job: SampleJob) -> Result:
     """Samples, scores and writes, batch by batch."""
     clock = time.monotonic()
     folder, settings = run.stage_dir(job.stage), job.settings
-    path, progress = folder / PART, folder / PROGRESS
-    done = {'batches': 0, 'bytes': 0}
-    if path.exists() and progress.exists():
-        done = files.read_json(progress, f'`rm {progress}`: all is sampled anew')
-    with path.open('a+b') as file:
-        file.truncate(done['bytes'])
-        file.seek(done['bytes'])
-        for batch, rows in _batches(run, job, done['batches']):
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
-            file.flush()
-            files.write_json(progress, {'batches': batch + 1, 'bytes': file.tell()})
-    report = _report(job, path)
+    rows, _ = write_batches(folder, lambda start: _batches(run, job, start))
+    files.write_rows(folder / RECORDS, rows)
+    report = _report(job, rows)
     files.write_rows(folder / 'samples.jsonl', report.pop('samples'))
-    path.replace(folder / RECORDS)
-    progress.unlink()
+    remove_batches(folder)
     return Result(
         steps=0,
         init=settings.policy,
@@ -182,10 +168,8 @@ def train(run: Run, job: SampleJob) -> Result:
     )
 
 
-def _batches(
-    run: Run, job: SampleJob, start: int
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(number, records) of every batch of prompts from ``start`` on."""
+def _batches(run: Run, job: SampleJob, start: int) -> Iterator[Batch]:
+    """The records of every batch of prompts from ``start`` on."""
     settings, base = job.settings, run.key(job.stage)
     policy, params = load_policy(run, settings.policy, base)
     params = frozen(run, policy, params)
@@ -238,7 +222,7 @@ def _batches(
             }
             for i, text in enumerate(responses.texts)
         ]
-        yield number_, _kept(settings, rows)
+        yield Batch(_kept(settings, rows))
 
 
 def _kept(settings: SampleSettings, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -258,10 +242,8 @@ def _kept(settings: SampleSettings, rows: list[dict[str, Any]]) -> list[dict[str
     return kept
 
 
-def _report(job: SampleJob, path: Path) -> dict[str, Any]:
+def _report(job: SampleJob, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the records, and the first of them as samples."""
-    with path.open(encoding='utf-8') as file:
-        rows = [json.loads(line) for line in file]
     name = 'chosen' if job.settings.keep == 'best_and_worst' else 'completion'
     means = {
         column: float(np.mean([row[column] for row in rows]))

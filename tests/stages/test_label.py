@@ -14,8 +14,9 @@ from rlhf_jax.labels.judge import demonstrations, read_prompt
 from rlhf_jax.labels.records import Label, read_items, read_labels
 from rlhf_jax.labels.store import DATABASE, open_store, read_stage
 from rlhf_jax.main import launch
-from rlhf_jax.stages import judging
+from rlhf_jax.stages import batches, judging
 from rlhf_jax.stages.kinds import stage
+from rlhf_jax.stages.labellers import model
 from rlhf_jax.stages.run import load_run_tokenizer
 from tests.small_config import get_config
 from tests.test_main import fails, never_compiled  # noqa: F401
@@ -212,6 +213,47 @@ def test_reasoning_is_written_and_then_read(finished, tmp_path):
     assert all(0.45 <= x.probability <= 0.55 for x in labels)
     assert all('\n---\n' in x.note for x in labels)
     assert report['stages']['said']['judge_reasoning_characters'] > 0
+
+
+def test_a_killed_judge_goes_on_and_says_the_same(finished, tmp_path):
+    """Killed in front of the second of three batches, with reasoning, which draws."""
+    path = tmp_path / 'judge.txt'
+    path.write_text('{prompt} {first}\nReport: {second}\n{reasoning}\nIt is\n')
+    config = labelled(
+        by='model',
+        judge=f'{finished}/sft',
+        prompt_file=str(path),
+        labels=(' right', ' wrong'),
+        judge_buckets=(128,),
+        judge_batch_size=4,
+        max_reasoning_tokens=6,
+    )
+    launch(config, tmp_path / 'whole')
+    real, begun = model._batches, []
+
+    def killed(asked, questions, start):
+        begun.append(start)
+        for batch in real(asked, questions, start):
+            yield batch
+            if len(begun) == 1:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, '_batches', killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(config, tmp_path / 'killed')
+        launch(config, tmp_path / 'killed')
+        assert begun == [0, 1]
+        begun.clear()
+        with pytest.raises(KeyboardInterrupt):
+            launch(config, tmp_path / 'changed')
+    for name in ('labels.jsonl', 'records.jsonl', 'eval.json'):
+        one, other = (tmp_path / run / 'said' / name for run in ('whole', 'killed'))
+        assert one.read_bytes() == other.read_bytes()
+    assert not (tmp_path / 'killed' / 'said' / batches.ROWS).exists()
+    path.write_text('{prompt} {first}\nReport: {second}\n{reasoning}\nIt was\n')
+    with pytest.raises(ValueError, match='the prompt file .*judge.txt has changed'):
+        launch(config, tmp_path / 'changed')
 
 
 def test_a_judge_goes_by_principles_of_a_constitution(finished, tmp_path):

@@ -12,7 +12,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data.tokenizer import word_tokenizer
 from rlhf_jax.main import launch
 from rlhf_jax.sharding import ParallelConfig, make_mesh
-from rlhf_jax.stages import sample
+from rlhf_jax.stages import batches, sample
 from rlhf_jax.stages.kinds import stage
 from rlhf_jax.stages.run import Run, load_run_tokenizer
 from rlhf_jax.stages.sources import resolve
@@ -103,7 +103,7 @@ def test_sampled_records_say_where_they_came_from(done, finished):
         assert row['logprob'] < 0 and 1 <= row['tokens'] <= 8
         assert row['reward'] == pytest.approx(row['score_rm'], rel=1e-6)
     assert len({tuple(row['key']) for row in found}) == 3  # batches
-    assert not (workdir / 'drawn' / sample.PART).exists()
+    assert not (workdir / 'drawn' / batches.ROWS).exists()
 
 
 def test_a_killed_stage_goes_on_and_writes_the_same(done, finished, tmp_path):
@@ -113,15 +113,15 @@ def test_a_killed_stage_goes_on_and_writes_the_same(done, finished, tmp_path):
     real, seen = sample._batches, []
 
     def killed(run, job, start):
-        for number, found in real(run, job, start):
+        for number, found in enumerate(real(run, job, start), start):
             if number == 1 and 'killed' not in seen:
-                path = run.stage_dir('drawn') / sample.PART
+                path = run.stage_dir('drawn') / batches.ROWS
                 with path.open('ab') as file:
                     file.write(b'{"half a')
                 seen.append('killed')
                 raise KeyboardInterrupt
             seen.append(number)
-            yield number, found
+            yield found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, '_batches', killed)

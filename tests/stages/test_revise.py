@@ -11,7 +11,7 @@ from rlhf_jax.datasets import tiny_critiques, tiny_tldr
 from rlhf_jax.labels.constitution import Principle
 from rlhf_jax.labels.critique import critique_prompt, revision_prompt
 from rlhf_jax.main import launch
-from rlhf_jax.stages import revise
+from rlhf_jax.stages import batches, revise
 from rlhf_jax.stages.kinds import stage
 from rlhf_jax.stages.revision import Asked, Written, ask_critique, ask_revision
 from tests.small_config import get_config
@@ -119,7 +119,7 @@ def test_every_step_is_written_down(done, finished):
     assert drawn['truth']['drawn'] + drawn['more']['drawn'] == 2 * len(found)
     samples = rows(workdir / 'revised' / 'samples.jsonl')
     assert len(samples) == 20 and samples[0]['steps'][0]['critique']
-    assert not (workdir / 'revised' / revise.PART).exists()
+    assert not (workdir / 'revised' / batches.ROWS).exists()
     page = (workdir / 'report.html').read_text()
     assert 'Critique by “truth”' in page and 'Scores by revision' in page
 
@@ -130,14 +130,14 @@ def test_a_killed_stage_goes_on_and_writes_the_same(done, finished, rules, tmp_p
     real, seen = revise._batches, []
 
     def killed(run, job, start):
-        for number, *found in real(run, job, start):
+        for number, found in enumerate(real(run, job, start), start):
             if number == 1 and 'killed' not in seen:
-                with (run.stage_dir('revised') / revise.PART).open('ab') as file:
+                with (run.stage_dir('revised') / batches.ROWS).open('ab') as file:
                     file.write(b'{"half a')
                 seen.append('killed')
                 raise KeyboardInterrupt
             seen.append(number)
-            yield number, *found
+            yield found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(revise, '_batches', killed)

@@ -14,14 +14,17 @@ where the judge reasons first. Read ``stages/judging.py`` next.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rlhf_jax.labels.constitution import Principle, draw, read_constitution
 from rlhf_jax.labels.judge import COMPARE, PRINCIPLE, flat, read_prompt
 from rlhf_jax.labels.records import Item, Label
 from rlhf_jax.ranges import Range
+from rlhf_jax.stages.batches import Batch, remove_batches, write_batches
 from rlhf_jax.stages.console import tell
 from rlhf_jax.stages.judging import Judge, check_judge, fitting, load_judge
 from rlhf_jax.stages.labellers import Answered, Asked, Asks
@@ -84,7 +87,13 @@ def check(run: Run, where: str, hp: HParams) -> Checked:
 
 
 def label(asked: Asked) -> Answered:
-    """A soft label per item, and how much the place of a response counted."""
+    """A soft label per item, and how much the place of a response counted.
+
+    A killed stage goes on behind the last whole batch (``stages/batches.py``).
+
+    Raises:
+        ValueError: the constitution or the prompt file has changed since.
+    """
     hp, items = asked.hp, asked.items
     judge, principles = asked.checked
     if principles:  # by which each is judged
@@ -96,23 +105,30 @@ def label(asked: Asked) -> Answered:
     questions = [_both_orders(item, by_id) for item in items]
     fits = fitting(judge, [question for both in questions for question in both])
     short = [all(fits[2 * i : 2 * i + 2]) for i in range(len(items))]
-    ask = load_judge(asked.run, judge, asked.run.key(asked.where))
-    said, thoughts = ask([q for both, ok in zip(questions, short) if ok for q in both])
-    shown_first = said[:, 0].reshape(-1, 2)  # [N, order]
-    probabilities = (shown_first[:, 0] + 1 - shown_first[:, 1]) / 2
-    if hp.clamp is not None:
-        probabilities = probabilities.clip(*hp.clamp)
-    answers = iter(probabilities.tolist())
-    notes = iter(thoughts or ())
+    about = {
+        f'the prompt file {judge.prompt.where}': [
+            judge.prompt.before,
+            judge.prompt.after,
+        ],
+        f'the constitution {hp.constitution}': by_id,
+    }
+    read = [both for both, ok in zip(questions, short) if ok]
+    said, _ = write_batches(
+        asked.folder, lambda start: _batches(asked, read, start), about
+    )
+    answers = iter(said)
     labels = []
     for item, ok in zip(items, short):
         who = {'item': item.item, 'labeller': hp.judge}
         if not ok:
             labels.append(Label(**who, verdict='skipped', note='too long to be judged'))
             continue
-        note = None if thoughts is None else f'{next(notes)}\n---\n{next(notes)}'
-        labels.append(Label(**who, probability=next(answers), note=note))
-    facts = _facts(shown_first, thoughts)
+        answer = next(answers)
+        thoughts = answer['thoughts']
+        note = None if thoughts is None else '\n---\n'.join(thoughts)
+        labels.append(Label(**who, probability=answer['probability'], note=note))
+    remove_batches(asked.folder)
+    facts = _facts(said)
     if left_out := short.count(False):
         facts['judge_too_long'] = left_out
         tell(
@@ -122,6 +138,28 @@ def label(asked: Asked) -> Answered:
             'out'
         )
     return Answered(items, labels, facts)
+
+
+def _batches(
+    asked: Asked, questions: list[list[dict[str, str]]], start: int
+) -> Iterator[Batch]:
+    """What the judge says of pairs, ``judge_batch_size`` of them at a time."""
+    hp, size = asked.hp, asked.hp.judge_batch_size
+    key = asked.run.key(asked.where)
+    ask = load_judge(asked.run, asked.checked.judge, key)
+    for number in range(start, -(-len(questions) // size)):
+        part = questions[number * size : (number + 1) * size]
+        both = [question for pair in part for question in pair]
+        said, thoughts = ask(both, jax.random.fold_in(key, number))
+        rows = []
+        for i, shown_first in enumerate(said[:, 0].reshape(-1, 2).tolist()):
+            probability = (shown_first[0] + 1 - shown_first[1]) / 2
+            if hp.clamp is not None:
+                probability = float(np.clip(probability, *hp.clamp))
+            row = {'probability': probability, 'shown_first': shown_first}
+            row['thoughts'] = None if thoughts is None else thoughts[2 * i : 2 * i + 2]
+            rows.append(row)
+        yield Batch(rows)
 
 
 def _both_orders(item: Item, questions: dict[str, str | None]) -> list[dict[str, str]]:
@@ -135,9 +173,10 @@ def _both_orders(item: Item, questions: dict[str, str | None]) -> list[dict[str,
     ]
 
 
-def _facts(shown_first: np.ndarray, thoughts: list[str] | None) -> dict[str, Any]:
-    if not len(shown_first):
+def _facts(said: list[dict[str, Any]]) -> dict[str, Any]:
+    if not said:
         return {}
+    shown_first = np.asarray([row['shown_first'] for row in said])  # [N, order]
     wins = shown_first > 0.5
     facts = {
         # Without a preference for a place both are one half.
@@ -147,6 +186,7 @@ def _facts(shown_first: np.ndarray, thoughts: list[str] | None) -> dict[str, Any
         'judge_consistent': float((wins[:, 0] != wins[:, 1]).mean()),
         'judge_calls': int(shown_first.size),
     }
-    if thoughts is not None:
+    thoughts = [text for row in said for text in row['thoughts'] or ()]
+    if thoughts:
         facts['judge_reasoning_characters'] = sum(map(len, thoughts))
     return facts
