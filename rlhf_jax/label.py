@@ -19,7 +19,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -74,12 +76,22 @@ def _export(
 ) -> None:
     labels = labels_of(folder / DATABASE)
     if labels_to is not None:
-        write_rows(named_path(labels_to), map(to_row, labels))
+        _write('export', labels_to, map(to_row, labels))
         print(f'wrote {len(labels)} labels to {labels_to}')
     if pairs_to is not None:
         rows = comparisons(items, labels)
-        write_rows(named_path(pairs_to), rows)
+        _write('comparisons', pairs_to, rows)
         print(f'wrote {len(rows)} comparisons to {pairs_to}')
+
+
+def _write(flag: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    try:
+        write_rows(named_path(name), rows)
+    except OSError as error:
+        raise ValueError(
+            f'--{flag}={name} cannot be written ({error.strerror}); name a file in a '
+            'folder that is there and may be written to'
+        ) from error
 
 
 def _opened(folder: Path, items: list[Item]) -> Store:

@@ -118,3 +118,10 @@ def test_import_is_given_apart_from_export(tmp_path):
     done = _run(*place, f'--export={tmp_path / "out"}', f'--import={tmp_path / "in"}')
     assert done.returncode == 1 and 'give them apart' in done.stderr
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path):
+    folder = made.write(tmp_path / 'people', made.items(2))
+    place = [f'--workdir={folder.parent}', f'--stage={folder.name}']
+    done = _run(*place, f'--comparisons={tmp_path / "nowhere" / "out"}')
+    assert done.returncode == 1 and 'out cannot be written (No such' in done.stderr

@@ -489,6 +489,7 @@ def test_a_run_waits_for_people_and_goes_on(tmp_path, capsys):
         gold='tfds:tiny_tldr/comparisons:test[100:102]',
         training='tfds:tiny_tldr/comparisons:test[200:201]',
     )
+    config.seed = 3
     config.stages = ('said', 'learned')
     config.learned = config.rm
     config.learned.init, config.learned.train = 'scratch', 'stage:said'
@@ -503,6 +504,7 @@ def test_a_run_waits_for_people_and_goes_on(tmp_path, capsys):
     assert f'python -m rlhf_jax.label --workdir {workdir} --stage said' in told
     purposes = [item.purpose for item in read_items(workdir / 'said' / 'items.jsonl')]
     assert purposes == ['main'] * 12 + ['training'] + ['gold'] * 2
+    assert read_stage(workdir / 'said')[1].seed == 3  # of sides and repeats
 
     def half(item, name):
         return [{'probability': 1.0}] if name == 'ann' else []

@@ -87,11 +87,11 @@ def check(run: Run, where: str, hp: HParams) -> Checked:
             raise ValueError(
                 f'{where}.guidelines.{dimension}: {path} cannot be read ({error})'
             ) from error
-    _plan(hp, guideline, where)
+    _plan(hp, guideline, where, run.config.seed)
     return Checked(known, guideline)
 
 
-def _plan(hp: HParams, guideline: dict[str, str], where: str) -> LabelPlan:
+def _plan(hp: HParams, guideline: dict[str, str], where: str, seed: int) -> LabelPlan:
     try:
         return LabelPlan(
             labellers=hp.labellers,
@@ -103,6 +103,7 @@ def _plan(hp: HParams, guideline: dict[str, str], where: str) -> LabelPlan:
             dimensions=tuple(guideline) if len(guideline) > 1 else (),
             guideline=guideline,
             rating_range=hp.rating_range,
+            seed=seed,
         )
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from error
@@ -116,7 +117,7 @@ def label(asked: Asked) -> Answered:
         ValueError: the answers that are there already are to other items.
     """
     folder, (known, guideline) = asked.folder, asked.checked
-    plan = _plan(asked.hp, guideline, asked.where)
+    plan = _plan(asked.hp, guideline, asked.where, asked.run.config.seed)
     items = [*asked.items, *known]
     _check_unchanged(folder / DATABASE, items, asked.where)
     files.write_rows(folder / ITEMS, map(to_row, items))
