@@ -18,7 +18,7 @@ sft from; ``smoke``, ``seed=N``.
 
 from ml_collections import ConfigDict
 
-from configs.ladder import DATA, GOLD, below
+from configs.ladder import COPYING, DATA, GOLD, below
 from rlhf_jax.config import parse_arg
 from rlhf_jax.datasets import tiny_critiques
 from rlhf_jax.stages.kinds import stage
@@ -51,16 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         sort_batches=16,
         batch_size=8 if arg.smoke else 16,
         num_steps=20 if arg.smoke else 1200,
-        # As in pretraining, Muon learns to copy in fewer steps than AdamW.
-        optim=dict(
-            name='muon',
-            learning_rate=1e-2,
-            adam_learning_rate=2e-3,
-            warmup_percent=5,
-            final_percent=10,
-            weight_decay=0.01,
-            b2=0.98,
-        ),
+        optim=COPYING,
         loop=dict(eval_every_steps=600),
     )
     config.revised = revising(arg, first, f'{DATA}/prompts:train[:{count}]')

@@ -32,6 +32,17 @@ from rlhf_jax.stages.settings import ModelSettings
 
 DATA = 'tfds:tiny_tldr'
 GOLD = dict(fn='rlhf_jax.datasets.tiny_tldr:gold')
+# Of a stage that learns to copy from a text far back. Muon seemed to learn it in fewer
+# steps than AdamW.
+COPYING = dict(
+    name='muon',
+    learning_rate=1e-2,
+    adam_learning_rate=2e-3,
+    warmup_percent=5,
+    final_percent=10,
+    weight_decay=0.01,
+    b2=0.98,
+)
 
 
 def arguments(arg: str | None, **own: Any) -> ConfigDict:
@@ -124,16 +135,7 @@ def pretraining(smoke: bool) -> ConfigDict:
         num_steps=20 if smoke else 1400,
         batch_size=8 if smoke else 16,
         buckets=(112,),
-        # Muon seemed to learn copying in fewer steps than AdamW.
-        optim=dict(
-            name='muon',
-            learning_rate=2e-2,
-            adam_learning_rate=4e-3,
-            warmup_percent=5,
-            final_percent=10,
-            weight_decay=0.01,
-            b2=0.98,
-        ),
+        optim=COPYING | dict(learning_rate=2e-2, adam_learning_rate=4e-3),
         loop=dict(eval_every_steps=200),
     )
 

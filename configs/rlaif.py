@@ -6,9 +6,10 @@
 The same pairs of summaries are labelled by six simulated people (people), by a language
 model that was fine-tuned on other comparisons of theirs (model), or the first half by
 the ones and the second half by the other (half). A reward model learns from the labels,
-and PPO optimises it. The judge reads both orders and gives a soft label; it is the
-base model, trained to say behind a prompt file whether the second summary is right or
-wrong. RLAIF: Lee et al. 2023, arXiv 2309.00267.
+and PPO optimises it. The judge reads both orders and gives a soft label; it is the base
+model, trained to go through the facts of both summaries, and then to say whether the
+second one is right or wrong, the better one or not. RLAIF: Lee et al. 2023, arXiv
+2309.00267.
 
     python -m rlhf_jax.main --config configs/rlaif.py:model=DIR,data=hh:FILE
     --workdir DIR
@@ -28,11 +29,9 @@ from urllib.parse import urlencode
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.ladder import DATA, arguments, rates
-from rlhf_jax.datasets import tiny_tldr
+from configs.ladder import COPYING, DATA, arguments, rates
+from rlhf_jax.datasets import tiny_critiques
 from rlhf_jax.stages.kinds import stage
-
-LABELS = (' wrong', ' right')  # the second one is: of the first, of the second better
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -85,9 +84,11 @@ def asking(arg: ConfigDict) -> dict[str, Any]:
     if arg.data:
         return {'judge_buckets': (2 * arg.length + 128,)}
     return {
-        'prompt_file': str(tiny_tldr.JUDGE),
-        'labels': LABELS,
+        'prompt_file': str(tiny_critiques.JUDGE),
+        'labels': tiny_critiques.LABELS,
         'judge_buckets': (112, 144),
+        'max_reasoning_tokens': 48,
+        'reasoning_temperature': 0.0,
     }
 
 
@@ -105,26 +106,40 @@ def simulated(responses: str, **settings: object) -> ConfigDict:
 
 def judging(arg: ConfigDict, count: int) -> ConfigDict:
     """A model that learns to compare, from comparisons that nobody labels anew."""
-    how = asking(arg)
-    query = {'data': arg.data or f'{DATA}/comparisons:train'}
-    if not arg.data:
-        query |= {'prompt': how['prompt_file'], 'labels': json.dumps(LABELS)}
-    reader = 'python:rlhf_jax.labels.judge:demonstrations?'
-    spec = reader + urlencode(query)
-    held_out = f'{spec}[90%:]'
-    if not arg.data:
-        query['data'] = f'{DATA}/comparisons:test[:500]'
-        held_out = reader + urlencode(query)
-    rate, *_ = rates(arg, 1e-3, 0.0, 0.0)
+    if arg.data:
+        said = demonstrations(arg.data)
+        rate, *_ = rates(arg, 1e-3, 0.0, 0.0)
+        how = dict(
+            train=f'{said}[{count}:90%]',
+            eval=f'{said}[90%:]',
+            buckets=asking(arg)['judge_buckets'],
+            overlong='truncate',
+            optim=dict(learning_rate=rate, warmup_percent=5),
+        )
+    else:
+        told = dict(
+            prompt=str(tiny_critiques.JUDGE),
+            labels=json.dumps(tiny_critiques.LABELS),
+            reason='rlhf_jax.datasets.tiny_critiques:reason',
+        )
+        how = dict(
+            train=demonstrations(f'{DATA}/comparisons:train[{count}:]', **told),
+            eval=demonstrations(f'{DATA}/comparisons:test[:250]', **told),
+            buckets=(104, 120, 136, 160, 192),
+            sort_batches=16,
+            optim=COPYING,
+        )
     return stage(
         'sft',
         init=arg.model or 'tiny',
-        train=f'{spec}[{count}:{"90%" if arg.data else ""}]',
-        eval=held_out,
-        buckets=how['judge_buckets'],
-        overlong='truncate' if arg.data else 'drop',
         batch_size=8 if arg.smoke else 32,
-        num_steps=20 if arg.smoke else 1500,
-        optim=dict(learning_rate=rate, warmup_percent=5),
-        loop=dict(eval_every_steps=250),
+        num_steps=20 if arg.smoke else 2000,
+        loop=dict(eval_every_steps=500),
+        **how,
     )
+
+
+def demonstrations(data: str, **told: str) -> str:
+    """A data spec of what a judge should have said of comparisons."""
+    reader = 'python:rlhf_jax.labels.judge:demonstrations?'
+    return reader + urlencode({'data': data, **told})

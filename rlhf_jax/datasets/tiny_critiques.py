@@ -1,6 +1,7 @@
-"""Critiques and revisions of ``tiny_tldr`` summaries: data by rule for a small critic.
+"""Critiques and revisions of ``tiny_tldr`` summaries: data by rule for small models.
 
     python:rlhf_jax.datasets.tiny_critiques:demonstrations?split=train
+    python:rlhf_jax.datasets.tiny_critiques:comparisons?split=train
 
 The one principle is that a summary states only what the article says
 (``tiny_constitution.md``). A critique goes through what the summary states and calls
@@ -8,13 +9,16 @@ each fact right or wrong, and what the article says instead: `` Anna right, in O
 wrong, in Rome right.`` The revision is the same sentence with the wrong facts put
 right. Every summary gives two demonstrations, of the critique and of the revision,
 asked for as the kind ``revise`` asks, by ``tiny_critique.txt`` and
-``tiny_revision.txt``. No article is in another data set of this world, or in both
-splits.
+``tiny_revision.txt``. Of two summaries the one with fewer wrong facts is chosen, and
+:func:`reason` is what a judge writes before it says so, by ``tiny_judge.txt`` or
+``tiny_judge_principle.txt``. No article is in another data set of this world, or in
+both splits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +34,13 @@ from rlhf_jax.labels.critique import critique_prompt, fill, revision_prompt
 CONSTITUTION = Path(__file__).with_name('tiny_constitution.md')
 CRITIQUE = Path(__file__).with_name('tiny_critique.txt')
 REVISION = Path(__file__).with_name('tiny_revision.txt')
-NUMBER = 13  # part of the seeds, so that no other data set has these articles
+JUDGE = Path(__file__).with_name('tiny_judge.txt')
+JUDGE_BY_PRINCIPLE = Path(__file__).with_name('tiny_judge_principle.txt')
+LABELS = (' wrong', ' right')  # the last summary is: of the first, of it better
+NUMBER, COMPARED = (
+    13,
+    14,
+)  # part of the seeds, so that no other data set has these articles
 RIGHT = 0.25  # of the summaries, which invent nothing
 SIZES = {'train': 8_000, 'test': 250}  # summaries
 
@@ -101,16 +111,13 @@ def demonstrations(split: str = 'train') -> list[dict[str, Any]]:
     Raises:
         ValueError: no such split.
     """
-    if split not in SIZES:
-        raise ValueError(f'split={split!r}; use {" or ".join(map(repr, SIZES))}')
-    first = 0 if split == 'train' else SIZES['train']
     (principle,) = read_constitution(
         CONSTITUTION, ('critique_request', 'revision_request')
     )
     asked = critique_prompt(CRITIQUE), revision_prompt(REVISION)
     rows = []
-    for i in range(first, first + SIZES[split]):
-        made = make_criticised(np.random.default_rng((SEED, NUMBER, i)))
+    for rng in _examples(split, NUMBER):
+        made = make_criticised(rng)
         values = {
             'prompt': make_prompt(made.article.text),
             'response': f' {made.summary}',
@@ -122,3 +129,67 @@ def demonstrations(split: str = 'train') -> list[dict[str, Any]]:
             prompt = fill(str(template.text), **values)
             rows.append({'prompt': prompt, 'completion': f' {answer}'})
     return rows
+
+
+def comparisons(split: str = 'train') -> list[dict[str, Any]]:
+    """Two summaries of an article as labellers write them, but half of their facts
+    wrong; the one with fewer of them is ``chosen``. There is no pair of equals.
+
+    Args:
+        split: 'train' or 'test'.
+
+    Raises:
+        ValueError: no such split.
+    """
+    rows = []
+    for rng in _examples(split, COMPARED):
+        article, counts, texts = tiny_world.make_article(rng), [0, 0], ['', '']
+        while counts[0] == counts[1]:
+            invention = 0.5 * rng.random()
+            for side in (0, 1):
+                stated = state_facts(article, 0.4 + 0.6 * rng.random(), invention, rng)
+                texts[side] = write(stated, article.main.verb, rng)
+                truth = article.main.facts
+                counts[side] = sum(truth[slot] != x for slot, x in stated.items())
+        better = int(counts[1] < counts[0])
+        rows.append(
+            {
+                'prompt': make_prompt(article.text),
+                'chosen': f' {texts[better]}',
+                'rejected': f' {texts[1 - better]}',
+            }
+        )
+    return rows
+
+
+def _examples(split: str, number: int) -> Iterator[np.random.Generator]:
+    if split not in SIZES:
+        raise ValueError(f'split={split!r}; use {" or ".join(map(repr, SIZES))}')
+    first = 0 if split == 'train' else SIZES['train']
+    for i in range(first, first + SIZES[split]):
+        yield np.random.default_rng((SEED, number, i))
+
+
+def reason(
+    prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]
+) -> list[str]:
+    """What there is to say of two summaries each: `` Anna right, Oslo wrong. Anna
+    right.`` It is shorter than a critique, and names every word of a fact once.
+
+    Args:
+        prompts: N texts as ``tiny_tldr.make_prompt`` writes them.
+        firsts: N summaries.
+        seconds: N summaries.
+    """
+    found = []
+    for prompt, *pair in zip(prompts, firsts, seconds, strict=True):
+        truth = set(tiny_world.facts(prompt).values())
+        found.append('')
+        for text in pair:
+            stated = [w for w in words_of(text) if w in tiny_world.SLOT_OF]
+            said = [
+                f'{word} {"right" if word in truth else "wrong"}'
+                for word in dict.fromkeys(stated)
+            ]
+            found[-1] += f' {", ".join(said or ["something"])}.'
+    return found

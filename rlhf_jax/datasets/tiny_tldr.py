@@ -41,7 +41,6 @@ SEED = 20230  # of every article; example i of a config draws from (SEED, config
 CUE = 'TL;DR:'
 TRAINING_EXAMPLES = 3_000  # of every config, for the tokenizer
 WORDS = Path(__file__).with_name('tiny_tldr_words.txt')
-JUDGE = Path(__file__).with_name('tiny_judge.txt')  # a prompt file for a judge
 
 
 # ------------------------------------------------------------------------------ prompts

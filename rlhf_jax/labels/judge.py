@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.config import load_dotted
 from rlhf_jax.data import sources
 from rlhf_jax.files import named_path
 
@@ -96,23 +97,46 @@ def flat(prompt: Any) -> str:
 
 
 def demonstrations(
-    data: str, prompt: str = str(COMPARE), labels: str = '[" 1", " 2"]', seed: str = '0'
+    data: str,
+    prompt: str = str(COMPARE),
+    labels: str = '[" 1", " 2"]',
+    reason: str | None = None,
+    principle: str | None = None,
+    seed: str = '0',
 ) -> list[dict[str, Any]]:
     """Comparisons as demonstrations for a model that shall judge, as a source:
 
         python:rlhf_jax.labels.judge:demonstrations?data=jsonl:pairs.jsonl
 
+    A comparison gives one, which is answered by a label, and where the judge reasons
+    first one of that besides.
+
     Args:
         data: a data spec of comparisons of texts.
-        prompt: a prompt file without ``{principle}`` and ``{reasoning}``.
+        prompt: a prompt file.
         labels: a JSON list of two texts, of the first and of the second response.
+        reason: ``package.module:function`` of (prompts, firsts, seconds), which gives
+            what stands at ``{reasoning}``.
+        principle: what stands at ``{principle}``.
         seed: of which response stands first.
 
     Raises:
-        ValueError: no such file, or records that are no comparisons of texts.
+        ValueError: no such file or function, ``reason`` or ``principle`` without its
+            place or the other way round, or records that are no comparisons of texts.
     """
     template = read_prompt(prompt, ('prompt', 'first', 'second'))
-    first, second = json.loads(labels)
+    for name, given, place in (
+        ('reason', reason, template.after is not None),
+        ('principle', principle, template.asks_principle),
+    ):
+        if place != (given is not None):
+            raise ValueError(
+                f'{name}={given!r}, and {template.where} has {"a" if place else "no"} '
+                f'place {{{"reasoning" if name == "reason" else name}}}; use both or '
+                'neither'
+            )
+    write = None if reason is None else load_dotted(reason, 'reason')
+    answers = json.loads(labels)
     rng = np.random.default_rng(int(seed))
     rows = []
     for record in sources.read(data):
@@ -122,12 +146,14 @@ def demonstrations(
         is_first = bool(rng.random() < 0.5)
         one, other = pair if is_first else pair[::-1]
         asked = flat(record.fields.get('prompt', ''))
-        rows.append(
-            {
-                'prompt': template.fill(prompt=asked, first=one, second=other),
-                'completion': first if is_first else second,
-            }
-        )
+        values = {'prompt': asked, 'first': one, 'second': other}
+        values |= {} if principle is None else {'principle': principle}
+        text = template.fill(**values)
+        if write is not None:
+            (thought,) = write([asked], [one], [other])
+            rows.append({'prompt': text, 'completion': thought})
+            text += thought + template.fill_after(**values)
+        rows.append({'prompt': text, 'completion': answers[0 if is_first else 1]})
     return rows
 
 

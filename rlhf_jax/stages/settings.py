@@ -108,7 +108,7 @@ class QuestionSettings:
     judge_buckets: Annotated[tuple[int, ...], LENGTHS] = (512,)
     judge_batch_size: Annotated[int, at_least(1)] = 16  # filled prompts at a time
     max_reasoning_tokens: Annotated[int, at_least(1)] = 256
-    reasoning_temperature: Annotated[float, above(0)] = 1.0
+    reasoning_temperature: Annotated[float, at_least(0)] = 1.0  # 0 is greedy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -93,3 +93,32 @@ def test_inventions_and_facts_are_counted():
     texts = [f' {facts["who"]} in {wrong}.', f' {facts["who"]} in {facts["where"]}.']
     assert tiny_tldr.invented([prompt] * 2, texts).tolist() == [1.0, 0.0]
     assert tiny_tldr.covered([prompt] * 2, texts).tolist() == [1.0, 2.0]
+
+
+def test_of_two_summaries_the_one_with_fewer_wrong_facts_is_chosen():
+    rows = tiny_critiques.comparisons('test')
+    assert len(rows) == tiny_critiques.SIZES['test']
+    for row in rows:
+        wrong = [
+            tiny_world.gold_parts(row['prompt'], row[side]).invented
+            for side in ('chosen', 'rejected')
+        ]
+        assert wrong[0] < wrong[1]
+    others = tiny_critiques.comparisons('train')
+    assert not {row['prompt'] for row in rows} & {row['prompt'] for row in others}
+
+
+def test_a_judge_goes_through_every_fact_of_both():
+    rows = tiny_critiques.comparisons('test')[:50]
+    columns = [[row[name] for row in rows] for name in ('prompt', 'chosen', 'rejected')]
+    words = {*tiny_tldr.WORDS.read_text(encoding='utf-8').split()}
+    for row, text in zip(rows, tiny_critiques.reason(*columns)):
+        for said, side in zip(text.split('.'), ('chosen', 'rejected')):
+            parts = tiny_world.gold_parts(row['prompt'], row[side])
+            assert said.count(' right') == parts.covered
+            assert said.count(' wrong') == parts.invented
+        assert {*tiny_tldr.tokenizer().tokenize(text)} <= words
+    prompt = rows[0]['prompt']
+    assert tiny_critiques.reason([prompt], [' He did.'], [' In']) == [
+        ' something. something.'
+    ]

@@ -336,6 +336,30 @@ def test_comparisons_teach_a_judge(tmp_path):
     assert {row['completion'] for row in found} == {'A', 'B'}
 
 
+def shouted(prompts, firsts, seconds):
+    return [f' {a.upper()}, {b.upper()}.' for a, b in zip(firsts, seconds)]
+
+
+def test_comparisons_teach_a_judge_that_reasons_by_a_principle(tmp_path):
+    path, prompt = tmp_path / 'pairs.jsonl', tmp_path / 'prompt.txt'
+    files.write_rows(path, [{'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}])
+    prompt.write_text('{prompt}:{first}/{second} {principle}{reasoning} It is')
+    told = [f'jsonl:{path}', str(prompt), '[" 1", " 2"]']
+    first, then = demonstrations(
+        *told, reason=f'{HERE}:shouted', principle='Which?', seed='1'
+    )
+    is_first = then['completion'] == ' 1'
+    asked = 'p:a/b Which?' if is_first else 'p:b/a Which?'
+    thought = ' A, B.' if is_first else ' B, A.'
+    assert first == {'prompt': asked, 'completion': thought}
+    assert then['prompt'] == f'{asked}{thought} It is'
+    with pytest.raises(ValueError, match='reason=None, .*place {reasoning}; use both'):
+        demonstrations(*told, principle='Which?')
+    prompt.write_text('{prompt}:{first}/{second}')
+    with pytest.raises(ValueError, match='has no place {principle}; use both or neit'):
+        demonstrations(*told, principle='Which?')
+
+
 @pytest.mark.parametrize(
     'settings, words',
     [
