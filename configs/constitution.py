@@ -7,20 +7,29 @@ A policy that writes summaries (sft, of the quickstart) invents facts. A critic 
 size has learned from critiques and revisions that were made by rule (critic). The
 policy answers training prompts, the critic says what is wrong and puts it right
 (revised), the policy learns from the last revisions (sft_2), and inventions are counted
-before and after (measured). Then sft_2 answers other prompts, and learns to prefer the
-revisions to its own answers (paired, dpo). No stage but the critic's sees what the rule
-knows. It is the recipe of Bai et al. 2022, arXiv 2212.08073, with DPO in the place of
-preferences by a model and PPO; see docs/algorithms/constitution.md.
+before and after (measured).
+
+Then preferences by the principle, in two ways. sft_2 answers other prompts and learns
+to prefer the critic's revisions to its own answers (paired, dpo). And it answers them
+twice, a judge that goes on from the critic says which answer follows the principle
+better (judge, drawn, preferred), a reward model learns from what it says, and PPO
+optimises that (rm, ppo). No stage but those that train critic and judge sees what the
+rule knows. Bai et al. 2022, arXiv 2212.08073; see docs/algorithms/constitution.md.
 
 Arguments: ``rounds`` of critique and revision; ``from`` a finished quickstart to take
 sft from; ``smoke``, ``seed=N``.
 """
 
+import json
+
 from ml_collections import ConfigDict
 
-from configs.ladder import COPYING, DATA, GOLD, below
+from configs import quickstart
+from configs.ladder import COPYING, DATA, GOLD
+from configs.rlaif import demonstrations
 from rlhf_jax.config import parse_arg
 from rlhf_jax.datasets import tiny_critiques
+from rlhf_jax.labels.constitution import read_constitution
 from rlhf_jax.stages.kinds import stage
 
 CRITIQUES = 'python:rlhf_jax.datasets.tiny_critiques:demonstrations'
@@ -34,12 +43,13 @@ COUNTS = {
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run's config; see the module docstring for ``arg``."""
     arg = parse_arg(arg, rounds=1, smoke=False, seed=0, **{'from': ''})
-    # The others of the ladder's arguments, at their defaults.
-    told = ConfigDict({**arg.to_dict(), 'model': '', 'data': '', 'learning_rate': 0.0})
-    config = below(None, told)
-    del config.rm
+    config = quickstart.get_config('smoke' if arg.smoke else None)
+    config.seed = arg.seed
+    rm, ppo = config.rm.to_dict(), config.ppo.to_dict()
+    del config.rm, config.ppo
     first = f'{arg["from"]}/sft' if arg['from'] else 'sft'
     stages = ('critic', 'revised', 'sft_2', 'measured', 'paired', 'dpo')
+    stages += ('judge', 'drawn', 'preferred', 'rm', 'ppo')
     config.stages = stages if arg['from'] else ('sft', *stages)
     count = 32 if arg.smoke else 2000
     config.critic = stage(
@@ -88,7 +98,63 @@ def get_config(arg: str | None = None) -> ConfigDict:
         optim=dict(learning_rate=2e-4, warmup_percent=10),
         **held_out,
     )
+    preferring(config, arg, f'{DATA}/prompts:train[{count}:{2 * count}]')
+    config.rm = ConfigDict(rm)
+    config.rm.init = 'sft_2'
+    config.rm.train = 'stage:preferred[:90%]'
+    config.rm.eval = 'stage:preferred[90%:]'
+    config.rm.num_steps = 4 if arg.smoke else 150
+    config.ppo = ConfigDict(ppo)
+    config.ppo.init, config.ppo.critic = 'sft_2', 'rm'
+    config.ppo.expected_win_rate = 0.5
+    for name, count in COUNTS.items():  # for the report alone
+        config.ppo.rewards[name] = ConfigDict(count | {'weight': 0.0})
     return config
+
+
+def preferring(config: ConfigDict, arg: ConfigDict, prompts: str) -> None:
+    """The stages that say which of two answers follows the principle better."""
+    labels = tiny_critiques.LABELS
+    (principle,) = read_constitution(
+        tiny_critiques.CONSTITUTION, ('preference_question',)
+    )
+
+    def told(split: str) -> str:
+        return demonstrations(
+            f'python:rlhf_jax.datasets.tiny_critiques:comparisons?split={split}',
+            prompt=str(tiny_critiques.JUDGE_BY_PRINCIPLE),
+            labels=json.dumps(labels),
+            reason='rlhf_jax.datasets.tiny_critiques:reason',
+            principle=principle.preference_question,
+        )
+
+    config.judge = ConfigDict(config.critic.to_dict())
+    config.judge.init = 'critic'
+    config.judge.train, config.judge.eval = told('train'), told('test')
+    config.judge.buckets = (104, 120, 136, 160, 192)
+    config.judge.num_steps = 20 if arg.smoke else 1200
+    config.drawn = stage(
+        'sample',
+        policy='sft_2',
+        prompts=prompts,
+        num_samples=2,
+        rewards=COUNTS,
+        prompt_buckets=(56,),
+        max_new_tokens=28,
+    )
+    config.preferred = stage(
+        'label',
+        responses='stage:drawn',
+        by='model',
+        judge='judge',
+        constitution=str(tiny_critiques.CONSTITUTION),
+        prompt_file=str(tiny_critiques.JUDGE_BY_PRINCIPLE),
+        labels=labels,
+        judge_buckets=(112, 144),
+        judge_batch_size=32 if arg.smoke else 64,
+        max_reasoning_tokens=48,
+        reasoning_temperature=0.0,
+    )
 
 
 def revising(arg: ConfigDict, policy: str, prompts: str, **settings: str) -> ConfigDict:
