@@ -236,6 +236,14 @@ def rendered(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[b
     return [text.startswith(tuple(heads)) for text in texts]
 
 
+def readable(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A conversation as its chat template writes it, without the special tokens: what
+    another model can be told of it. Roles and contents stay.
+    """
+    known = sorted(filter(None, special_tokens(tokenizer)), key=len, reverse=True)
+    return re.sub('|'.join(map(re.escape, known)), '', text) if known else text
+
+
 # --------------------------------------------------------------------------- rendering
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlhf_jax.data.chat import readable
 from rlhf_jax.data.tokenizer import encode
 from rlhf_jax.labels.judge import RATE, read_prompt
 from rlhf_jax.responses import Responses, Scored, Scorer
@@ -69,7 +70,11 @@ def make_rater(run: Run, judge: Judge) -> Scorer:
     numbers = np.asarray([int(label) for label in judge.labels])
 
     def score(responses: Responses) -> Scored:
-        pairs = zip(responses.prompts, responses.texts)
+        prompts = [
+            readable(run.tokenizer, prompt) if whole else prompt
+            for prompt, whole in zip(responses.prompts, responses.templated)
+        ]
+        pairs = zip(prompts, responses.texts)
         said, _ = ask([{'prompt': p, 'response': text} for p, text in pairs], key)
         return Scored(responses.spread((said @ numbers).astype(np.float32)))
 

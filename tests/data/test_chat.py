@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import pipeline
+from rlhf_jax.data.chat import open_prompt, readable
 from rlhf_jax.data.tokenizer import (
     check_saved,
     eos_ids,
@@ -141,6 +142,13 @@ STYLES = {
     'zephyr': (ZEPHYR, ['all right</s>', ' it is so\n\nall right</s>']),
     'gemma': (GEMMA, ['all right<end_of_turn>', 'it is so\n\nall right<end_of_turn>']),
 }
+
+
+def test_a_templated_prompt_is_readable_without_its_special_tokens():
+    tokenizer = made(CHATML)
+    prompt = open_prompt(turns('so <it> is?'), tokenizer)
+    assert readable(tokenizer, prompt) == 'user\nso <it> is?\nassistant\n'
+    assert readable(tokenizer, 'so it is') == 'so it is'
 
 
 @pytest.mark.parametrize('style', STYLES)

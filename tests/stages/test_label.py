@@ -1,17 +1,18 @@
 """Who says which response is better: functions, simulated people, a model."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
-from rlhf_jax.data.tokenizer import encode
+from rlhf_jax.data.tokenizer import encode, word_tokenizer
 from rlhf_jax.labels import judge
 from rlhf_jax.labels.exchange import add_labels
 from rlhf_jax.labels.judge import demonstrations, read_prompt
-from rlhf_jax.labels.records import Label, read_items, read_labels
+from rlhf_jax.labels.records import Item, Label, read_items, read_labels
 from rlhf_jax.labels.store import DATABASE, open_store, read_stage
 from rlhf_jax.main import launch
 from rlhf_jax.stages import batches, judging
@@ -310,6 +311,17 @@ def test_items_that_are_too_long_for_the_judge_are_left_out_and_counted(
     for name, probability in now.items():
         if probability is not None:
             assert probability == pytest.approx(before[name], abs=1e-5)
+
+
+def test_a_judge_reads_templated_prompts_without_their_control_tokens():
+    tokenizer = word_tokenizer(['hello'])
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<|turn|>']})
+    texts = dict(prompt='<|turn|> hello', completions=(' <|turn|>', ' b'))
+    for templated, wanted in ((True, ' hello'), (False, '<|turn|> hello')):
+        item = Item(item='0', templated=templated, **texts)
+        one, other = model._both_orders(SimpleNamespace(tokenizer=tokenizer), item, {})
+        assert one == {'prompt': wanted, 'first': ' <|turn|>', 'second': ' b'}
+        assert other == {'prompt': wanted, 'first': ' b', 'second': ' <|turn|>'}
 
 
 def test_text_that_looks_like_a_place_is_no_place(tmp_path):
