@@ -61,6 +61,7 @@ class Item:
     # Of each completion: who wrote it, key, temperature, logprob, score_NAME, …
     facts: tuple[Mapping[str, Any], ...] = ()
     templated: bool = False  # a chat template wrote the prompt
+    readable: str | None = None  # which labellers then read without control tokens
 
 
 def read_items(path: Path) -> list[Item]:

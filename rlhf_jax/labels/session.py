@@ -149,7 +149,7 @@ class Session:
             'key': shown.key,
             'form': item.form,
             'dimension': task.dimension,
-            'prompt': messages(item.prompt),
+            'prompt': messages(item.prompt if item.readable is None else item.readable),
             'completions': [item.completions[index] for index in order],
             'training': item.purpose == 'training',
             'before': None if before is None else said_of(_label(before[0]), order),

@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
+from rlhf_jax.data.chat import readable
 from rlhf_jax.data.formats import GOLD, number_of, text_of, to_turns
 from rlhf_jax.labels.aggregation import METHODS, Method
 from rlhf_jax.labels.agreement import report as report_agreement
@@ -218,7 +219,7 @@ def train(run: Run, job: LabelJob) -> Result:
             f'{where}.rule={settings.rule!r} drew nothing: of every prompt all '
             f'responses have the same score_{settings.score}'
         )
-    main = [_item(i, responses, form) for i, responses in enumerate(drawn)]
+    main = [_item(run, i, responses, form) for i, responses in enumerate(drawn)]
     asked = Asked(run, where, folder, job.hp, job.checked, main, rng)
     items, labels, facts = job.by.label(asked)
     records = to_records(main, labels, settings.aggregate)
@@ -247,19 +248,22 @@ def train(run: Run, job: LabelJob) -> Result:
     return Result(steps=0, seconds=seconds, data={}, evaluation=report)
 
 
-def _item(index: int, responses: Any, form: Any) -> Item:
+def _item(run: Run, index: int, responses: Any, form: Any) -> Item:
     """What is asked of responses to a prompt."""
     facts = tuple(
         {k: v for k, v in response.items() if k not in ('prompt', 'completion')}
         for response in responses
     )
+    prompt = responses[0]['prompt']
+    templated = responses[0].get('templated', False) is True
     return Item(
         item=str(index),
-        prompt=responses[0]['prompt'],
+        prompt=prompt,
         completions=tuple(response['completion'] for response in responses),
         form=form,
         facts=facts,
-        templated=responses[0].get('templated', False) is True,
+        templated=templated,
+        readable=readable(run.tokenizer, prompt) if templated else None,
     )
 
 

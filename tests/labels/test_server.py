@@ -341,6 +341,12 @@ def test_prompts_of_messages(tmp_path):
     assert '"tool_calls"' in call and '"text": "two"' in parts
 
 
+def test_templated_prompts_without_their_control_tokens(tmp_path):
+    prompt = {'prompt': '<|user|> Hi', 'templated': True, 'readable': ' Hi'}
+    desk = Desk(tmp_path, made.items(1, **prompt))
+    assert desk.ann.state()['task']['prompt'] == [['', ' Hi']]
+
+
 def test_guidelines_go_with_their_dimension(tmp_path):
     guideline = {'helpful': '# Help', 'brief': '# Short'}
     desk = Desk(tmp_path, made.items(1), dimensions=[*guideline], guideline=guideline)

@@ -1,18 +1,17 @@
 """Who says which response is better: functions, simulated people, a model."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
-from rlhf_jax.data.tokenizer import encode, word_tokenizer
+from rlhf_jax.data.tokenizer import encode
 from rlhf_jax.labels import judge
 from rlhf_jax.labels.exchange import add_labels
 from rlhf_jax.labels.judge import demonstrations, read_prompt
-from rlhf_jax.labels.records import Item, Label, read_items, read_labels
+from rlhf_jax.labels.records import Label, read_items, read_labels
 from rlhf_jax.labels.store import DATABASE, open_store, read_stage
 from rlhf_jax.main import launch
 from rlhf_jax.stages import batches, judging
@@ -313,15 +312,23 @@ def test_items_that_are_too_long_for_the_judge_are_left_out_and_counted(
             assert probability == pytest.approx(before[name], abs=1e-5)
 
 
-def test_a_judge_reads_templated_prompts_without_their_control_tokens():
-    tokenizer = word_tokenizer(['hello'])
-    tokenizer.add_special_tokens({'additional_special_tokens': ['<|turn|>']})
-    texts = dict(prompt='<|turn|> hello', completions=(' <|turn|>', ' b'))
-    for templated, wanted in ((True, ' hello'), (False, '<|turn|> hello')):
-        item = Item(item='0', templated=templated, **texts)
-        one, other = model._both_orders(SimpleNamespace(tokenizer=tokenizer), item, {})
-        assert one == {'prompt': wanted, 'first': ' <|turn|>', 'second': ' b'}
-        assert other == {'prompt': wanted, 'first': ' b', 'second': ' <|turn|>'}
+def test_labellers_read_templated_prompts_without_control_tokens(tmp_path, finished):
+    path = tmp_path / 'pairs.jsonl'
+    pair = {'chosen': ' Anna', 'rejected': ' Ben'}
+    judge = dict(by='model', judge=f'{finished}/sft', judge_batch_size=8)
+    config = labelled(responses=f'jsonl:{path}', labels=(' right', ' wrong'), **judge)
+    tokenizer = load_run_tokenizer(config)
+    pair['prompt'] = f'{tokenizer.eos_token} News'
+    files.write_rows(path, [pair, pair | {'templated': True}])
+    launch(config, tmp_path / 'run')
+    plain, item = read_items(tmp_path / 'run' / 'said' / 'items.jsonl')
+    assert plain.readable is None and item.readable == ' News'
+    one, other = model._both_orders(item, {})
+    first, second = item.completions
+    assert one == {'prompt': ' News', 'first': first, 'second': second}
+    assert other == {'prompt': ' News', 'first': second, 'second': first}
+    shown = rows(tmp_path / 'run' / 'said' / 'records.jsonl')
+    assert all(row['prompt'] == item.prompt for row in shown)
 
 
 def test_text_that_looks_like_a_place_is_no_place(tmp_path):

@@ -20,7 +20,6 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax.data.chat import readable
 from rlhf_jax.labels.constitution import Principle, draw, read_constitution
 from rlhf_jax.labels.judge import COMPARE, PRINCIPLE, flat, read_prompt
 from rlhf_jax.labels.records import Item, Label
@@ -103,7 +102,7 @@ def label(asked: Asked) -> Answered:
             dataclasses.replace(item, why=one.id) for item, one in zip(items, drawn)
         ]
     by_id = {one.id: one.preference_question for one in principles}
-    questions = [_both_orders(asked.run, item, by_id) for item in items]
+    questions = [_both_orders(item, by_id) for item in items]
     fits = fitting(judge, [question for both in questions for question in both])
     short = [all(fits[2 * i : 2 * i + 2]) for i in range(len(items))]
     about = {
@@ -163,15 +162,11 @@ def _batches(
         yield Batch(rows)
 
 
-def _both_orders(
-    run: Run, item: Item, questions: dict[str, str | None]
-) -> list[dict[str, str]]:
+def _both_orders(item: Item, questions: dict[str, str | None]) -> list[dict[str, str]]:
     """What stands in the places of the prompt file, in the one order and the other."""
     principle = {} if item.why is None else {'principle': questions[item.why]}
     first, second = item.completions
-    prompt = flat(item.prompt)
-    if item.templated:  # by the policy's template, whose control tokens are not text
-        prompt = readable(run.tokenizer, prompt)
+    prompt = flat(item.prompt) if item.readable is None else item.readable
     asked = {'prompt': prompt, **principle}
     return [
         asked | {'first': first, 'second': second},
