@@ -25,7 +25,7 @@ import json
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.ladder import COPYING, DATA, GOLD
+from configs.ladder import COPYING, DATA, GOLD, LENGTHS
 from configs.rlaif import demonstrations
 from rlhf_jax.config import parse_arg
 from rlhf_jax.datasets import tiny_critiques
@@ -79,8 +79,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         gold=GOLD,
         rewards=COUNTS,
         eval_batch_size=32 if arg.smoke else 128,
-        prompt_buckets=(56,),
-        max_new_tokens=28,
+        **LENGTHS,
     )
     config.measured = stage('evaluate', policy='sft_2', reference=first, **held_out)
     config.paired = revising(
@@ -139,8 +138,7 @@ def preferring(config: ConfigDict, arg: ConfigDict, prompts: str) -> None:
         prompts=prompts,
         num_samples=2,
         rewards=COUNTS,
-        prompt_buckets=(56,),
-        max_new_tokens=28,
+        **LENGTHS,
     )
     config.preferred = stage(
         'label',
@@ -169,8 +167,7 @@ def revising(arg: ConfigDict, policy: str, prompts: str, **settings: str) -> Con
         revision_prompt=str(tiny_critiques.REVISION),
         rounds=arg.rounds,
         batch_size=32 if arg.smoke else 128,
-        prompt_buckets=(56,),
-        max_new_tokens=28,
+        **LENGTHS,
         critique_buckets=(96, 160),
         max_critique_tokens=60,
         critic_temperature=0.0,

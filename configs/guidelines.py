@@ -17,7 +17,7 @@ take sft from; ``smoke``, ``seed=N``.
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.ladder import DATA
+from configs.ladder import DATA, LENGTHS
 from configs.rlaif import simulated
 from rlhf_jax.config import parse_arg
 from rlhf_jax.stages.kinds import stage
@@ -43,8 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         policy=start,
         prompts=f'{DATA}/prompts:train[:{64 if own.smoke else own.count}]',
         num_samples=2,
-        prompt_buckets=ppo['prompt_buckets'],
-        max_new_tokens=ppo['max_new_tokens'],
+        **LENGTHS,
     )
     stages = [*([] if own['from'] else ['sft']), 'drawn']
     for guideline in ('helpful', 'brief', 'wordy'):

@@ -32,8 +32,8 @@ from rlhf_jax.stages.settings import ModelSettings
 
 DATA = 'tfds:tiny_tldr'
 GOLD = dict(fn='rlhf_jax.datasets.tiny_tldr:gold')
-# Of a stage that learns to copy from a text far back. Muon seemed to learn it in fewer
-# steps than AdamW.
+LENGTHS = dict(prompt_buckets=(56,), max_new_tokens=28)  # of the tiny world
+# Muon seemed to learn copying from far back in fewer steps than AdamW.
 COPYING = dict(
     name='muon',
     learning_rate=1e-2,
@@ -148,9 +148,8 @@ def judged(arg: ConfigDict) -> dict[str, Any]:
         return {
             'eval_prompts': f'{held_out}[:32]' if arg.smoke else held_out,
             'gold': GOLD,
-            'prompt_buckets': (56,),
-            'max_new_tokens': 28,
             'eval_batch_size': rows,
+            **LENGTHS,
         }
     return {
         'eval_prompts': f'{arg.prompts or arg.data}[{"99%" if arg.smoke else "90%"}:]',

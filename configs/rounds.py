@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from configs.ladder import DATA, GOLD
+from configs.ladder import DATA, GOLD, LENGTHS
 from configs.rlaif import simulated
 from rlhf_jax.config import parse_arg
 from rlhf_jax.stages.kinds import stage
@@ -125,8 +125,7 @@ def one_round(
             policy=policy,
             prompts=f'{DATA}/prompts:{prompts}',
             num_samples=2,
-            prompt_buckets=ppo['prompt_buckets'],
-            max_new_tokens=ppo['max_new_tokens'],
+            **LENGTHS,
             rewards={'gold': GOLD},  # for the report
         )
 
