@@ -135,7 +135,7 @@ def to_demonstration(
         ValueError: messages, and the tokenizer has no chat template.
     """
     name = answer_field(record)
-    if name == 'chosen' and (probability := _how_sure(record)[0]) < 0.5:
+    if name == 'chosen' and (probability := how_sure(record)[0]) < 0.5:
         raise BadRecord(
             f'{record.where}: chosen is the worse answer (probability '
             f'{probability:g}); swap chosen and rejected, or leave it out'
@@ -193,16 +193,21 @@ def to_comparison(record: SourceRecord, tokenizer: PreTrainedTokenizerBase) -> J
     margin = number_of(record, 'margin', fields.get('margin', 0.0))
     for name in GOLD:
         number_of(record, name, fields.get(name, 0.0))
-    probability, tied = _how_sure(record)
+    probability, tied = how_sure(record)
     meta = other_fields(fields, 'margin', 'probability', 'tie')
     sides = {'chosen': chosen, 'rejected': rejected}
     how = margin, probability, tied
     return Judged(prompt, sides, None, meta, record.where, templated, *how)
 
 
-def _how_sure(record: SourceRecord) -> tuple[float, bool]:
-    """The probability that the chosen answer is the better one, ½ of a tie, and whether
-    it is one; else BadRecord.
+def how_sure(record: SourceRecord) -> tuple[float, bool]:
+    """How sure it is that the chosen answer of a comparison is the better one.
+
+    Returns:
+        (probability, ½ of a tie; whether it is a tie).
+
+    Raises:
+        BadRecord: no such probability, or a tie that has one.
     """
     fields = record.present
     tie = fields.get('tie', False)

@@ -23,6 +23,7 @@ import numpy as np
 
 from rlhf_jax.config import load_dotted
 from rlhf_jax.data import sources
+from rlhf_jax.data.formats import how_sure
 from rlhf_jax.files import named_path
 
 COMPARE = Path(__file__).with_name('judge_compare.txt')
@@ -108,8 +109,9 @@ def demonstrations(
 
         python:rlhf_jax.labels.judge:demonstrations?data=jsonl:pairs.jsonl
 
-    A comparison gives one, which is answered by a label, and where the judge reasons
-    first one of that besides.
+    A comparison gives one, which is answered by the label of the response that is more
+    likely the better one, and where the judge reasons first one of that besides. Ties
+    give none.
 
     Args:
         data: a data spec of comparisons of texts.
@@ -143,6 +145,11 @@ def demonstrations(
         pair = [record.fields.get(side) for side in ('chosen', 'rejected')]
         if not all(isinstance(text, str) for text in pair):
             raise ValueError(f'{record.where}: chosen or rejected is no text')
+        probability, _ = how_sure(record)
+        if probability == 0.5:
+            continue
+        if probability < 0.5:
+            pair.reverse()
         is_first = bool(rng.random() < 0.5)
         one, other = pair if is_first else pair[::-1]
         asked = flat(record.fields.get('prompt', ''))

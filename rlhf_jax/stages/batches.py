@@ -6,6 +6,7 @@ has a key of its own, comes to the same rows. Read ``stages/sample.py`` next.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -28,14 +29,15 @@ class Batch(NamedTuple):
 def write_batches(
     folder: Path,
     make: Callable[[int], Iterable[Batch]],
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """All rows of a stage.
 
     Args:
         folder: of the stage; the rows stand there until :func:`remove_batches`.
         make: the batches from a number on.
-        about: by name, contents of files that every batch depends on, in JSON's types.
+        about: by name, what every batch depends on and a file may have changed, in
+            JSON's types.
 
     Returns:
         (rows, counts), of batches from before a kill too.
@@ -44,13 +46,13 @@ def write_batches(
         ValueError: ``about`` has changed since the first batch.
     """
     path, progress = folder / ROWS, folder / PROGRESS
-    about = dict(about or {})
-    done = {'batches': 0, 'bytes': 0, 'counts': {}, 'about': about}
+    marks = {name: _digest(content) for name, content in about.items()}
+    done = {'batches': 0, 'bytes': 0, 'counts': {}, 'about': marks}
     again = f'`rm {progress}` to begin anew'
     if path.exists() and progress.exists():
         done = files.read_json(progress, again)
-        for name, content in about.items():
-            if done['about'].get(name) != content:
+        for name, mark in marks.items():
+            if done['about'].get(name) != mark:
                 raise ValueError(
                     f'{name} has changed since {path} was begun; put it back, or '
                     f'{again}'
@@ -71,6 +73,11 @@ def write_batches(
 
 
 def remove_batches(folder: Path) -> None:
-    """Removes them, once what the stage makes of them is written."""
-    (folder / PROGRESS).unlink()
-    (folder / ROWS).unlink()
+    """Removes them, if there are any, once what the stage makes of them is written."""
+    for name in (PROGRESS, ROWS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

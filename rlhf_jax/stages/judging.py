@@ -17,7 +17,7 @@ import numpy as np
 from rlhf_jax.algos.preference import reference_logps
 from rlhf_jax.data import chat
 from rlhf_jax.data.joining import decode_behind, find_joint, last_id, open_prompts
-from rlhf_jax.data.tokenizer import check_vocabulary
+from rlhf_jax.data.tokenizer import check_vocabulary, special_tokens
 from rlhf_jax.labels.judge import JudgePrompt
 from rlhf_jax.ops.rows import pad_left, pad_right
 from rlhf_jax.sharding import check_batch_size
@@ -96,18 +96,23 @@ def check_judge(
 
 
 def fitting(judge: Judge, questions: Sequence[dict[str, str]]) -> list[bool]:
-    """Which filled prompts, with their longest label, are within the judge's buckets;
-    of one with reasoning, the part in front of it.
+    """Which filled prompts are within the judge's buckets; see :func:`tokens_of`."""
+    longest = judge.hp.judge_buckets[-1]
+    return [tokens <= longest for tokens in tokens_of(judge, questions)]
+
+
+def tokens_of(judge: Judge, questions: Sequence[dict[str, str]]) -> list[int]:
+    """Tokens of every filled prompt with its longest label, but without what the judge
+    writes at ``{reasoning}``, for which there is room beside the buckets.
     """
-    texts = [judge.prompt.fill(**question) for question in questions]
-    rows = _opened(judge, texts, [''] * len(texts))
-    room = judge.hp.judge_buckets[-1]
-    if judge.prompt.after is None:
-        labels = find_joint(judge.tokenizer).encode(
-            [None] * len(judge.labels), list(judge.labels)
-        )
-        room -= max(map(len, labels))
-    return [len(row) <= room for row in rows]
+    rows = _opened(judge, [judge.prompt.fill(**question) for question in questions])
+    joint = find_joint(judge.tokenizer)
+    labels = joint.encode([None] * len(judge.labels), list(judge.labels))
+    ends = joint.encode(
+        [None] * len(rows), [judge.prompt.fill_after(**q) for q in questions]
+    )
+    longest = max(map(len, labels))
+    return [len(row) + len(end) + longest for row, end in zip(rows, ends)]
 
 
 # (values of the places of each filled prompt, key of the reasoning) -> probabilities
@@ -139,31 +144,30 @@ def load_judge(run: Run, judge: Judge, key: PRNGKey) -> Ask:
     def ask(
         questions: Sequence[dict[str, str]], key: PRNGKey
     ) -> tuple[np.ndarray, Any]:
-        texts, thoughts = [judge.prompt.fill(**q) for q in questions], None
-        begun = [''] * len(texts)
-        if reason is not None:
-            thoughts = reason(_opened(judge, texts, begun), key)
-            begun = [
-                thought + judge.prompt.fill_after(**q)
-                for thought, q in zip(thoughts, questions)
-            ]
-        return _likelihoods(judge, sums, params, _opened(judge, texts, begun)), thoughts
+        rows = _opened(judge, [judge.prompt.fill(**q) for q in questions])
+        if reason is None:
+            return _likelihoods(judge, sums, params, rows), None
+        # What the judge has written stands behind the prompt as an answer does.
+        rows, thoughts = reason(rows, key)
+        ends = find_joint(judge.tokenizer).encode(
+            [last_id(row) for row in rows],
+            [judge.prompt.fill_after(**q) for q in questions],
+        )
+        rows = [row + end for row, end in zip(rows, ends)]
+        return _likelihoods(judge, sums, params, rows), thoughts
 
     return ask
 
 
-def _opened(judge: Judge, texts: list[str], begun: list[str]) -> list[list[int]]:
-    """Tokens of filled prompts, each with the beginning of the judge's answer."""
+def _opened(judge: Judge, texts: list[str]) -> list[list[int]]:
+    """Tokens of filled prompts."""
     whole = judge.hp.prompt_format == 'chat'
     if whole:
         texts = [
             chat.open_prompt([{'role': 'user', 'content': text}], judge.tokenizer)
             for text in texts
         ]
-    # What the judge has written stands behind the prompt as an answer does.
-    rows = open_prompts(judge.tokenizer, texts, [whole] * len(texts))
-    answers = find_joint(judge.tokenizer).encode([last_id(r) for r in rows], begun)
-    return [row + answer for row, answer in zip(rows, answers)]
+    return open_prompts(judge.tokenizer, texts, [whole] * len(texts))
 
 
 def _fitting(judge: Judge, lengths: Sequence[int], extra: int = 0) -> int:
@@ -226,31 +230,39 @@ def _shares(logps: np.ndarray, labels: list[list[int]]) -> np.ndarray:
 
 def _reasoner(
     run: Run, judge: Judge, model: Any, params: Any
-) -> Callable[[list[list[int]], PRNGKey], list[str]]:
-    """A function that samples what the judge writes behind some tokens."""
+) -> Callable[[list[list[int]], PRNGKey], tuple[list[list[int]], list[str]]]:
+    """A function that samples what the judge writes behind some tokens: (both, without
+    EOS and other special tokens; what was written, as texts).
+    """
     hp = judge.hp
     settings = SamplerSettings(
         prompt_buckets=hp.judge_buckets, max_new_tokens=hp.max_reasoning_tokens
     )
     own = dataclasses.replace(run, tokenizer=judge.tokenizer)
     sampler = make_sampler(own, settings, hp.reasoning_temperature, model)
+    special = set(special_tokens(judge.tokenizer).values())
 
-    def reason(rows: list[list[int]], key: PRNGKey) -> list[str]:
-        texts: list[str] = []
+    def reason(
+        rows: list[list[int]], key: PRNGKey
+    ) -> tuple[list[list[int]], list[str]]:
+        whole: list[list[int]] = []
+        thoughts: list[str] = []
         size = hp.judge_batch_size
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            whole = part + part[-1:] * (size - len(part))
-            tokens, mask = pad_left(whole, _fitting(judge, list(map(len, whole))))
+            filled = part + part[-1:] * (size - len(part))
+            tokens, mask = pad_left(filled, _fitting(judge, list(map(len, filled))))
             index = np.arange(first, first + size, dtype=np.int32)
             batch = PromptBatch(tokens=tokens, mask=mask, index=index)
             drawn = sampler(params, batch, jax.random.fold_in(key, first))
             ids, said = jax.device_get((drawn.tokens, drawn.response_mask))
-            texts += decode_behind(
-                judge.tokenizer,
-                [row[-1] for row in part],
-                [ids[i, said[i]] for i in range(len(part))],
-            )
-        return texts
+            written = [
+                [x for x in ids[i, said[i]].tolist() if x not in special]
+                for i in range(len(part))
+            ]
+            whole += [row + more for row, more in zip(part, written)]
+            before = [row[-1] for row in part]
+            thoughts += decode_behind(judge.tokenizer, before, written)
+        return whole, thoughts
 
     return reason

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_jax import files
 from rlhf_jax.data import sources
 from rlhf_jax.data.chat import readable
-from rlhf_jax.data.formats import GOLD, number_of, text_of, to_turns
+from rlhf_jax.data.formats import GOLD, how_sure, number_of, text_of, to_turns
 from rlhf_jax.labels.aggregation import METHODS, Method
 from rlhf_jax.labels.agreement import report as report_agreement
 from rlhf_jax.labels.judge import flat
@@ -29,6 +29,7 @@ from rlhf_jax.labels.records import Item, Label, to_row
 from rlhf_jax.labels.store import ITEMS
 from rlhf_jax.pages import labels as pages
 from rlhf_jax.ranges import at_least
+from rlhf_jax.stages.batches import remove_batches
 from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.labellers import Asked, load_labeller
 from rlhf_jax.stages.run import RECORDS, Result, Run
@@ -127,7 +128,7 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
         elif fields['chosen'] == fields['rejected']:
             repeated += 1
         else:
-            compared.append(_sides(fields))
+            compared.append(_sides(record))
     if compared and form != 'comparison':
         raise ValueError(
             f'{where}.responses are comparisons, and a {form} is asked; take those of '
@@ -169,11 +170,16 @@ def _check_record(record: sources.SourceRecord, where: str) -> None:
             number_of(record, name, value)
 
 
-def _sides(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sides(record: sources.SourceRecord) -> tuple[dict[str, Any], dict[str, Any]]:
     """A comparison as its two responses, with what is known of each; ``known`` is
-    whether it was the chosen one.
+    whether it was the better one, where one was.
     """
-    shared = {k: v for k, v in fields.items() if not k.startswith(SIDES)}
+    fields, (probability, _) = record.fields, how_sure(record)
+    shared = {
+        k: v
+        for k, v in fields.items()
+        if not (k.startswith(SIDES) or k in ('first_chosen', 'was_chosen'))
+    }
     found = []
     for side, other in (SIDES, SIDES[::-1]):
         response = {k: v for k, v in shared.items() if not k.endswith(f'_{other}')}
@@ -181,9 +187,9 @@ def _sides(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             if name.endswith(f'_{side}'):
                 score = name.removesuffix(f'_{side}')
                 response[f'score_{score}'] = response.pop(name)
-        found.append(
-            {**response, 'completion': fields[side], 'known': side == 'chosen'}
-        )
+        if probability != 0.5:
+            response['known'] = (side == 'chosen') == (probability > 0.5)
+        found.append({**response, 'completion': fields[side]})
     return found[0], found[1]
 
 
@@ -234,6 +240,7 @@ def train(run: Run, job: LabelJob) -> Result:
     files.write_rows(folder / LABELS, map(to_row, labels))
     files.write_rows(folder / RECORDS, records)
     files.write_rows(folder / 'samples.jsonl', _samples(records))
+    remove_batches(folder)  # those of a judge
     report = {
         'prompts': len(job.groups) + len(job.compared),
         'records': len(records),

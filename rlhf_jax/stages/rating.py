@@ -15,10 +15,9 @@ from __future__ import annotations
 import numpy as np
 
 from rlhf_jax.data.chat import readable
-from rlhf_jax.data.tokenizer import encode
 from rlhf_jax.labels.judge import RATE, read_prompt
 from rlhf_jax.responses import Responses, Scored, Scorer
-from rlhf_jax.stages.judging import Judge, check_judge, load_judge
+from rlhf_jax.stages.judging import Judge, check_judge, load_judge, tokens_of
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import RewardSource
 
@@ -52,13 +51,13 @@ def check_rating(run: Run, where: str, source: RewardSource, longest: int) -> Ju
     labels = [f' {number}' for number in range(how.lowest, how.highest + 1)]
     judge = check_judge(run, f'{where}.model', source.model, how, prompt, labels)
     if judge.tokenizer.get_vocab() == run.tokenizer.get_vocab():
-        (frame,) = encode(run.tokenizer, [prompt.fill(prompt='', response='')])
-        needed = len(frame) + longest + max(map(len, labels))
+        (frame,) = tokens_of(judge, [{'prompt': '', 'response': ''}])
+        needed = frame + longest
         if needed > how.judge_buckets[-1]:
             raise ValueError(
                 f'{where}.rating.judge_buckets={how.judge_buckets}: {prompt.where} has '
-                f'{len(frame)} tokens, prompts and responses up to {longest}; use a '
-                f'last bucket of {needed}'
+                f'{frame} tokens with a label, prompts and responses up to {longest}; '
+                f'use a last bucket of {needed}'
             )
     return judge
 

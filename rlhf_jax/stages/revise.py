@@ -249,6 +249,7 @@ def train(run: Run, job: ReviseJob) -> Result:
             dataclasses.asdict(p) | {'where': None} for p in job.principles
         ],
         'a prompt file': [[t.text, t.turn] for t in job.templates],
+        str(settings.prompts): [one.source.fields for one in job.asked],
     }
     found, counts = write_batches(
         folder, lambda start: _batches(run, job, start), about

@@ -154,7 +154,8 @@ def train(run: Run, job: SampleJob) -> Result:
     """Samples, scores and writes, batch by batch."""
     clock = time.monotonic()
     folder, settings = run.stage_dir(job.stage), job.settings
-    rows, _ = write_batches(folder, lambda start: _batches(run, job, start))
+    about = {str(settings.prompts): [one.prompt for one in job.prompts.records]}
+    rows, _ = write_batches(folder, lambda start: _batches(run, job, start), about)
     files.write_rows(folder / RECORDS, rows)
     report = _report(job, rows)
     files.write_rows(folder / 'samples.jsonl', report.pop('samples'))

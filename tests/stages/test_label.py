@@ -1,6 +1,7 @@
 """Who says which response is better: functions, simulated people, a model."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from rlhf_jax.labels.store import DATABASE, open_store, read_stage
 from rlhf_jax.main import launch
 from rlhf_jax.stages import batches, judging
 from rlhf_jax.stages.kinds import stage
-from rlhf_jax.stages.labellers import model
+from rlhf_jax.stages.labellers import crowd, model
 from rlhf_jax.stages.run import load_run_tokenizer
 from tests.small_config import get_config
 from tests.test_main import fails, never_compiled  # noqa: F401
@@ -79,6 +80,50 @@ def test_comparisons_are_labelled_anew_softly(tmp_path):
         item.facts[0]['known'] for item in read_items(tmp_path / 'said/items.jsonl')
     }
     assert firsts == {True, False}
+
+
+def test_labels_are_labelled_anew_by_what_they_say(tmp_path):
+    path = tmp_path / 'pairs.jsonl'
+    pair = {'prompt': 'p', 'chosen': ' long', 'rejected': ' x', 'gold_chosen': 2.0}
+    pair |= {'gold_rejected': 1.0, 'first_chosen': False, 'was_chosen': True}
+    how = [{}, {'probability': 0.9}, {'probability': 0.2}, {'tie': True}]
+    pairs = [pair | {'prompt': f'p{i}'} | more for i, more in enumerate(how)]
+    files.write_rows(path, pairs)
+    config = labelled(responses=f'jsonl:{path}', fn=f'{HERE}:sure')
+    report = launch(config, tmp_path / 'run')['stages']['said']
+    found = {row['prompt']: row for row in rows(tmp_path / 'run/said/records.jsonl')}
+    known = [found[f'p{i}'].get('was_chosen') for i in range(4)]
+    assert known == [True, True, False, None]
+    assert report['known_agreement'] == pytest.approx(2 / 3)
+    for row in found.values():
+        assert row['chosen'] == ' long' and row['gold_chosen'] == 2.0
+        (item,) = [
+            x
+            for x in read_items(tmp_path / 'run/said/items.jsonl')
+            if x.prompt == row['prompt']
+        ]
+        assert row['first_chosen'] == (item.completions[0] == ' long')
+        assert not {'first_rejected', 'was_rejected'} & {*row}
+
+
+def test_known_items_are_as_sure_as_their_comparisons(tmp_path):
+    path = tmp_path / 'gold.jsonl'
+    pair = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
+    how = [{}, {'probability': 0.9}, {'tie': True}, {'dimension': 'brief'}]
+    tokenizer = load_run_tokenizer(labelled())
+    text = {'prompt': f'{tokenizer.eos_token} p', 'templated': True}
+    files.write_rows(path, [pair | more for more in [*how, text]])
+    run = SimpleNamespace(tokenizer=tokenizer)
+    found = crowd.known_items(run, f'jsonl:{path}', 'config.said.gold', 'gold')
+    assert [item.known['probability'] for item in found] == [
+        1.0,
+        pytest.approx(0.1),  # turned round
+        0.5,
+        0.0,
+        1.0,
+    ]
+    assert [item.known.get('dimension') for item in found[2:4]] == [None, 'brief']
+    assert found[4].readable == ' p' and found[0].readable is None
 
 
 def test_simulated_people_answer_each_for_themselves(tmp_path):
@@ -219,7 +264,11 @@ def test_a_killed_judge_goes_on_and_says_the_same(finished, tmp_path):
     """Killed in front of the second of three batches, with reasoning, which draws."""
     path = tmp_path / 'judge.txt'
     path.write_text('{prompt} {first}\nReport: {second}\n{reasoning}\nIt is\n')
+    pairs = tmp_path / 'pairs.jsonl'
+    files.write_rows(pairs, [record.fields for record in sources.read(PAIRS)])
+    assert 'Anna' in pairs.read_text()
     config = labelled(
+        responses=f'jsonl:{pairs}',
         by='model',
         judge=f'{finished}/sft',
         prompt_file=str(path),
@@ -251,9 +300,37 @@ def test_a_killed_judge_goes_on_and_says_the_same(finished, tmp_path):
         one, other = (tmp_path / run / 'said' / name for run in ('whole', 'killed'))
         assert one.read_bytes() == other.read_bytes()
     assert not (tmp_path / 'killed' / 'said' / batches.ROWS).exists()
-    path.write_text('{prompt} {first}\nReport: {second}\n{reasoning}\nIt was\n')
+    was = path.read_text()
+    path.write_text(was.replace('is', 'was'))
     with pytest.raises(ValueError, match='the prompt file .*judge.txt has changed'):
         launch(config, tmp_path / 'changed')
+    path.write_text(was)
+    pairs.write_text(pairs.read_text().replace('Anna', 'Ben'))
+    with pytest.raises(ValueError, match='what config.said.responses gives has chang'):
+        launch(config, tmp_path / 'changed')
+
+
+def test_what_follows_the_reasoning_is_counted_before_it_is_asked(finished, tmp_path):
+    """Untrained, the judge writes as much as it may."""
+    path = tmp_path / 'judge.txt'
+    path.write_text('{prompt} {first} {second}{reasoning} It is the last part of it')
+    settings = dict(
+        by='model',
+        judge=f'{finished}/sft',
+        prompt_file=str(path),
+        labels=(' right', ' wrong'),
+        judge_batch_size=8,
+        max_reasoning_tokens=3,
+    )
+    launch(labelled(judge_buckets=(128,), **settings), tmp_path / 'all')
+    tokenizer, lengths = load_run_tokenizer(labelled()), []
+    for item in read_items(tmp_path / 'all' / 'said' / 'items.jsonl'):
+        text = f'{item.prompt} {" ".join(text.strip() for text in item.completions)}'
+        lengths.append(len(encode(tokenizer, [text])[0]) + 8)  # 7 words and the label
+    limit = sorted(lengths)[5]
+    short = sum(length <= limit for length in lengths)
+    report = launch(labelled(judge_buckets=(limit,), **settings), tmp_path / 'short')
+    assert report['stages']['said']['records'] == short < 12
 
 
 def test_a_judge_goes_by_principles_of_a_constitution(finished, tmp_path):
@@ -343,12 +420,15 @@ def test_text_that_looks_like_a_place_is_no_place(tmp_path):
 def test_comparisons_teach_a_judge(tmp_path):
     path = tmp_path / 'pairs.jsonl'
     pairs = [
-        {'prompt': f'p{i}', 'chosen': 'good', 'rejected': 'bad'} for i in range(50)
+        {'prompt': f'p{i}', 'chosen': 'good', 'rejected': 'bad'} for i in range(49)
     ]
-    files.write_rows(path, pairs)
+    turned = {'chosen': 'bad', 'rejected': 'good', 'probability': 0.1}
+    tie = {'prompt': 'tie', 'chosen': 'a', 'rejected': 'b', 'tie': True}
+    files.write_rows(path, [*pairs, {'prompt': 'p49', **turned}, tie])
     prompt = tmp_path / 'prompt.txt'
     prompt.write_text('{prompt}:{first}/{second}=')
     found = demonstrations(f'jsonl:{path}', str(prompt), '["A", "B"]')
+    assert len(found) == 50
     for i, row in enumerate(found):
         order = 'good/bad' if row['completion'] == 'A' else 'bad/good'
         assert row['prompt'] == f'p{i}:{order}='

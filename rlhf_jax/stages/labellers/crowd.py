@@ -11,8 +11,11 @@ from typing import Annotated
 import numpy as np
 
 from rlhf_jax.data import sources
-from rlhf_jax.labels.records import Item
+from rlhf_jax.data.chat import readable
+from rlhf_jax.data.formats import how_sure
+from rlhf_jax.labels.records import Item, Purpose
 from rlhf_jax.ranges import at_least, between
+from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import DataSpec
 
 
@@ -44,8 +47,9 @@ def check_crowd(where: str, hp: CrowdHParams) -> None:
         )
 
 
-def known_items(spec: str | None, where: str, purpose: str) -> list[Item]:
-    """Items whose answer is known, of comparisons; every second is turned round.
+def known_items(run: Run, spec: str | None, where: str, purpose: Purpose) -> list[Item]:
+    """Items whose answer is known, of comparisons, in their ``dimension`` if they have
+    one; every second is turned round.
 
     Raises:
         ValueError: a record that is no comparison.
@@ -59,16 +63,24 @@ def known_items(spec: str | None, where: str, purpose: str) -> list[Item]:
                 f'{record.where}: {where}={spec!r} takes comparisons of texts: prompt, '
                 'chosen, rejected'
             )
-        first_is_better = number % 2 == 0
+        probability, _ = how_sure(record)
+        if number % 2:
+            pair, probability = pair[::-1], 1 - probability
+        known = {'probability': probability}
+        if fields.get('dimension') is not None:
+            known['dimension'] = fields['dimension']
+        templated = fields.get('templated', False) is True
+        prompt = fields['prompt']
         items.append(
             Item(
                 item=f'{purpose}-{number}',
-                prompt=fields['prompt'],
-                completions=tuple(pair if first_is_better else pair[::-1]),
+                prompt=prompt,
+                completions=tuple(pair),
                 purpose=purpose,
-                known={'probability': float(first_is_better)},
+                known=known,
                 why=fields.get('why'),
-                templated=fields.get('templated', False) is True,
+                templated=templated,
+                readable=readable(run.tokenizer, prompt) if templated else None,
             )
         )
     return items

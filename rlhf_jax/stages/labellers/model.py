@@ -24,7 +24,7 @@ from rlhf_jax.labels.constitution import Principle, draw, read_constitution
 from rlhf_jax.labels.judge import COMPARE, PRINCIPLE, flat, read_prompt
 from rlhf_jax.labels.records import Item, Label
 from rlhf_jax.ranges import Range
-from rlhf_jax.stages.batches import Batch, remove_batches, write_batches
+from rlhf_jax.stages.batches import Batch, write_batches
 from rlhf_jax.stages.console import tell
 from rlhf_jax.stages.judging import Judge, check_judge, fitting, load_judge
 from rlhf_jax.stages.labellers import Answered, Asked, Asks
@@ -111,6 +111,7 @@ def label(asked: Asked) -> Answered:
             judge.prompt.after,
         ],
         f'the constitution {hp.constitution}': by_id,
+        f'what {asked.where}.responses gives': questions,
     }
     read = [both for both, ok in zip(questions, short) if ok]
     said, _ = write_batches(
@@ -127,7 +128,6 @@ def label(asked: Asked) -> Answered:
         thoughts = answer['thoughts']
         note = None if thoughts is None else '\n---\n'.join(thoughts)
         labels.append(Label(**who, probability=answer['probability'], note=note))
-    remove_batches(asked.folder)
     facts = _facts(said)
     if left_out := short.count(False):
         facts['judge_too_long'] = left_out

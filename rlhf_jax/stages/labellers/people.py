@@ -76,8 +76,8 @@ def check(run: Run, where: str, hp: HParams) -> Checked:
                 f'{where}.{name} are comparisons, and form={hp.form!r} is asked; '
                 'remove it'
             )
-    known = known_items(hp.training, f'{where}.training', 'training')
-    known += known_items(hp.gold, f'{where}.gold', 'gold')
+    known = known_items(run, hp.training, f'{where}.training', 'training')
+    known += known_items(run, hp.gold, f'{where}.gold', 'gold')
     guideline = {}
     for dimension, name in hp.guidelines.items():
         path = named_path(name)

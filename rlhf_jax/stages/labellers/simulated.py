@@ -57,7 +57,7 @@ def check(run: Run, where: str, hp: HParams) -> Checked:
     """
     check_crowd(where, hp)
     fn = load_dotted(hp.fn, f'{where}.fn')
-    return Checked(fn, known_items(hp.gold, f'{where}.gold', 'gold'))
+    return Checked(fn, known_items(run, hp.gold, f'{where}.gold', 'gold'))
 
 
 def label(asked: Asked) -> Answered:
