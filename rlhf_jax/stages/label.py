@@ -239,7 +239,7 @@ def train(run: Run, job: LabelJob) -> Result:
     files.write_rows(folder / ITEMS, map(to_row, items))
     files.write_rows(folder / LABELS, map(to_row, labels))
     files.write_rows(folder / RECORDS, records)
-    files.write_rows(folder / 'samples.jsonl', _samples(records))
+    files.write_rows(folder / 'samples.jsonl', _samples(records, labels))
     remove_batches(folder)  # those of a judge
     report = {
         'prompts': len(job.groups) + len(job.compared),
@@ -307,9 +307,17 @@ def _has_gold(row: dict[str, Any]) -> bool:
     return 'gold_chosen' in row and 'gold_rejected' in row
 
 
-def _samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first comparisons, ratings or rankings, for the page."""
-    shown = []
+def _samples(
+    records: list[dict[str, Any]], labels: list[Label]
+) -> list[dict[str, Any]]:
+    """The first comparisons, ratings or rankings, with what labellers noted (of a judge
+    its reasoning), for the page.
+    """
+    shown, notes = [], {}
+    for label in labels:
+        if label.note:
+            said = f'\n{label.labeller} notes: {label.note.strip()}'
+            notes[label.item] = notes.get(label.item, '') + said
     for row in records[:SHOWN]:
         text = row.get('completion')
         if 'chosen' in row:
@@ -317,6 +325,7 @@ def _samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if 'completions' in row:
             lines = zip(row['completions'], _columns(row['ranks']))
             text = '\n'.join(f'{rank}: {completion}' for completion, rank in lines)
+        text += notes.get(row['item'], '')
         shown.append({'prompt': flat(row['prompt']), 'response': text})
         score = row.get('probability', row.get('rating'))
         shown[-1] |= {} if score is None else {'score': score}

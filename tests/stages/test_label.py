@@ -258,6 +258,8 @@ def test_reasoning_is_written_and_then_read(finished, tmp_path):
     assert all(0.45 <= x.probability <= 0.55 for x in labels)
     assert all('\n---\n' in x.note for x in labels)
     assert report['stages']['said']['judge_reasoning_characters'] > 0
+    shown, noted = rows(tmp_path / 'run' / 'said' / 'samples.jsonl'), labels[0].note
+    assert shown[0]['response'].endswith(f'/sft notes: {noted.strip()}')
 
 
 def test_a_killed_judge_goes_on_and_says_the_same(finished, tmp_path):
