@@ -20,7 +20,7 @@ from rlhf_jax.labels.judge import RATE, read_prompt
 from rlhf_jax.responses import Responses, Scored, Scorer
 from rlhf_jax.stages.judging import Judge, check_judge, load_judge
 from rlhf_jax.stages.run import Run
-from rlhf_jax.stages.settings import RewardSource
+from rlhf_jax.stages.settings import RatingSettings, RewardSource
 
 
 def check_rating(run: Run, where: str, source: RewardSource, longest: int) -> Judge:
@@ -52,7 +52,7 @@ def check_rating(run: Run, where: str, source: RewardSource, longest: int) -> Ju
     labels = [f' {number}' for number in range(how.lowest, how.highest + 1)]
     judge = check_judge(run, f'{where}.model', source.model, how, prompt, labels)
     if judge.tokenizer.get_vocab() == run.tokenizer.get_vocab():
-        (frame,) = encode(run.tokenizer, [prompt.fill(prompt='', response='')])
+        (frame,) = encode(run.tokenizer, [prompt.fill(**_question(how, '', ''))])
         needed = len(frame) + longest + max(map(len, labels))
         if needed > how.judge_buckets[-1]:
             raise ValueError(
@@ -75,7 +75,13 @@ def make_rater(run: Run, judge: Judge) -> Scorer:
             for prompt, whole in zip(responses.prompts, responses.templated)
         ]
         pairs = zip(prompts, responses.texts)
-        said, _ = ask([{'prompt': p, 'response': text} for p, text in pairs], key)
+        said, _ = ask([_question(judge.hp, p, text) for p, text in pairs], key)
         return Scored(responses.spread((said @ numbers).astype(np.float32)))
 
     return score
+
+
+def _question(how: RatingSettings, prompt: str, response: str) -> dict[str, str]:
+    """What stands at the places of the prompt file."""
+    scale = {'lowest': str(how.lowest), 'highest': str(how.highest)}
+    return {'prompt': prompt, 'response': response, **scale}
