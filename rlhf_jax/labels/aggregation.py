@@ -70,7 +70,6 @@ def aggregate(
     items: Sequence[Item],
     labels: Sequence[Label],
     method: Method,
-    tie_class: Literal['half', 'class'] = 'half',
 ) -> list[Judgement]:
     """One judgement of every pair of completions that somebody judged, in the order of
     the items; of a ranking one for every two of its completions.
@@ -81,8 +80,6 @@ def aggregate(
         items: that were labelled.
         labels: of them; skipped items and those called bad say nothing.
         method: see the module docstring.
-        tie_class: what a tie is to 'dawid_skene': half a label for either, or an answer
-            of its own, by which the answer can be a tie too.
 
     Raises:
         ValueError: an unknown method, labels of unknown items, ratings for a model of
@@ -90,8 +87,6 @@ def aggregate(
     """
     if method not in METHODS:
         raise ValueError(f'method={method!r}; use {", ".join(map(repr, METHODS))}')
-    if tie_class not in ('half', 'class'):
-        raise ValueError(f"tie_class={tie_class!r}; use 'half' or 'class'")
     check_known(items, labels)
     table = answers(labels, items)
     if method == 'none':
@@ -103,14 +98,14 @@ def aggregate(
                 "'share' (their mean) or 'none'"
             )
         return _together(table, {'rating': np.nanmean(table.values, axis=1).tolist()})
-    probability, tie = _pairs(items, table, method, tie_class)
+    probability, tie = _pairs(items, table, method)
     # The last digits of a model depend on where its arrays lie in memory.
     probability = np.round(probability, DIGITS).tolist()
     return _together(table, {'probability': probability, 'tie': tie.tolist()})
 
 
 def _pairs(
-    items: Sequence[Item], table: Answers, method: str, tie_class: str
+    items: Sequence[Item], table: Answers, method: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probability [U], and whether the judgement is a tie [U]."""
     values = table.values
@@ -127,11 +122,8 @@ def _pairs(
     if method == 'bradley_terry':
         probability = bradley_terry(values, *_completions(items, table)).probability
         return probability, np.zeros(len(values), bool)
-    found = dawid_skene(soft_labels(values, tie_class)).posterior
-    if tie_class == 'half':
-        return found[:, 1], np.zeros(len(found), bool)
-    tie = found.argmax(1) == 1
-    return np.where(tie, 0.5, found[:, 2] + found[:, 1] / 2), tie
+    found = dawid_skene(soft_labels(values)).posterior
+    return found[:, 1], np.zeros(len(found), bool)
 
 
 def _single(table: Answers) -> list[Judgement]:
@@ -173,25 +165,16 @@ def _together(table: Answers, columns: dict[str, list[Any]]) -> list[Judgement]:
 # ------------------------------------------------------------------------ Dawid, Skene
 
 
-def soft_labels(
-    values: np.ndarray, tie_class: Literal['half', 'class'] = 'half'
-) -> np.ndarray:
-    """Labels of pairs as weights of the answers, [U, L, C]; 0 where nobody said.
+def soft_labels(values: np.ndarray) -> np.ndarray:
+    """Labels of pairs as weights of the answers second and first, [U, L, 2]: a label p
+    is (1 − p, p), a tie half a label for either; 0 where nobody said.
 
     Args:
         values: [U, L] probability that the first is the better one, NaN for no label.
-        tie_class: 'half' gives the answers second and first, and a label p is
-            (1 − p, p); 'class' gives second, tie and first, and a label the one that is
-            the likeliest.
     """
     known = np.isfinite(values)
     p = np.nan_to_num(values)
-    if tie_class == 'half':
-        weights = np.stack([1 - p, p], axis=-1)
-    else:
-        signs = np.sign(p - 0.5)
-        weights = np.stack([signs < 0, signs == 0, signs > 0], axis=-1).astype(float)
-    return weights * known[..., None]
+    return np.stack([1 - p, p], axis=-1) * known[..., None]
 
 
 def dawid_skene(labels: np.ndarray) -> Confusions:
@@ -253,20 +236,22 @@ def _completions(items: Sequence[Item], table: Answers) -> tuple[np.ndarray, int
 def bradley_terry(values: np.ndarray, pairs: np.ndarray, count: int) -> Utilities:
     """Utilities of completions, and temperatures of labellers.
 
-    p(label l of pair i, j says i) = σ((u_i − u_j)/τ_l),   u ~ N(0, s²)
+    p(label l of pair i, j says i) = σ((u_i − u_j)/τ_l),   u ~ N(0, 1)
 
     The median labeller has temperature 1. One who is no better than chance gets a high
     temperature, and then hardly counts; one who is worse gets no negative one, as
     Dawid and Skene's model has.
 
-    The temperatures maximise the likelihood of the labels with the utilities integrated
-    out, each pair by itself, since with a mode of the utilities one labeller would get
-    all the weight. The utilities are their mode at these temperatures, over all pairs
-    that a completion is in.
+    The temperatures maximise their posterior given the labels: log(1/τ) is normal with
+    mean 0 and standard deviation ``SPREAD``, and bounded by ``LARGEST``. The utilities
+    are integrated out of the likelihood, each pair by itself, since with a mode of the
+    utilities one labeller would get all the weight. The utilities are the mode of their
+    posterior at these temperatures, over all pairs that a completion is in. Last, both
+    are divided by the temperature of the median labeller.
 
     **Source** Bradley & Terry 1952, Biometrika 39; a reliability of each judge: Chen et
     al. 2013, "Pairwise ranking aggregation in a crowdsourced setting", WSDM, who mix
-    with the reverse order instead.
+    with the reverse order instead. **Deviations** both priors are ours.
 
     Args:
         values: [U, L] probability that the first is the better one, NaN for no label.
@@ -297,7 +282,7 @@ def bradley_terry(values: np.ndarray, pairs: np.ndarray, count: int) -> Utilitie
 
 
 def _log_scales(values: np.ndarray) -> np.ndarray:
-    """log 1/τ of every labeller [L], where the utilities are N(0, 1)."""
+    """log 1/τ of every labeller [L] before the median is set to 0, by its posterior."""
     from scipy import optimize, special  # slow to import
 
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(NODES)

@@ -1,7 +1,8 @@
 """What a model that judges is asked: prompt files, and demonstrations of answers.
 
 A prompt file is text with ``{prompt}``, ``{first}`` and ``{second}`` in it (to rate one
-response ``{prompt}`` and ``{response}``), whatever stands around them: a preamble,
+response ``{prompt}`` and ``{response}``, and where wanted ``{lowest}`` and
+``{highest}``, the ends of the scale), whatever stands around them: a preamble,
 examples, the ending that the label follows. ``{principle}`` is a principle's question,
 and ``{reasoning}`` the place where the judge first writes down its thoughts. Responses
 are put in without the white space around them.
@@ -29,7 +30,7 @@ from rlhf_jax.files import named_path
 COMPARE = Path(__file__).with_name('judge_compare.txt')
 PRINCIPLE = Path(__file__).with_name('judge_principle.txt')
 RATE = Path(__file__).with_name('judge_rate.txt')
-PLACES = ('prompt', 'first', 'second', 'response', 'principle')
+PLACES = ('prompt', 'first', 'second', 'response', 'lowest', 'highest', 'principle')
 _PLACE = re.compile('{(' + '|'.join(PLACES) + ')}')
 
 

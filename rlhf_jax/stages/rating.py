@@ -19,7 +19,7 @@ from rlhf_jax.labels.judge import RATE, read_prompt
 from rlhf_jax.responses import Responses, Scored, Scorer
 from rlhf_jax.stages.judging import Judge, check_judge, load_judge, tokens_of
 from rlhf_jax.stages.run import Run
-from rlhf_jax.stages.settings import RewardSource
+from rlhf_jax.stages.settings import RatingSettings, RewardSource
 
 
 def check_rating(run: Run, where: str, source: RewardSource, longest: int) -> Judge:
@@ -51,7 +51,7 @@ def check_rating(run: Run, where: str, source: RewardSource, longest: int) -> Ju
     labels = [f' {number}' for number in range(how.lowest, how.highest + 1)]
     judge = check_judge(run, f'{where}.model', source.model, how, prompt, labels)
     if judge.tokenizer.get_vocab() == run.tokenizer.get_vocab():
-        (frame,) = tokens_of(judge, [{'prompt': '', 'response': ''}])
+        (frame,) = tokens_of(judge, [_question(how, '', '')])
         needed = frame + longest
         if needed > how.judge_buckets[-1]:
             raise ValueError(
@@ -74,7 +74,13 @@ def make_rater(run: Run, judge: Judge) -> Scorer:
             for prompt, whole in zip(responses.prompts, responses.templated)
         ]
         pairs = zip(prompts, responses.texts)
-        said, _ = ask([{'prompt': p, 'response': text} for p, text in pairs], key)
+        said, _ = ask([_question(judge.hp, p, text) for p, text in pairs], key)
         return Scored(responses.spread((said @ numbers).astype(np.float32)))
 
     return score
+
+
+def _question(how: RatingSettings, prompt: str, response: str) -> dict[str, str]:
+    """What stands at the places of the prompt file."""
+    scale = {'lowest': str(how.lowest), 'highest': str(how.highest)}
+    return {'prompt': prompt, 'response': response, **scale}

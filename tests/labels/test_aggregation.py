@@ -36,8 +36,8 @@ def labels_of(table):
     ]
 
 
-def said(table, method, **how):
-    found = aggregate(items(len(table)), labels_of(table), method, **how)
+def said(table, method):
+    found = aggregate(items(len(table)), labels_of(table), method)
     assert [judgement.item for judgement in found] == [
         str(i) for i in range(len(table))
     ]
@@ -202,23 +202,10 @@ def test_a_labeller_who_says_the_opposite_is_turned_round():
     assert ((found.posterior[:, 1] > 0.5) == truth).mean() > 0.95
 
 
-def test_ties_as_a_class_of_their_own():
-    rng = np.random.default_rng(0)
-    truth = rng.choice([0, 0.5, 1], 200)
-    guess = rng.choice([0, 0.5, 1], (200, 5))
-    values = np.where(rng.uniform(size=(200, 5)) < 0.7, truth[:, None], guess)
-    found = said(values.tolist(), 'dawid_skene', tie_class='class')
-    p, tie = np.asarray([(j.probability, j.tie) for j in found]).T
-    assert ((tie > 0) == (truth == 0.5)).mean() > 0.85
-    assert (p[tie > 0] == 0.5).all()
-    halves = said(values.tolist(), 'dawid_skene')
-    assert not any(j.tie for j in halves)
-
-
 # ----------------------------------------------------------------- Bradley and Terry
 
 
-def test_temperatures_have_the_largest_likelihood():
+def test_temperatures_have_the_largest_posterior():
     """Against sums over a fine grid of differences u_i − u_j ~ N(0, 2)."""
     rng = np.random.default_rng(0)
     gaps = rng.normal(size=50) * np.sqrt(2)
@@ -303,10 +290,7 @@ def test_a_completion_in_several_items_has_one_utility():
 def test_all_ties(method):
     found = said([[0.5], [0.5]], method)
     assert [j.probability for j in found] == pytest.approx([0.5, 0.5])
-    if method in ('none', 'majority', 'share'):
-        assert all(j.tie for j in found)
-    classes = said([[0.5], [0.5]], 'dawid_skene', tie_class='class')
-    assert all(j.tie and j.probability == 0.5 for j in classes)
+    assert {j.tie for j in found} == {method in ('none', 'majority', 'share')}
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -331,8 +315,6 @@ def test_what_is_refused():
     label = Label(item='0', labeller='x', probability=1)
     with pytest.raises(ValueError, match="method='mean'; use 'none', 'majority'"):
         aggregate(items(1), [label], 'mean')
-    with pytest.raises(ValueError, match="tie_class='third'"):
-        aggregate(items(1), [label], 'dawid_skene', 'third')
     with pytest.raises(ValueError, match="1 of 1 labels are of items .*'0'"):
         aggregate(items(2)[1:], [label], 'share')
     with pytest.raises(ValueError, match="'0' by 'x' stands there twice"):

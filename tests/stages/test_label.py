@@ -15,10 +15,11 @@ from rlhf_jax.labels.judge import demonstrations, read_prompt
 from rlhf_jax.labels.records import Label, read_items, read_labels
 from rlhf_jax.labels.store import DATABASE, open_store, read_stage
 from rlhf_jax.main import launch
-from rlhf_jax.stages import batches, judging
+from rlhf_jax.stages import batches, judging, rating
 from rlhf_jax.stages.kinds import stage
 from rlhf_jax.stages.labellers import crowd, model
 from rlhf_jax.stages.run import load_run_tokenizer
+from rlhf_jax.stages.settings import RatingSettings
 from tests.small_config import get_config
 from tests.test_main import fails, never_compiled  # noqa: F401
 
@@ -559,6 +560,35 @@ def test_a_language_model_rates_as_a_reward(finished, tmp_path):
     assert all(1 < score < 5 for score in scores) and len(set(scores)) > 4
     found = rows(tmp_path / 'ppo' / 'metrics.jsonl')
     assert any('reward/ai' in row for row in found)
+
+
+@pytest.mark.parametrize('settings, scale', [({}, '1 10'), ({'highest': 5}, '1 5')])
+def test_the_question_names_the_scale_of_the_rating(settings, scale, monkeypatch):
+    low, high = scale.split()
+    prompt = read_prompt(judge.RATE, ('prompt', 'response'))
+    how = RatingSettings(**settings)
+    labels = [f' {n}' for n in range(int(low), int(high) + 1)]
+    rater = judging.Judge('config.x', 'tiny', how, prompt, None, tuple(labels))
+    asked = []
+
+    def load(run, judge, key):
+        def ask(questions, key):
+            asked.extend(judge.prompt.fill(**question) for question in questions)
+            return np.full((len(questions), len(labels)), 1 / len(labels)), None
+
+        return ask
+
+    monkeypatch.setattr(rating, 'load_judge', load)
+    run = SimpleNamespace(key=lambda name: None, tokenizer=None)
+    responses = SimpleNamespace(
+        prompts=['p {highest}'], templated=[False], texts=[' r'], spread=np.asarray
+    )
+    scored = rating.make_rater(run, rater)(responses)
+    assert scored.scores.tolist() == [(int(low) + int(high)) / 2]
+    (text,) = asked
+    assert f'Rate from {low} (useless or wrong) to {high} (perfect)' in text
+    assert text.endswith(f'The rating from {low} to {high} is')
+    assert 'p {highest}' in text  # what is filled in is no place
 
 
 @pytest.mark.parametrize(
