@@ -37,6 +37,7 @@ from rlhf_jax.ranges import at_least, between
 ITEMS = 'items.jsonl'
 PLAN = 'label.json'
 DATABASE = 'labels.db'
+DONE = 'done.json'  # is there once the run has used the labels
 
 VERSION = 1  # of the tables
 PATIENCE = 30.0  # seconds that a transaction waits for another one
@@ -211,18 +212,17 @@ class Store:
         Raises:
             ValueError: they are answers to other items.
         """
-        rows = [json.dumps(to_row(item), sort_keys=True) for item in items]
-        now = hashlib.sha256('\n'.join(rows).encode()).hexdigest()
+        now = fingerprint(items)
         with self.transaction() as db:
-            old = db.execute("SELECT value FROM facts WHERE name = 'items'").fetchone()
+            old = claimed(db)
             [answers] = db.execute('SELECT COUNT(*) FROM answers').fetchone()
-            if old is not None and old[0] != now and answers:
+            if old not in (None, now) and answers:
                 raise ValueError(
                     f'{self.path} holds answers to other items than {ITEMS} beside it; '
                     f'put back the old {ITEMS}, or move the database away and begin '
                     'with none'
                 )
-            if old is None or old[0] != now:
+            if old != now:
                 db.execute('DELETE FROM shown')
                 db.execute("INSERT OR REPLACE INTO facts VALUES ('items', ?)", (now,))
 
@@ -266,6 +266,18 @@ def open_store(path: Path) -> Store:
     except sqlite3.Error as error:
         raise _unusable(path, error) from error
     return Store(path)
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """A hash of items: of their names, their texts and all else that they have."""
+    rows = [json.dumps(to_row(item), sort_keys=True) for item in items]
+    return hashlib.sha256('\n'.join(rows).encode()).hexdigest()
+
+
+def claimed(db: sqlite3.Connection) -> str | None:
+    """The :func:`fingerprint` of the items that the answers are answers to."""
+    row = db.execute("SELECT value FROM facts WHERE name = 'items'").fetchone()
+    return None if row is None else row[0]
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -92,6 +92,17 @@ def test_a_stage_that_is_finished_or_has_not_begun_is_told(tmp_path):
     assert done.returncode == 1 and 'is finished' in done.stderr
 
 
+def test_a_server_that_is_open_when_the_run_finishes_says_so(tmp_path):
+    folder = made.write(tmp_path / 'people', made.items(1))
+    serving = Serving(folder, '--port=0')
+    url, token = serving.links()['ann'].split('#')
+    (folder / 'done.json').write_text('{}')
+    with pytest.raises(urllib.error.HTTPError, match='409'):
+        _call(url, token, 'state')
+    serving.wait_for('^no more answers are taken: this stage is finished.*Ctrl-C')
+    assert serving.end(signal.SIGINT) == 0 and 'Traceback' not in serving.text
+
+
 def test_labels_go_in_and_out(tmp_path):
     folder = made.write(tmp_path / 'people', made.items(2))
     given, out = tmp_path / 'given.jsonl', tmp_path / 'out.jsonl'
