@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_jax.data import sources
 from rlhf_jax.labels.records import Item, Label, to_label
 from rlhf_jax.labels.session import insert
-from rlhf_jax.labels.store import LabelPlan, Store
+from rlhf_jax.labels.store import LabelPlan, Store, check_fits
 
 # Fields of a comparison that a label has by the same name.
 SHARED = ('strength', 'dimension', 'repeat', 'seconds', 'flagged', 'note')
@@ -78,8 +78,8 @@ def read_given(path: Path, items: Sequence[Item], plan: LabelPlan) -> list[Label
         plan: of the stage.
 
     Raises:
-        ValueError: a line that is neither, of an item that the stage does not have, of
-            another form than it, or by a dimension that the plan does not have.
+        ValueError: a line that is neither, of an item that the stage does not have, by
+            a dimension that the plan does not have, or what ``check_fits`` refuses.
     """
     by_name = {item.item: item for item in items}
     by_text: dict[tuple[str, frozenset[str]], list[Item]] = {}
@@ -101,7 +101,7 @@ def read_given(path: Path, items: Sequence[Item], plan: LabelPlan) -> list[Label
                 f'{where}: dimension={label.dimension!r} is none of the stage, which '
                 f'asks by {", ".join(map(str, plan.asked))}'
             )
-        _check_form(label, item, where)
+        check_fits(label, item, plan, where)
         labels.append(label)
     return labels
 
@@ -130,20 +130,6 @@ def _of_comparison(
     own = {name: fields[name] for name in SHARED if name in fields}
     own |= {'item': found[0].item, 'labeller': labeller, 'probability': probability}
     return own
-
-
-def _check_form(label: Label, item: Item, where: str) -> None:
-    says = {
-        'comparison': label.probability is not None,
-        'ranking': label.ranks is not None,
-        'rating': label.rating is not None,
-    }
-    if label.verdict == 'judged' and not says[item.form]:
-        raise ValueError(f'{where}: the item {item.item!r} is a {item.form}')
-    if label.ranks is not None and len(label.ranks) != len(item.completions):
-        raise ValueError(
-            f'{where}: {len(label.ranks)} ranks of {len(item.completions)} completions'
-        )
 
 
 def add_labels(store: Store, labels: Sequence[Label]) -> int:

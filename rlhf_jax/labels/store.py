@@ -155,11 +155,35 @@ def read_stage(folder: Path) -> tuple[list[Item], LabelPlan]:
                 raise ValueError(f'{where} is {item.purpose} and has no known label')
             known = {'labeller': item.purpose, **item.known, 'item': item.item}
             label = to_label(known, f'{where}, known')
+            check_fits(label, item, plan, f'{where}, known')
             if label.dimension is not None and label.dimension not in plan.asked:
                 raise ValueError(
                     f'{where}, known: dimension={label.dimension!r} is none of {PLAN}'
                 )
     return items, plan
+
+
+def check_fits(label: Label, item: Item, plan: LabelPlan, where: str) -> None:
+    """Whether a label can be one of an item.
+
+    Raises:
+        ValueError: of another form, a rank beyond the number of completions, or a
+            rating beyond the range of the plan; by ``where``.
+    """
+    count, (low, high) = len(item.completions), plan.rating_range
+    says = {
+        'comparison': label.probability is not None,
+        'ranking': label.ranks is not None,
+        'rating': label.rating is not None,
+    }
+    if label.verdict == 'judged' and not says[item.form]:
+        raise ValueError(f'{where}: the item {item.item!r} is a {item.form}')
+    if label.ranks is not None and len(label.ranks) != count:
+        raise ValueError(f'{where}: {len(label.ranks)} ranks of {count} completions')
+    if label.ranks is not None and max(label.ranks) > count:
+        raise ValueError(f'{where}: ranks is {list(label.ranks)}; use 1 to {count}')
+    if label.rating is not None and not low <= label.rating <= high:
+        raise ValueError(f'{where}: rating is {label.rating}; use {low} to {high}')
 
 
 # ---------------------------------------------------------------------------- database

@@ -104,6 +104,29 @@ def test_every_pair_of_a_ranking_is_a_comparison(tmp_path):
 
 
 @pytest.mark.parametrize(
+    'form, said, told',
+    [
+        ('rating', {'rating': 900.5}, 'rating is 900.5; use 1 to 5'),
+        ('rating', {'rating': 0}, 'rating is 0; use 1 to 5'),
+        ('ranking', {'ranks': [1, 2]}, '2 ranks of 3 completions'),
+        ('ranking', {'ranks': [1, 2, 4]}, 'ranks is [1, 2, 4]; use 1 to 3'),
+        ('ranking', {'ranks': ['q', 'r', 's']}, "ranks is ['q', 'r', 's']"),
+        ('ranking', {'rating': 3}, 'is a ranking'),
+    ],
+)
+def test_what_the_page_could_not_have_said_is_not_added(tmp_path, form, said, told):
+    texts = ['a', 'b', 'c'] if form == 'ranking' else ['a']
+    rows = made.items(1, form=form, completions=texts)
+    stage = read_stage(made.write(tmp_path, rows, form=form))
+    row = {'item': 'pair-0', 'labeller': 'ann'}
+    with pytest.raises(ValueError) as error:
+        read_given(_written(tmp_path, [row | said]), *stage)
+    assert told in str(error.value) and 'given.jsonl:1' in str(error.value)
+    good = {'rating': 5} if form == 'rating' else {'ranks': [1, 3, 1]}
+    assert len(read_given(_written(tmp_path, [row | good]), *stage)) == 1
+
+
+@pytest.mark.parametrize(
     'row, told',
     [
         ({'item': 'pair-9', 'labeller': 'ann', 'probability': 1}, "no item 'pair-9'"),

@@ -67,6 +67,8 @@ def test_a_stage_that_has_not_begun_is_told(tmp_path):
     [
         ({'form': 'rating', 'completions': ['one']}, 'is a rating'),
         ({'purpose': 'gold'}, 'has no known label'),
+        ({'purpose': 'gold', 'known': {'rating': 3}}, 'known: the item .* comparison'),
+        ({'purpose': 'training', 'why': 3}, 'why is 3; use a text'),
         ({'purpose': 'gold', 'known': {'probability': 7}}, 'probability is 7'),
         (
             {'purpose': 'gold', 'known': {'probability': 1, 'dimension': 'odd'}},
