@@ -57,6 +57,11 @@ def main(argv: list[str]) -> None:
         if given is not None and (values.export or values.comparisons):
             raise ValueError('--import and --export or --comparisons: give them apart')
         if values.export is not None or values.comparisons is not None:
+            if values.comparisons is not None and plan.form == 'rating':
+                raise ValueError(
+                    f'--comparisons: {values.stage} asks for ratings, which are no '
+                    'comparisons; use --export'
+                )
             _export(folder, items, values.export, values.comparisons)
         elif given is not None:
             store = _opened(folder, items)

@@ -132,8 +132,22 @@ def _of_comparison(
     return own
 
 
+def _same(one: Label, other: Label) -> bool:
+    """Whether two labels of a labeller say the same of a question. A comparison has no
+    ``order``, and 1 − (1 − p) of it is p but for rounding.
+    """
+
+    def said(label: Label) -> tuple[Any, ...]:
+        probability = label.probability
+        rounded = None if probability is None else round(probability, 9)
+        return label.verdict, rounded, label.ranks, label.rating, label.strength
+
+    return said(one) == said(other)
+
+
 def add_labels(store: Store, labels: Sequence[Label]) -> int:
-    """Adds labels, all or none; those that are there already are left as they are.
+    """Adds labels, all or none; those that are there already are left as they are, with
+    their order, seconds, flags and notes.
 
     Returns:
         How many were added.
@@ -157,7 +171,7 @@ def add_labels(store: Store, labels: Sequence[Label]) -> int:
                     (label.labeller, label.item, label.dimension or '', label.repeat),
                 )
                 added += 1
-            elif to_label(json.loads(row[0]), str(store.path)) != label:
+            elif not _same(to_label(json.loads(row[0]), str(store.path)), label):
                 raise ValueError(
                     f'{label.labeller!r} has another label of the item {label.item!r} '
                     f'in {store.path} already; nothing was added'

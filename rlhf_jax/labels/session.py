@@ -190,15 +190,15 @@ class Session:
         }
 
     def _last(self, db: sqlite3.Connection, labeller: str) -> str | None:
-        """The answer that can be undone. Those to training items, whose right answers
-        were told, and imported ones cannot.
+        """The answer that can be undone: the last one that was given on the page, if it
+        is not to a training item, whose right answer was told.
         """
         row = db.execute(
             'SELECT id, item FROM answers WHERE NOT undone AND labeller = ? '
-            'ORDER BY serial DESC LIMIT 1',
+            "AND id NOT LIKE 'import:%' ORDER BY serial DESC LIMIT 1",
             (labeller,),
         ).fetchone()
-        if row is None or row[0].startswith('import:'):
+        if row is None:
             return None
         item = self.book.items.get(row[1])
         return None if item is None or item.purpose == 'training' else row[0]

@@ -396,7 +396,7 @@ def progress(
             tasks = [(item.item, dimension) for dimension in plan.asked]
             missing = [task for task in tasks if judged[task] < plan.overlap]
             left = [judged[t] + len({*plan.labellers} - asked[t]) for t in missing]
-            given_up = all(most < plan.overlap for most in left)
+            given_up = any(most < plan.overlap for most in left)
             states['given up' if given_up else 'open'] += bool(missing)
             states['complete'] += not missing
     people = ', '.join(f'{name} {count}' for name, count in by_labeller.items())

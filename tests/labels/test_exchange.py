@@ -1,5 +1,6 @@
 """Labels that are written to files, and those that are read from them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -89,6 +90,31 @@ def test_comparisons_of_labels_and_back(tmp_path, stage):
     back = read_given(_written(tmp_path, rows), *stage)
     wanted = [(x.item, x.labeller, x.probability, x.note) for x in _labels()[:3]]
     assert [(x.item, x.labeller, x.probability, x.note) for x in back] == wanted
+
+
+def test_what_was_exported_is_there_already(tmp_path, stage):
+    """A comparison says nothing of the order, and is turned round where it is read."""
+    store = open_store(tmp_path / 'labels.db')
+    unsure = Label(item='pair-2', labeller='eve', probability=0.3, seconds=2.5)
+    add_labels(store, [*_labels(), unsure])
+    before = labels_of(store.path)
+    rows = comparisons(stage[0], before)
+    back = read_given(_written(tmp_path, rows), *stage)
+    assert back[0].order is None and back[3].probability != 0.3
+    assert add_labels(store, back) == 0 and labels_of(store.path) == before
+    back = read_given(_written(tmp_path, map(to_row, before)), *stage)
+    assert add_labels(store, back) == 0
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'strength': 3}, {'probability': 0.9}, {'probability': None, 'verdict': 'bad'}],
+)
+def test_another_answer_is_not_taken_for_the_same(tmp_path, change):
+    store = open_store(tmp_path / 'labels.db')
+    add_labels(store, _labels()[:1])
+    with pytest.raises(ValueError, match='another label of the item .pair-0.'):
+        add_labels(store, [dataclasses.replace(_labels()[0], **change)])
 
 
 def test_every_pair_of_a_ranking_is_a_comparison(tmp_path):

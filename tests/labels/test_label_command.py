@@ -123,6 +123,17 @@ def test_labels_go_in_and_out(tmp_path):
     assert (row['chosen'], row['rejected']) == ('poor 1', 'good 1')
 
 
+def test_comparisons_of_ratings_are_refused(tmp_path):
+    rows = made.items(1, form='rating', completions=['one'])
+    folder = made.write(tmp_path / 'people', rows, form='rating')
+    place = [f'--workdir={folder.parent}', f'--stage={folder.name}']
+    out = tmp_path / 'out'
+    done = _run(*place, f'--export={out}', f'--comparisons={tmp_path / "pairs"}')
+    assert done.returncode == 1 and 'use --export' in done.stderr
+    assert 'people asks for ratings' in done.stderr and not out.exists()
+    assert _run(*place, f'--export={out}').returncode == 0 and out.exists()
+
+
 def test_import_is_given_apart_from_export(tmp_path):
     folder = made.write(tmp_path / 'people', made.items(2))
     place = [f'--workdir={folder.parent}', f'--stage={folder.name}']

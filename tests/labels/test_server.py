@@ -184,6 +184,15 @@ def test_an_imported_label_takes_its_item_off_the_page(desk):
     assert desk.ann.state()['undo'] is None and desk.labels() == [label]
 
 
+def test_an_answer_from_before_an_import_is_undone_and_no_imported_one(desk):
+    sent, _ = desk.ann.answer(judged(0))
+    label = Label(item='pair-2', labeller='ann', probability=1.0)
+    add_labels(open_store(desk.path), [label])
+    assert desk.ann.state()['undo'] == sent['id']
+    assert desk.ann.post('/undo', {'id': sent['id']}).json()['undo'] is None
+    assert desk.labels() == [label]
+
+
 def _refused_everywhere(desk, told):
     """No call shows or changes anything, and the message says why."""
     before = desk.labels()
@@ -258,6 +267,7 @@ def test_training_gives_feedback_once_more_after_a_lost_reply(tmp_path):
     assert reply.json()['feedback'] == feedback
     assert reply.json()['undo'] is None and reply.json()['answered'] == 0
     assert desk.ann.post('/answer', sent).json()['feedback'] == feedback
+    assert desk.ann.post('/undo', {'id': sent['id']}).status_code == 409
     good = desk.ann.state()['task']['completions'].index('good 1')
     assert desk.ann.answer(judged(good, 4))[1].json()['feedback']['right']
     assert 'feedback' not in desk.ann.answer(judged(0))[1].json()

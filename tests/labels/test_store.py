@@ -219,6 +219,15 @@ def test_every_dimension_wants_its_labels(tmp_path):
     assert _progress(tmp_path, labels, count=1, **dimensions).done
 
 
+def test_an_item_that_is_lost_by_one_dimension_is_not_waited_for(tmp_path):
+    labels = [
+        _said(0, name, verdict='skipped', dimension='brief') for name in ('ann', 'bob')
+    ]
+    state = _progress(tmp_path, labels, count=1, dimensions=('helpful', 'brief'))
+    assert state.done and state.complete == 0
+    assert state.line.endswith('; 1 were skipped by too many to get as many')
+
+
 def test_a_label_of_an_unknown_item_is_told(tmp_path):
     with pytest.raises(ValueError, match="'pair-7', which is not in items.jsonl"):
         _progress(tmp_path, [_said(7, 'ann')])
