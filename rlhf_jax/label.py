@@ -29,8 +29,10 @@ from rlhf_jax.files import named_path, write_rows
 from rlhf_jax.labels.exchange import add_labels, comparisons, read_given
 from rlhf_jax.labels.queue import book_of
 from rlhf_jax.labels.records import Item, to_row
+from rlhf_jax.labels.session import Session
 from rlhf_jax.labels.store import (
     DATABASE,
+    DONE,
     LabelPlan,
     Store,
     labels_of,
@@ -55,6 +57,11 @@ def main(argv: list[str]) -> None:
         if given is not None and (values.export or values.comparisons):
             raise ValueError('--import and --export or --comparisons: give them apart')
         if values.export is not None or values.comparisons is not None:
+            if values.comparisons is not None and plan.form == 'rating':
+                raise ValueError(
+                    f'--comparisons: {values.stage} asks for ratings, which are no '
+                    'comparisons; use --export'
+                )
             _export(folder, items, values.export, values.comparisons)
         elif given is not None:
             store = _opened(folder, items)
@@ -95,7 +102,7 @@ def _write(flag: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _opened(folder: Path, items: list[Item]) -> Store:
-    if (folder / 'done.json').exists():
+    if (folder / DONE).exists():
         raise ValueError(
             f'{folder} is finished: its labels have been used. Add a stage to the run '
             'to label more; --export writes those that are there'
@@ -121,7 +128,6 @@ def serve(folder: Path, host: str = '127.0.0.1', port: int = PORT) -> None:
         import uvicorn
 
         from rlhf_jax.labels.server import make_app
-        from rlhf_jax.labels.session import Session
     except ImportError as error:
         raise ValueError(
             f"the page needs {error.name}; `pip install 'rlhf_jax[label]'` installs it"
@@ -131,10 +137,8 @@ def serve(folder: Path, host: str = '127.0.0.1', port: int = PORT) -> None:
     listening = _listen(host, port)
     _introduce(folder, items, plan, store, host, listening.getsockname()[1])
     changed = threading.Event()
-    told = threading.Thread(target=_tell, args=(folder, items, plan, changed))
-    told.daemon = True
-    told.start()
     session = Session(store, book_of(items, plan))
+    threading.Thread(target=_tell, args=(session, changed), daemon=True).start()
     config = uvicorn.Config(
         make_app(session, changed.set, _tell_refused),
         log_level='warning',
@@ -211,20 +215,27 @@ def _address(host: str) -> tuple[str, bool]:
     return text, address.is_loopback
 
 
-def _tell(
-    folder: Path, items: list[Item], plan: LabelPlan, changed: threading.Event
-) -> None:
-    """Prints how far the labelling is, while it changes."""
-    while changed.wait():
+def _tell(session: Session, changed: threading.Event) -> None:
+    """Prints how far the labelling is, while it changes, and that it has ended."""
+    items, last = [*session.book.items.values()], ''
+    while True:
         time.sleep(PAUSE)
-        changed.clear()
         try:
-            state = progress(items, labels_of(folder / DATABASE), plan)
+            if why := session.why_closed():
+                line = f'no more answers are taken: {why}; Ctrl-C stops'
+            elif changed.is_set():
+                changed.clear()
+                labels = labels_of(session.store.path)
+                state = progress(items, labels, session.book.plan)
+                end = '; enough: the command of the run goes on' if state.done else ''
+                line = f'{state.line}{end}'
+            else:
+                continue
         except ValueError as error:
-            print(f'error: {error}', flush=True)
-            continue
-        end = '; enough: the command of the run goes on' if state.done else ''
-        print(f'{state.line}{end}', flush=True)
+            line = f'error: {error}'
+        if line != last:
+            print(line, flush=True)
+        last = line
 
 
 def _tell_refused(host: str, count: int) -> None:

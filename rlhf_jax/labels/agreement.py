@@ -11,8 +11,8 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from rlhf_jax.labels.coefficients import (
     krippendorff_alpha,
     measured,
     percent_agreement,
-    wilson,
+    share_interval,
 )
 from rlhf_jax.labels.records import Item, Label, to_label
 from rlhf_jax.labels.units import (
@@ -51,10 +51,10 @@ SHARES = ('gold', 'others', 'self', 'first_shown', 'longer')
 def report(items: Sequence[Item] | None, labels: Sequence[Label]) -> dict[str, Any]:
     """The numbers of a file of labels.
 
-    Agreement is on the main items: gold items are chosen to be clear, and what is
-    said in training is not a judgement yet. A label that is not certain counts as the
-    likelier answer. Skipped items and those called bad are counted and say nothing
-    else.
+    Agreement is on the main items: gold items are chosen to be clear. What is said in
+    training is not a judgement yet, and is in none of the numbers. A label that is not
+    certain counts as the likelier answer. Skipped items and those called bad are
+    counted and say nothing else.
 
     Args:
         items: that were labelled; None where they are not known, and then all are main
@@ -71,13 +71,14 @@ def report(items: Sequence[Item] | None, labels: Sequence[Label]) -> dict[str, A
         ``ceiling`` with its interval, ``ceiling_least``, ``ceiling_dawid_skene``: see
         :func:`ceilings`;
         ``gold``, ``others``, ``self``, ``first_shown``, ``longer`` with Wilson
-        intervals and counts: shares over all labellers;
+        intervals (:func:`share_interval`) and counts: shares over all labellers;
         ``by_labeller``: the same of each, their counts, ``chance`` (the agreement with
         others that is expected by chance) and ``seconds`` (median of an item);
         ``never_agree`` and ``near_chance``: labellers, by name.
 
     Raises:
-        ValueError: no labels; labels of unknown items; what ``units.answers`` refuses.
+        ValueError: no labels, or of training items alone; labels of unknown items; what
+            ``units.answers`` refuses.
     """
     if not labels:
         raise ValueError('there are no labels')
@@ -85,12 +86,14 @@ def report(items: Sequence[Item] | None, labels: Sequence[Label]) -> dict[str, A
         check_known(items, labels)
     purposes = {item.item: item.purpose for item in items or ()}
     asked = [x for x in labels if purposes.get(x.item, 'main') != 'training']
+    if not asked:
+        raise ValueError('all labels are of training items, which are left out')
     table = answers([x for x in asked if purposes.get(x.item, 'main') == 'main'], items)
     codes, clusters = table.codes(), table.clusters
     shared = clusters[(codes >= 0).sum(1) > 1]
     result: dict[str, Any] = {
-        **_counts(labels),
-        'labellers': len({label.labeller for label in labels}),
+        **_counts(asked),
+        'labellers': len({label.labeller for label in asked}),
         'items': len(np.unique(clusters)),
         'items_shared': len(np.unique(shared)),
         'ties': None,
@@ -109,8 +112,8 @@ def report(items: Sequence[Item] | None, labels: Sequence[Label]) -> dict[str, A
     for name in SHARES:
         result |= _share(name, every[name])
     result['by_labeller'] = rows = [
-        _of_labeller(name, [x for x in labels if x.labeller == name], cases, table)
-        for name in sorted({label.labeller for label in labels})
+        _of_labeller(name, [x for x in asked if x.labeller == name], cases, table)
+        for name in sorted({label.labeller for label in asked})
     ]
     result['never_agree'] = [
         row['labeller']
@@ -184,12 +187,22 @@ def _counts(labels: Sequence[Label]) -> dict[str, int]:
     }
 
 
-def _share(name: str, cases: list[float]) -> dict[str, Any]:
-    """A share with its Wilson interval and its number of cases."""
-    value = float(np.mean(cases)) if cases else None
+class Case(NamedTuple):
+    """What a share is the mean of."""
+
+    item: str
+    value: float  # 0 to 1
+
+
+Cases = dict[str, dict[str, list[Case]]]  # by labeller and share
+
+
+def _share(name: str, cases: list[Case]) -> dict[str, Any]:
+    """A share with its interval and its number of cases."""
+    items, values = [case.item for case in cases], [case.value for case in cases]
     return {
-        name: value,
-        f'{name}_interval': None if value is None else wilson(value, len(cases)),
+        name: float(np.mean(values)) if cases else None,
+        f'{name}_interval': share_interval(values, items) if cases else None,
         f'{name}_count': len(cases),
     }
 
@@ -197,7 +210,7 @@ def _share(name: str, cases: list[float]) -> dict[str, Any]:
 def _of_labeller(
     name: str,
     labels: list[Label],
-    cases: dict[str, dict[str, list[float]]],
+    cases: Cases,
     table: Answers,
 ) -> dict[str, Any]:
     judged = [label for label in labels if label.verdict == 'judged']
@@ -213,7 +226,7 @@ def _of_labeller(
 
 def _chance(name: str, table: Answers) -> float | None:
     """Σ_c p(c)·p_others(c), on the questions that others have answered too."""
-    own, rest = _against(name, table)
+    own, rest, _ = _against(name, table)
     if not len(own):
         return None
     size = max(own.max(), rest.max()) + 1
@@ -222,27 +235,32 @@ def _chance(name: str, table: Answers) -> float | None:
     return float(mine @ theirs / theirs.sum())
 
 
-def _against(name: str, table: Answers) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of a labeller [V], and of the others [V, L − 1], of what both answered."""
+def _against(name: str, table: Answers) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Codes of a labeller [V] and of the others [V, L − 1] of what both answered, and
+    the V items that it is of.
+    """
     if name not in table.labellers:
-        return np.zeros(0, int), np.zeros((0, 0), int)
+        return np.zeros(0, int), np.zeros((0, 0), int), []
     column, codes = table.labellers.index(name), table.codes()
     rest = np.delete(codes, column, axis=1)
     both = (codes[:, column] >= 0) & (rest >= 0).any(1)
-    return codes[both, column], rest[both]
+    items = [table.units[row].item for row in np.flatnonzero(both)]
+    return codes[both, column], rest[both], items
 
 
 def _cases(
     items: Sequence[Item] | None, labels: Sequence[Label], table: Answers
-) -> dict[str, dict[str, list[float]]]:
+) -> Cases:
     """Of every labeller, what the ``SHARES`` are means of."""
     known = by_name(items or ())
     firsts = {_question(x): x for x in labels if not x.repeat}
-    cases: dict[str, dict[str, list[float]]] = collections.defaultdict(
-        lambda: {name: [] for name in SHARES}
-    )
+    cases: Cases = collections.defaultdict(lambda: {name: [] for name in SHARES})
+
+    def count(label: Label, share: str, values: Iterable[float]) -> None:
+        found = (Case(label.item, float(value)) for value in values)
+        cases[label.labeller][share] += found
+
     for label in labels:
-        of = cases[label.labeller]
         if label.verdict != 'judged':
             continue
         item = known.get(label.item)
@@ -250,21 +268,21 @@ def _cases(
             fields = {'labeller': 'gold', **item.known, 'item': item.item}
             gold = to_label(fields, f'item {item.item!r}: known')
             if gold.dimension in (None, label.dimension):
-                of['gold'] += _equal(label, gold)
+                count(label, 'gold', _equal(label, gold))
         first = firsts.get(_question(label))
         if label.repeat and first is not None and first.verdict == 'judged':
-            of['self'] += _equal(label, first)
+            count(label, 'self', _equal(label, first))
         for chosen, other in _chosen(label):
             if label.order is not None:
                 place = label.order.index
-                of['first_shown'].append(float(place(chosen) < place(other)))
+                count(label, 'first_shown', [place(chosen) < place(other)])
             if item is not None:
                 gap = len(item.completions[chosen]) - len(item.completions[other])
-                of['longer'] += [float(gap > 0)] if gap else []
+                count(label, 'longer', [gap > 0] if gap else [])
     for name in table.labellers:
-        own, rest = _against(name, table)
+        own, rest, shared = _against(name, table)
         equal = (rest == own[:, None]).sum(1) / np.maximum((rest >= 0).sum(1), 1)
-        cases[name]['others'] = equal.tolist()
+        cases[name]['others'] = list(map(Case, shared, equal.tolist()))
     return cases
 
 

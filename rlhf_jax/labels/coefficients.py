@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -183,7 +183,36 @@ def measured(
     return round(value, DIGITS), bootstrap_interval(lambda w: over(weights=w), clusters)
 
 
-def wilson(share: float, count: int) -> list[float]:
+def share_interval(values: Sequence[float], items: Sequence[str]) -> list[float]:
+    """95% Wilson interval of a share whose cases within an item are not independent, as
+    the pairs of a ranking are not.
+
+    Of N cases x_ij of I items with the mean p, as many count as independent ones with
+    the same variance of p would be:
+
+    n = min(N, p(1 − p)/V),   V = I/(I − 1)·Σ_i (Σ_j (x_ij − p))²/N²
+
+    With one case for every item n is N, and where V is 0 (all are equal) it is I.
+
+    **Source** Korn & Graubard 1998, Survey Methodology 24 (there with the interval of
+    Clopper and Pearson).
+
+    Args:
+        values: [N] 0 to 1, N ≥ 1.
+        items: [N], what each is of.
+    """
+    value, number = np.asarray(values, float), np.unique(items, return_inverse=True)[1]
+    share, cases, count = float(value.mean()), len(value), int(number.max()) + 1
+    if count == cases:
+        return wilson(share, cases)
+    residual = np.bincount(number, value - share)
+    variance = count / max(count - 1, 1) * float(residual @ residual) / cases**2
+    equal = variance < 1e-12  # but for rounding
+    independent = count if equal else share * (1 - share) / variance
+    return wilson(share, min(cases, round(independent, DIGITS)))
+
+
+def wilson(share: float, count: float) -> list[float]:
     """95% Wilson interval of a share of ``count`` ≥ 1 cases.
 
     **Source** Wilson 1927, JASA 22.

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_jax.data import sources
 from rlhf_jax.labels.records import Item, Label, to_label
 from rlhf_jax.labels.session import insert
-from rlhf_jax.labels.store import LabelPlan, Store
+from rlhf_jax.labels.store import LabelPlan, Store, check_fits
 
 # Fields of a comparison that a label has by the same name.
 SHARED = ('strength', 'dimension', 'repeat', 'seconds', 'flagged', 'note')
@@ -78,8 +78,8 @@ def read_given(path: Path, items: Sequence[Item], plan: LabelPlan) -> list[Label
         plan: of the stage.
 
     Raises:
-        ValueError: a line that is neither, of an item that the stage does not have, of
-            another form than it, or by a dimension that the plan does not have.
+        ValueError: a line that is neither, of an item that the stage does not have, by
+            a dimension that the plan does not have, or what ``check_fits`` refuses.
     """
     by_name = {item.item: item for item in items}
     by_text: dict[tuple[str, frozenset[str]], list[Item]] = {}
@@ -101,7 +101,7 @@ def read_given(path: Path, items: Sequence[Item], plan: LabelPlan) -> list[Label
                 f'{where}: dimension={label.dimension!r} is none of the stage, which '
                 f'asks by {", ".join(map(str, plan.asked))}'
             )
-        _check_form(label, item, where)
+        check_fits(label, item, plan, where)
         labels.append(label)
     return labels
 
@@ -132,22 +132,22 @@ def _of_comparison(
     return own
 
 
-def _check_form(label: Label, item: Item, where: str) -> None:
-    says = {
-        'comparison': label.probability is not None,
-        'ranking': label.ranks is not None,
-        'rating': label.rating is not None,
-    }
-    if label.verdict == 'judged' and not says[item.form]:
-        raise ValueError(f'{where}: the item {item.item!r} is a {item.form}')
-    if label.ranks is not None and len(label.ranks) != len(item.completions):
-        raise ValueError(
-            f'{where}: {len(label.ranks)} ranks of {len(item.completions)} completions'
-        )
+def _same(one: Label, other: Label) -> bool:
+    """Whether two labels of a labeller say the same of a question. A comparison has no
+    ``order``, and 1 − (1 − p) of it is p but for rounding.
+    """
+
+    def said(label: Label) -> tuple[Any, ...]:
+        probability = label.probability
+        rounded = None if probability is None else round(probability, 9)
+        return label.verdict, rounded, label.ranks, label.rating, label.strength
+
+    return said(one) == said(other)
 
 
 def add_labels(store: Store, labels: Sequence[Label]) -> int:
-    """Adds labels, all or none; those that are there already are left as they are.
+    """Adds labels, all or none; those that are there already are left as they are, with
+    their order, seconds, flags and notes.
 
     Returns:
         How many were added.
@@ -171,7 +171,7 @@ def add_labels(store: Store, labels: Sequence[Label]) -> int:
                     (label.labeller, label.item, label.dimension or '', label.repeat),
                 )
                 added += 1
-            elif to_label(json.loads(row[0]), str(store.path)) != label:
+            elif not _same(to_label(json.loads(row[0]), str(store.path)), label):
                 raise ValueError(
                     f'{label.labeller!r} has another label of the item {label.item!r} '
                     f'in {store.path} already; nothing was added'

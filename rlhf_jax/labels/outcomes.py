@@ -32,7 +32,8 @@ def to_records(
     Returns:
         By the form of an item:
         comparison: prompt, chosen, rejected, item, first_chosen, labels, and where they
-            are known probability, tie, strength, labeller, dimension, NAME_chosen and
+            are known probability, tie, strength (mean of the labels that say the same,
+            none where the probability is ½), labeller, dimension, NAME_chosen and
             NAME_rejected of the scores;
         rating: prompt, completion, item, labels, rating or ratings by dimension;
         ranking: prompt, completions, ranks or ranks by dimension, labeller.
@@ -77,7 +78,7 @@ def _comparison(
         row['probability'] = certainty
     if judgement.labeller is not None:
         labels = [x for x in labels if x.labeller == judgement.labeller]
-    if strengths := [x.strength for x in labels if x.strength is not None]:
+    if probability != 0.5 and (strengths := _strengths(labels, first_chosen)):
         row['strength'] = float(np.mean(strengths))
     if len({label.labeller for label in labels}) == 1:
         row['labeller'] = labels[0].labeller
@@ -92,6 +93,16 @@ def _comparison(
         if 'known' in item.facts[chosen]:
             row['was_chosen'] = item.facts[chosen]['known']
     return row
+
+
+def _strengths(labels: Sequence[Label], first_chosen: bool) -> list[float]:
+    """How much better the chosen one is, by those who chose it."""
+    return [
+        label.strength
+        for label in labels
+        if label.strength is not None
+        and (label.probability > 0.5 if first_chosen else label.probability < 0.5)
+    ]
 
 
 def _common(item: Item, dimension: str | None) -> dict[str, Any]:

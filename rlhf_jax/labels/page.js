@@ -84,7 +84,7 @@ async function change(path, sent, said) {
   } catch (error) {
     keep(null);
     if (!(error instanceof Refused)) throw error;
-    if (error.status === 403) {
+    if (error.status === 403 || (error.status === 409 && !error.reply.state)) {
       showRefused(error.message);
     } else if (error.reply.state) {
       state = error.reply.state;
@@ -344,6 +344,7 @@ function showEnd() {
 function showRefused(message) {
   item = null;
   at('footer').hidden = true;
+  at('tools').replaceChildren();
   const title = element('h1', {}, 'No items here');
   const text = element('p', {}, message);
   at('main').replaceChildren(element('section', { class: 'end' }, title, text));

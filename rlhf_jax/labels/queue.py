@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import random
 import secrets
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from rlhf_jax.labels.records import Item
 from rlhf_jax.labels.store import LabelPlan
 
 HELD = 1800.0  # seconds that an item on somebody's screen is kept from others
-APART = 10  # answers between an item and its repeat, while there are other items
+APART = 10  # answers between an item and its repeat, while other items are free
 
 
 class Task(NamedTuple):
@@ -161,18 +163,22 @@ def _asks(item: Item, dimension: str) -> bool:
 def _gold(
     book: Book, labeller: str, dimension: str, done: set[str], place: int
 ) -> Task | None:
-    """The gold item that is due: one at a place drawn out of every ``1/gold_share``."""
-    if not book.plan.gold_share:
+    """The gold item that is due: one at a place drawn out of every ``1/gold_share``,
+    which are blocks of two lengths where that is no whole number.
+    """
+    share = Fraction(book.plan.gold_share).limit_denominator(10**6)
+    if not share:
         return None
-    size = max(1, round(1 / book.plan.gold_share))
+    block = math.floor(place * share)
+    start, end = math.ceil(block / share), math.ceil((block + 1) / share)
     seed = book.plan.seed
-    drawn = _number(seed, 'gold', labeller, dimension, place // size) % size
+    drawn = _number(seed, 'gold', labeller, dimension, block) % (end - start)
     left = [
         item.item
         for item in book.gold
         if item.item not in done and _asks(item, dimension)
     ]
-    if place % size != drawn or not left:
+    if place - start != drawn or not left:
         return None
     first = min(left, key=lambda name: _number(seed, 'which', labeller, name))
     return Task(first, dimension, 0)

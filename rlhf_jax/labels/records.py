@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,23 +69,24 @@ def read_items(path: Path) -> list[Item]:
     """Items of a file.
 
     Raises:
-        ValueError: a line that is no item, or a name that stands twice.
+        ValueError: a line that is no item, with its place and the field; or a name that
+            stands twice.
     """
     items, seen = [], {}
     for record in sources.read(f'jsonl:{path}'):
         where = record.where
         item = _built(Item, record.fields, where)
-        least = {'comparison': 2, 'ranking': 2, 'rating': 1}.get(item.form)
-        if least is None or item.purpose not in ('main', 'gold', 'training'):
-            raise ValueError(
-                f'{where}: form={item.form!r} and purpose={item.purpose!r}; use '
-                "'comparison', 'ranking' or 'rating', and 'main', 'gold' or 'training'"
-            )
+        least = {'comparison': 2, 'ranking': 2, 'rating': 1}[item.form]
         if len(item.completions) < least or (
             item.form != 'ranking' and len(item.completions) > least
         ):
             raise ValueError(
                 f'{where}: a {item.form} of {len(item.completions)} completions'
+            )
+        if item.facts and len(item.facts) != len(item.completions):
+            raise ValueError(
+                f'{where}: facts of {len(item.facts)} of {len(item.completions)} '
+                'completions'
             )
         if item.item in seen:
             raise ValueError(
@@ -112,21 +114,16 @@ def to_label(fields: Mapping[str, Any], where: str) -> Label:
     """
     label = _built(Label, fields, where)
     said = [label.probability, label.ranks, label.rating]
-    if label.verdict not in ('judged', 'bad', 'skipped'):
-        raise ValueError(
-            f"{where}: verdict={label.verdict!r}; use 'judged', 'bad' or 'skipped'"
-        )
     if sum(x is not None for x in said) != (label.verdict == 'judged'):
         raise ValueError(
             f'{where}: a label has one of probability, ranks and rating, and none '
             f'where it is {label.verdict}'
         )
-    for name, low, high in (('probability', 0, 1), ('strength', 1, 4)):
-        value = getattr(label, name)
-        if value is not None and not (_is_number(value) and low <= value <= high):
-            raise ValueError(f'{where}: {name} is {value!r}; use {low} to {high}')
-    if label.rating is not None and not _is_number(label.rating):
-        raise ValueError(f'{where}: rating is {label.rating!r}, which is no number')
+    shown = None if label.order is None else len(label.order)
+    if label.verdict == 'judged' and shown is not None:
+        count = len(label.ranks or ()) or (1 if label.probability is None else 2)
+        if shown != count:
+            raise ValueError(f'{where}: order is of {shown} completions, not {count}')
     return label
 
 
@@ -144,6 +141,69 @@ def _is_number(value: Any) -> bool:
     return is_number and math.isfinite(value)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _list_of(one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(one, value))
+
+
+def _number_from(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: _is_number(value) and low <= value <= high
+
+
+def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
+    among = ' or '.join(map(repr, names))
+    return lambda value: _is_text(value) and value in names, among
+
+
+def _is_order(value: Any) -> bool:
+    return _list_of(_is_whole)(value) and sorted(value) == list(range(len(value)))
+
+
+def _are_ranks(value: Any) -> bool:
+    return _list_of(_is_whole)(value) and len(value) > 1 and min(value) > 0
+
+
+# Whether a value fits a field, and what does. None fits where it is the default.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'item': (_is_text, 'a text'),
+    'labeller': (_is_text, 'a text'),
+    'probability': (_number_from(0, 1), '0 to 1'),
+    'ranks': (_are_ranks, 'whole numbers from 1, one for each completion'),
+    'rating': (_is_number, 'a number'),
+    'verdict': _one_of('judged', 'bad', 'skipped'),
+    'strength': (_number_from(1, 4), '1 to 4'),
+    'dimension': (_is_text, 'a text'),
+    'order': (_is_order, 'the places 0, 1, … of all completions, as in [1, 0]'),
+    'repeat': (lambda value: _is_whole(value) and value >= 0, 'a whole number from 0'),
+    'seconds': (_number_from(0, math.inf), 'a number from 0'),
+    'flagged': (_is_truth, 'true or false'),
+    'note': (_is_text, 'a text'),
+    'completions': (_list_of(_is_text), 'a list of texts'),
+    'form': _one_of('comparison', 'ranking', 'rating'),
+    'purpose': _one_of('main', 'gold', 'training'),
+    'known': (_is_object, 'an object with fields of a label'),
+    'why': (_is_text, 'a text'),
+    'facts': (_list_of(_is_object), 'a list of objects, one for each completion'),
+    'templated': (_is_truth, 'true or false'),
+    'readable': (_is_text, 'a text'),
+}
+
+
 def _built(cls: type, fields: Mapping[str, Any], where: str) -> Any:
     known = {field.name: field for field in dataclasses.fields(cls)}
     unknown = [name for name in fields if name not in known]
@@ -158,7 +218,9 @@ def _built(cls: type, fields: Mapping[str, Any], where: str) -> Any:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     if cls is Item and isinstance(fields.get('prompt'), list):
         values['prompt'] = fields['prompt']
-    for name in ('item', 'labeller'):
-        if name in values and not isinstance(values[name], str):
-            raise ValueError(f'{where}: {name} is {values[name]!r}, which is no text')
+    for name, value in values.items():
+        fits, what = CHECKS.get(name, (lambda _: True, ''))  # a prompt is anything
+        if not fits(value) and not (value is None and known[name].default is None):
+            shown = reprlib.repr(fields[name])
+            raise ValueError(f'{where}: {name} is {shown}; use {what}')
     return cls(**values)

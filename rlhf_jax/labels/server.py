@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rlhf_jax.labels.session import Conflict, Session
+from rlhf_jax.labels.session import Closed, Conflict, Session
 from rlhf_jax.labels.store import Unusable
 
 FOLDER = Path(__file__).parent
@@ -105,7 +105,7 @@ def make_app(
                 raise BadRequest('the request is no JSON object')
             try:
                 return work(labeller, sent)
-            except (Conflict, Unusable):
+            except (Conflict, Closed, Unusable):
                 raise
             except ValueError as error:
                 raise BadRequest(str(error)) from error
@@ -140,6 +140,8 @@ def _guarded(respond: Callable[[], Response]) -> Response:
         return respond()
     except BadRequest as error:
         return _error(400, str(error))
+    except Closed as error:
+        return _error(409, str(error))
     except Unusable as error:
         print(f'error: {error}', flush=True)
         return _error(503, 'the answer could not be stored; it is sent again')

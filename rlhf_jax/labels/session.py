@@ -7,11 +7,13 @@ repeats. Read ``server.py`` next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from rlhf_jax.labels.queue import (
@@ -24,7 +26,7 @@ from rlhf_jax.labels.queue import (
     shown_order,
 )
 from rlhf_jax.labels.records import Item, Label, to_label, to_row
-from rlhf_jax.labels.store import DATABASE, Store
+from rlhf_jax.labels.store import DATABASE, DONE, Store, claimed, fingerprint
 
 LONGEST_NOTE = 2000  # characters
 LONGEST_ID = 64
@@ -35,12 +37,44 @@ class Conflict(ValueError):
     """An answer to what is no longer on the labeller's screen."""
 
 
+class Closed(ValueError):
+    """No answers are taken: the stage is finished, or asks other items by now."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """The labelling of one stage."""
+    """The labelling of one stage. All that changes or shows anything raises
+    :class:`Closed` where no answers are taken.
+    """
 
     store: Store
     book: Book
+
+    def why_closed(self) -> str | None:
+        """Why no answers are taken; None where they are."""
+        with self.store.transaction() as db:
+            return self._why_closed(db)
+
+    def _why_closed(self, db: sqlite3.Connection) -> str | None:
+        if self.store.path.with_name(DONE).exists():
+            return 'this stage is finished, and its labels have been used'
+        if claimed(db) != self._fingerprint:
+            return (
+                'the items of this stage have changed, and the server must be started '
+                'again to show the new ones'
+            )
+        return None
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint([*self.book.items.values()])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self.store.transaction() as db:
+            if why := self._why_closed(db):
+                raise Closed(f'no answers are taken: {why}')
+            yield db
 
     def begin(self, labeller: str) -> dict[str, Any]:
         """All that the page needs: the plan and the state."""
@@ -55,7 +89,7 @@ class Session:
 
     def state(self, labeller: str) -> dict[str, Any]:
         """The item on the labeller's screen, and how far the labeller is."""
-        with self.store.transaction() as db:
+        with self._transaction() as db:
             return self._state(db, labeller)
 
     def answer(self, labeller: str, sent: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +109,7 @@ class Session:
         """
         name = _text(sent, 'id', LONGEST_ID)
         key = _text(sent, 'key', LONGEST_ID)
-        with self.store.transaction() as db:
+        with self._transaction() as db:
             stored = db.execute(
                 'SELECT labeller, label FROM answers WHERE id = ?', (name,)
             ).fetchone()
@@ -108,7 +142,7 @@ class Session:
             Conflict: it is not the last answer.
         """
         name = _text(sent, 'id', LONGEST_ID)
-        with self.store.transaction() as db:
+        with self._transaction() as db:
             row = db.execute(
                 'SELECT undone FROM answers WHERE id = ? AND labeller = ?',
                 (name, labeller),
@@ -156,15 +190,15 @@ class Session:
         }
 
     def _last(self, db: sqlite3.Connection, labeller: str) -> str | None:
-        """The answer that can be undone. Those to training items, whose right answers
-        were told, and imported ones cannot.
+        """The answer that can be undone: the last one that was given on the page, if it
+        is not to a training item, whose right answer was told.
         """
         row = db.execute(
             'SELECT id, item FROM answers WHERE NOT undone AND labeller = ? '
-            'ORDER BY serial DESC LIMIT 1',
+            "AND id NOT LIKE 'import:%' ORDER BY serial DESC LIMIT 1",
             (labeller,),
         ).fetchone()
-        if row is None or row[0].startswith('import:'):
+        if row is None:
             return None
         item = self.book.items.get(row[1])
         return None if item is None or item.purpose == 'training' else row[0]

@@ -37,6 +37,7 @@ from rlhf_jax.ranges import at_least, between
 ITEMS = 'items.jsonl'
 PLAN = 'label.json'
 DATABASE = 'labels.db'
+DONE = 'done.json'  # is there once the run has used the labels
 
 VERSION = 1  # of the tables
 PATIENCE = 30.0  # seconds that a transaction waits for another one
@@ -154,11 +155,35 @@ def read_stage(folder: Path) -> tuple[list[Item], LabelPlan]:
                 raise ValueError(f'{where} is {item.purpose} and has no known label')
             known = {'labeller': item.purpose, **item.known, 'item': item.item}
             label = to_label(known, f'{where}, known')
+            check_fits(label, item, plan, f'{where}, known')
             if label.dimension is not None and label.dimension not in plan.asked:
                 raise ValueError(
                     f'{where}, known: dimension={label.dimension!r} is none of {PLAN}'
                 )
     return items, plan
+
+
+def check_fits(label: Label, item: Item, plan: LabelPlan, where: str) -> None:
+    """Whether a label can be one of an item.
+
+    Raises:
+        ValueError: of another form, a rank beyond the number of completions, or a
+            rating beyond the range of the plan; by ``where``.
+    """
+    count, (low, high) = len(item.completions), plan.rating_range
+    says = {
+        'comparison': label.probability is not None,
+        'ranking': label.ranks is not None,
+        'rating': label.rating is not None,
+    }
+    if label.verdict == 'judged' and not says[item.form]:
+        raise ValueError(f'{where}: the item {item.item!r} is a {item.form}')
+    if label.ranks is not None and len(label.ranks) != count:
+        raise ValueError(f'{where}: {len(label.ranks)} ranks of {count} completions')
+    if label.ranks is not None and max(label.ranks) > count:
+        raise ValueError(f'{where}: ranks is {list(label.ranks)}; use 1 to {count}')
+    if label.rating is not None and not low <= label.rating <= high:
+        raise ValueError(f'{where}: rating is {label.rating}; use {low} to {high}')
 
 
 # ---------------------------------------------------------------------------- database
@@ -211,18 +236,17 @@ class Store:
         Raises:
             ValueError: they are answers to other items.
         """
-        rows = [json.dumps(to_row(item), sort_keys=True) for item in items]
-        now = hashlib.sha256('\n'.join(rows).encode()).hexdigest()
+        now = fingerprint(items)
         with self.transaction() as db:
-            old = db.execute("SELECT value FROM facts WHERE name = 'items'").fetchone()
+            old = claimed(db)
             [answers] = db.execute('SELECT COUNT(*) FROM answers').fetchone()
-            if old is not None and old[0] != now and answers:
+            if old not in (None, now) and answers:
                 raise ValueError(
                     f'{self.path} holds answers to other items than {ITEMS} beside it; '
                     f'put back the old {ITEMS}, or move the database away and begin '
                     'with none'
                 )
-            if old is None or old[0] != now:
+            if old != now:
                 db.execute('DELETE FROM shown')
                 db.execute("INSERT OR REPLACE INTO facts VALUES ('items', ?)", (now,))
 
@@ -266,6 +290,18 @@ def open_store(path: Path) -> Store:
     except sqlite3.Error as error:
         raise _unusable(path, error) from error
     return Store(path)
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """A hash of items: of their names, their texts and all else that they have."""
+    rows = [json.dumps(to_row(item), sort_keys=True) for item in items]
+    return hashlib.sha256('\n'.join(rows).encode()).hexdigest()
+
+
+def claimed(db: sqlite3.Connection) -> str | None:
+    """The :func:`fingerprint` of the items that the answers are answers to."""
+    row = db.execute("SELECT value FROM facts WHERE name = 'items'").fetchone()
+    return None if row is None else row[0]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -360,7 +396,7 @@ def progress(
             tasks = [(item.item, dimension) for dimension in plan.asked]
             missing = [task for task in tasks if judged[task] < plan.overlap]
             left = [judged[t] + len({*plan.labellers} - asked[t]) for t in missing]
-            given_up = all(most < plan.overlap for most in left)
+            given_up = any(most < plan.overlap for most in left)
             states['given up' if given_up else 'open'] += bool(missing)
             states['complete'] += not missing
     people = ', '.join(f'{name} {count}' for name, count in by_labeller.items())

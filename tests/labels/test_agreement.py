@@ -43,7 +43,7 @@ ASKED = [
 ]
 SAID = [
     label('1', 'ann', 1, order=(0, 1), seconds=4.0),
-    label('1', 'bob', 1, order=(1, 0), flagged=True),
+    label('1', 'bob', 1, order=(1, 0), flagged=True, seconds=5.0),
     label('2', 'ann', 0.8, order=(1, 0), seconds=8.0),
     label('2', 'bob', 0, order=(1, 0)),
     label('3', 'ann', 0.5, order=(0, 1), seconds=30.0),
@@ -52,7 +52,9 @@ SAID = [
     Label(item='2', labeller='cy', verdict='skipped'),
     label('g', 'ann', 1),
     label('g', 'bob', 0),
-    label('t', 'bob', 0),
+    label('t', 'bob', 0.5, seconds=105.0, flagged=True),
+    Label(item='t', labeller='cy', verdict='skipped'),
+    label('t', 'dee', 1),
     label('1', 'ann', 1, repeat=1, order=(1, 0)),
     label('2', 'ann', 0, repeat=1, order=(1, 0)),
 ]
@@ -60,7 +62,8 @@ SAID = [
 
 def test_the_report_by_hand():
     found = report(ASKED, SAID)
-    assert (found['labels'], found['labellers']) == (13, 3)
+    # Those of the training item, all of dee among them, are in none of the numbers.
+    assert (found['labels'], found['labellers']) == (12, 3)
     assert (found['items'], found['items_shared']) == (3, 3)
     assert (found['skipped'], found['bad'], found['flagged']) == (1, 1, 1)
     assert found['ties'] == pytest.approx(2 / 6)
@@ -78,6 +81,8 @@ def test_single_labellers_by_hand():
     ann, bob, cy = report(ASKED, SAID)['by_labeller']
     assert [row['labeller'] for row in (ann, bob, cy)] == ['ann', 'bob', 'cy']
     assert (ann['labels'], ann['ties'], ann['seconds']) == (6, 1, 8.0)
+    assert (bob['labels'], bob['ties'], bob['seconds']) == (4, 1, 5.0)
+    assert (bob['flagged'], cy['skipped']) == (1, 1)
     assert (ann['gold'], bob['gold'], cy['gold']) == (1, 0, None)
     assert (ann['others'], ann['others_count']) == (pytest.approx(2 / 3), 3)
     assert ann['others_interval'] == wilson(2 / 3, 3)
@@ -119,6 +124,9 @@ def test_rankings_agree_pair_by_pair_and_are_drawn_by_item():
     x, y = found['by_labeller']
     assert x['first_shown'] == 0 and y['first_shown'] == pytest.approx(1 / 3)
     assert x['longer'] == 1 and y['longer'] == pytest.approx(2 / 3)
+    # Twelve cases of four items, which count as four.
+    assert (x['longer_count'], x['longer_interval']) == (12, wilson(1, 4))
+    assert y['first_shown_interval'] == pytest.approx(wilson(1 / 3, 4))
 
 
 def test_ratings_have_an_order_and_no_ceiling():
@@ -261,6 +269,8 @@ def test_what_is_refused():
     said = labels_of([[1, 0]])
     with pytest.raises(ValueError, match='there are no labels'):
         report(items(1), [])
+    with pytest.raises(ValueError, match='all labels are of training items'):
+        report([TAUGHT], [label('t', 'ann', 1)])
     with pytest.raises(ValueError, match="2 of 2 labels are of items .*'0'"):
         report(items(2)[1:], said)
     with pytest.raises(ValueError, match='stands there twice'):
@@ -311,7 +321,7 @@ def test_mistakes_of_the_command_take_one_line(tmp_path):
     assert done.stderr.count('\n') == 1
     path = write(tmp_path / 'labels.jsonl', SAID)
     write(tmp_path / 'items.jsonl', ASKED[1:])
-    with pytest.raises(ValueError, match=r"labels.jsonl: 4 of 13 labels .*'1'"):
+    with pytest.raises(ValueError, match=r"labels.jsonl: 4 of 15 labels .*'1'"):
         agreement(path)
     with pytest.raises(ValueError, match='missing.jsonl'):
         agreement(tmp_path / 'missing.jsonl')

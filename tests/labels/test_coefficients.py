@@ -13,6 +13,7 @@ from rlhf_jax.labels.coefficients import (
     krippendorff_alpha,
     measured,
     percent_agreement,
+    share_interval,
     wilson,
 )
 
@@ -237,3 +238,31 @@ def test_wilson_by_hand():
     # See tests/evals/test_preference.py.
     assert wilson(0.8, 10) == pytest.approx([0.49016, 0.94334], abs=2e-4)
     assert wilson(0.0, 5)[0] == 0 and wilson(1.0, 5)[1] == 1
+
+
+def test_cases_of_one_item_count_as_often_as_they_are_independent():
+    values, names = [1.0, 1, 0, 1, 0, 1, 1, 0, 1, 1], list('abcdefghij')
+    assert share_interval(values, names) == wilson(0.7, 10)
+    # Three equal cases of every item say no more than one; V has I − 1 for I.
+    assert share_interval(values * 3, names * 3) == pytest.approx(wilson(0.7, 9))
+    # Two cases of an item that are always different: V is 0.
+    pairs = [x for value in values for x in (value, 1 - value)]
+    assert share_interval(pairs, np.repeat(names, 2)) == wilson(0.5, 10)
+    assert share_interval([1.0] * 6, list('aabbcc')) == wilson(1.0, 3)
+    assert share_interval([1.0, 0], ['a', 'a']) == wilson(0.5, 1)
+    uneven = share_interval([1.0, 1, 0, 0, 1], list('aabbb'))
+    # Sums of x − 0.6: 0.8 and −0.8; V = 2·1.28/25.
+    assert uneven == pytest.approx(wilson(0.6, 0.24 / (2 * 1.28 / 25)))
+
+
+@pytest.mark.parametrize('size', [2, 4, 8])
+def test_the_interval_of_random_rankings_holds_a_half(size):
+    """Its lower end is above ½ in 2.5% of cases, however many pairs a ranking has."""
+    rng = np.random.default_rng(0)
+    first, second = np.array([*itertools.combinations(range(size), 2)]).T
+    items, above = np.repeat(np.arange(40), len(first)), 0
+    for _ in range(1000):
+        ranks = rng.permuted(np.tile(np.arange(size), (40, 1)), axis=1)
+        right = (ranks[:, first] < ranks[:, second]).astype(float)
+        above += share_interval(right.reshape(-1), items)[0] > 0.5
+    assert 0.01 < above / 1000 < 0.04

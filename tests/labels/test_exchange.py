@@ -1,5 +1,6 @@
 """Labels that are written to files, and those that are read from them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -91,6 +92,31 @@ def test_comparisons_of_labels_and_back(tmp_path, stage):
     assert [(x.item, x.labeller, x.probability, x.note) for x in back] == wanted
 
 
+def test_what_was_exported_is_there_already(tmp_path, stage):
+    """A comparison says nothing of the order, and is turned round where it is read."""
+    store = open_store(tmp_path / 'labels.db')
+    unsure = Label(item='pair-2', labeller='eve', probability=0.3, seconds=2.5)
+    add_labels(store, [*_labels(), unsure])
+    before = labels_of(store.path)
+    rows = comparisons(stage[0], before)
+    back = read_given(_written(tmp_path, rows), *stage)
+    assert back[0].order is None and back[3].probability != 0.3
+    assert add_labels(store, back) == 0 and labels_of(store.path) == before
+    back = read_given(_written(tmp_path, map(to_row, before)), *stage)
+    assert add_labels(store, back) == 0
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'strength': 3}, {'probability': 0.9}, {'probability': None, 'verdict': 'bad'}],
+)
+def test_another_answer_is_not_taken_for_the_same(tmp_path, change):
+    store = open_store(tmp_path / 'labels.db')
+    add_labels(store, _labels()[:1])
+    with pytest.raises(ValueError, match='another label of the item .pair-0.'):
+        add_labels(store, [dataclasses.replace(_labels()[0], **change)])
+
+
 def test_every_pair_of_a_ranking_is_a_comparison(tmp_path):
     rows = made.items(1, form='ranking', completions=['a', 'b', 'c'])
     items, _ = read_stage(made.write(tmp_path, rows, form='ranking'))
@@ -101,6 +127,29 @@ def test_every_pair_of_a_ranking_is_a_comparison(tmp_path):
         ('a', 'c', True),
         ('b', 'c', False),
     ]
+
+
+@pytest.mark.parametrize(
+    'form, said, told',
+    [
+        ('rating', {'rating': 900.5}, 'rating is 900.5; use 1 to 5'),
+        ('rating', {'rating': 0}, 'rating is 0; use 1 to 5'),
+        ('ranking', {'ranks': [1, 2]}, '2 ranks of 3 completions'),
+        ('ranking', {'ranks': [1, 2, 4]}, 'ranks is [1, 2, 4]; use 1 to 3'),
+        ('ranking', {'ranks': ['q', 'r', 's']}, "ranks is ['q', 'r', 's']"),
+        ('ranking', {'rating': 3}, 'is a ranking'),
+    ],
+)
+def test_what_the_page_could_not_have_said_is_not_added(tmp_path, form, said, told):
+    texts = ['a', 'b', 'c'] if form == 'ranking' else ['a']
+    rows = made.items(1, form=form, completions=texts)
+    stage = read_stage(made.write(tmp_path, rows, form=form))
+    row = {'item': 'pair-0', 'labeller': 'ann'}
+    with pytest.raises(ValueError) as error:
+        read_given(_written(tmp_path, [row | said]), *stage)
+    assert told in str(error.value) and 'given.jsonl:1' in str(error.value)
+    good = {'rating': 5} if form == 'rating' else {'ranks': [1, 3, 1]}
+    assert len(read_given(_written(tmp_path, [row | good]), *stage)) == 1
 
 
 @pytest.mark.parametrize(

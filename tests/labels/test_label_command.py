@@ -92,6 +92,17 @@ def test_a_stage_that_is_finished_or_has_not_begun_is_told(tmp_path):
     assert done.returncode == 1 and 'is finished' in done.stderr
 
 
+def test_a_server_that_is_open_when_the_run_finishes_says_so(tmp_path):
+    folder = made.write(tmp_path / 'people', made.items(1))
+    serving = Serving(folder, '--port=0')
+    url, token = serving.links()['ann'].split('#')
+    (folder / 'done.json').write_text('{}')
+    with pytest.raises(urllib.error.HTTPError, match='409'):
+        _call(url, token, 'state')
+    serving.wait_for('^no more answers are taken: this stage is finished.*Ctrl-C')
+    assert serving.end(signal.SIGINT) == 0 and 'Traceback' not in serving.text
+
+
 def test_labels_go_in_and_out(tmp_path):
     folder = made.write(tmp_path / 'people', made.items(2))
     given, out = tmp_path / 'given.jsonl', tmp_path / 'out.jsonl'
@@ -110,6 +121,17 @@ def test_labels_go_in_and_out(tmp_path):
     assert json.loads(out.read_text()) == to_row(label)
     row = json.loads(pairs.read_text())
     assert (row['chosen'], row['rejected']) == ('poor 1', 'good 1')
+
+
+def test_comparisons_of_ratings_are_refused(tmp_path):
+    rows = made.items(1, form='rating', completions=['one'])
+    folder = made.write(tmp_path / 'people', rows, form='rating')
+    place = [f'--workdir={folder.parent}', f'--stage={folder.name}']
+    out = tmp_path / 'out'
+    done = _run(*place, f'--export={out}', f'--comparisons={tmp_path / "pairs"}')
+    assert done.returncode == 1 and 'use --export' in done.stderr
+    assert 'people asks for ratings' in done.stderr and not out.exists()
+    assert _run(*place, f'--export={out}').returncode == 0 and out.exists()
 
 
 def test_import_is_given_apart_from_export(tmp_path):

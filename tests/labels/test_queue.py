@@ -112,6 +112,20 @@ def test_without_a_share_there_is_no_gold(tmp_path):
     assert all(task.item.startswith('pair') for task in desk.all_of('ann'))
 
 
+@pytest.mark.parametrize('share', [0.07, 0.1, 0.15, 0.35, 0.4, 0.45, 0.5])
+def test_every_share_of_gold_is_met(tmp_path, share):
+    rows = [*made.items(100), *made.gold(100)]
+    desk = _Desk(tmp_path, rows, gold_share=share)
+    seen = [desk.answers('ann').item for _ in range(100)]
+    assert sum(item.startswith('gold') for item in seen) == round(100 * share)
+
+
+def test_a_repeat_comes_sooner_where_nothing_else_is_free(tmp_path):
+    desk = _Desk(tmp_path, made.items(2), repeats=1.0)
+    assert desk.sees('bob').item == 'pair-0'  # and so it is kept from ann
+    assert desk.all_of('ann') == [Task('pair-1', '', 0), Task('pair-1', '', 1)]
+
+
 def test_repeats_come_later_and_once(tmp_path):
     desk = _Desk(tmp_path, made.items(100), repeats=0.3)
     seen = desk.all_of('ann')

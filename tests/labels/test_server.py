@@ -8,7 +8,7 @@ import pytest
 from rlhf_jax.labels.exchange import add_labels
 from rlhf_jax.labels.queue import book_of
 from rlhf_jax.labels.records import Label
-from rlhf_jax.labels.session import Session
+from rlhf_jax.labels.session import Conflict, Session
 from rlhf_jax.labels.store import labels_of, open_store, read_stage
 from tests.labels import folder as made
 
@@ -184,6 +184,55 @@ def test_an_imported_label_takes_its_item_off_the_page(desk):
     assert desk.ann.state()['undo'] is None and desk.labels() == [label]
 
 
+def test_an_answer_from_before_an_import_is_undone_and_no_imported_one(desk):
+    sent, _ = desk.ann.answer(judged(0))
+    label = Label(item='pair-2', labeller='ann', probability=1.0)
+    add_labels(open_store(desk.path), [label])
+    assert desk.ann.state()['undo'] == sent['id']
+    assert desk.ann.post('/undo', {'id': sent['id']}).json()['undo'] is None
+    assert desk.labels() == [label]
+
+
+def _refused_everywhere(desk, told):
+    """No call shows or changes anything, and the message says why."""
+    before = desk.labels()
+    sent = {'id': 'late', 'key': 'x', 'said': judged(0), 'seconds': 1}
+    replies = [
+        desk.client.get('/state', headers=desk.ann.headers),
+        desk.ann.post('/answer', sent),
+        desk.ann.post('/undo', {'id': 'x'}),
+    ]
+    for reply in replies:
+        assert reply.status_code == 409 and told in reply.json()['error']
+        assert 'state' not in reply.json()
+    assert desk.labels() == before
+
+
+def test_no_answer_is_taken_for_texts_that_were_not_shown(desk):
+    key = desk.ann.state()['task']['key']
+    rows = [row | {'completions': ['other', 'texts']} for row in made.items(3)]
+    items, plan = read_stage(made.write(desk.path.parent, rows))
+    store = open_store(desk.path)
+    store.claim(items)  # as the stage does, under the server
+    _refused_everywhere(desk, 'the items of this stage have changed')
+    sent = {'id': 'a', 'key': key, 'said': judged(0), 'seconds': 1}
+    assert desk.ann.post('/answer', sent).status_code == 409 and not desk.labels()
+    # A server that is started again shows the new texts.
+    again = Session(store, book_of(items, plan))
+    assert sorted(again.state('ann')['task']['completions']) == ['other', 'texts']
+    with pytest.raises(Conflict):
+        again.answer('ann', sent)
+
+
+def test_no_answer_is_taken_once_the_run_has_used_the_labels(desk):
+    sent, _ = desk.ann.answer(judged(0))
+    (desk.path.parent / 'done.json').write_text('{}')
+    _refused_everywhere(desk, 'this stage is finished')
+    assert desk.ann.post('/answer', sent).status_code == 409  # the same once more
+    assert desk.ann.post('/undo', {'id': sent['id']}).status_code == 409
+    assert len(desk.labels()) == 1
+
+
 def test_several_answers_are_undone_one_after_the_other(desk):
     sent = [desk.ann.answer(judged(0))[0] for _ in range(3)]
     assert desk.ann.post('/undo', {'id': sent[0]['id']}).status_code == 409
@@ -218,6 +267,7 @@ def test_training_gives_feedback_once_more_after_a_lost_reply(tmp_path):
     assert reply.json()['feedback'] == feedback
     assert reply.json()['undo'] is None and reply.json()['answered'] == 0
     assert desk.ann.post('/answer', sent).json()['feedback'] == feedback
+    assert desk.ann.post('/undo', {'id': sent['id']}).status_code == 409
     good = desk.ann.state()['task']['completions'].index('good 1')
     assert desk.ann.answer(judged(good, 4))[1].json()['feedback']['right']
     assert 'feedback' not in desk.ann.answer(judged(0))[1].json()

@@ -67,6 +67,8 @@ def test_a_stage_that_has_not_begun_is_told(tmp_path):
     [
         ({'form': 'rating', 'completions': ['one']}, 'is a rating'),
         ({'purpose': 'gold'}, 'has no known label'),
+        ({'purpose': 'gold', 'known': {'rating': 3}}, 'known: the item .* comparison'),
+        ({'purpose': 'training', 'why': 3}, 'why is 3; use a text'),
         ({'purpose': 'gold', 'known': {'probability': 7}}, 'probability is 7'),
         (
             {'purpose': 'gold', 'known': {'probability': 1, 'dimension': 'odd'}},
@@ -215,6 +217,15 @@ def test_every_dimension_wants_its_labels(tmp_path):
         _said(0, n, probability=0.5, dimension='helpful') for n in ('bob', 'eve')
     ]
     assert _progress(tmp_path, labels, count=1, **dimensions).done
+
+
+def test_an_item_that_is_lost_by_one_dimension_is_not_waited_for(tmp_path):
+    labels = [
+        _said(0, name, verdict='skipped', dimension='brief') for name in ('ann', 'bob')
+    ]
+    state = _progress(tmp_path, labels, count=1, dimensions=('helpful', 'brief'))
+    assert state.done and state.complete == 0
+    assert state.line.endswith('; 1 were skipped by too many to get as many')
 
 
 def test_a_label_of_an_unknown_item_is_told(tmp_path):
