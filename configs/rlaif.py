@@ -68,6 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             judge=f'{first}judge',
             **asking(arg),
             judge_batch_size=32 if arg.smoke else 64,
+            on_bad='skip' if arg.data else 'error',
         )
         stages.append('model_labels')
         learned.append('stage:model_labels')

@@ -92,6 +92,7 @@ PAGE = Page(
         ('Labellers', 'labellers', ''),
         ('Prompts with too few different responses', 'equal', ''),
         ('Responses that repeat one to the same prompt', 'repeated', 'left out'),
+        ('Bad records', 'bad_records', 'left out'),
         ('Items without a record', 'unused', 'skipped, or both bad'),
         ('Ties', 'ties', 'of the records'),
         ('The first of two was chosen', 'first_chosen', 'fraction'),

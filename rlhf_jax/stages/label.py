@@ -12,14 +12,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from rlhf_jax import files
 from rlhf_jax.data import sources
 from rlhf_jax.data.chat import readable
-from rlhf_jax.data.formats import GOLD, how_sure, number_of, text_of, to_turns
+from rlhf_jax.data.formats import (
+    GOLD,
+    BadRecord,
+    how_sure,
+    number_of,
+    text_of,
+    to_turns,
+)
 from rlhf_jax.labels.aggregation import METHODS, Method
 from rlhf_jax.labels.agreement import report as report_agreement
 from rlhf_jax.labels.judge import flat
@@ -30,6 +37,7 @@ from rlhf_jax.labels.store import ITEMS
 from rlhf_jax.pages import labels as pages
 from rlhf_jax.ranges import at_least
 from rlhf_jax.stages.batches import remove_batches
+from rlhf_jax.stages.console import tell
 from rlhf_jax.stages.kinds import Choice, Makes
 from rlhf_jax.stages.labellers import Asked, load_labeller
 from rlhf_jax.stages.run import RECORDS, Result, Run
@@ -62,6 +70,7 @@ class LabelSettings:
     limit: Annotated[int | None, at_least(1)] = None  # items in all
     # what becomes of several labels of an item, see labels/aggregation.py
     aggregate: Method = 'share'
+    on_bad: Literal['error', 'skip'] = 'error'  # skipped records are counted
 
 
 SETTINGS = (LabelSettings,)
@@ -81,6 +90,7 @@ class LabelJob:
     groups: list[list[dict[str, Any]]]  # the responses to every prompt, all different
     compared: list[tuple[dict[str, Any], dict[str, Any]]]  # pairs that were given
     repeated: int  # equal responses to a prompt that were left out
+    bad: int  # records that were skipped
 
 
 def makes(settings: LabelSettings, by: Any, hp: Any) -> Makes:
@@ -119,16 +129,7 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
             f'{" or ".join(repr(x) for x in METHODS if x not in UNFIT[form])}'
         )
     checked = by.check(run, where, hp)
-    responses, compared, repeated = [], [], 0
-    for record in sources.read(settings.responses):
-        fields = record.fields
-        _check_record(record, where)
-        if 'chosen' not in fields:
-            responses.append(dict(fields))
-        elif fields['chosen'] == fields['rejected']:
-            repeated += 1
-        else:
-            compared.append(_sides(record))
+    responses, compared, repeated, bad = _read(stage, where, settings)
     if compared and form != 'comparison':
         raise ValueError(
             f'{where}.responses are comparisons, and a {form} is asked; take those of '
@@ -140,7 +141,8 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
             f"prompt, and {where}.responses are comparisons; use 'random'"
         )
     groups, more = group(responses)
-    job = LabelJob(stage, settings, by, hp, checked, groups, compared, repeated + more)
+    repeated += more
+    job = LabelJob(stage, settings, by, hp, checked, groups, compared, repeated, bad)
     if not compared and all(len(responses) < size for responses in groups):
         raise ValueError(
             f'{where}: nothing to label: a {form} is of {size} different responses '
@@ -148,6 +150,37 @@ def load(run: Run, stage: str, settings: LabelSettings, by: Any, hp: Any) -> Lab
             'equal ones were left out); sample more responses to a prompt'
         )
     return job
+
+
+def _read(
+    stage: str, where: str, settings: LabelSettings
+) -> tuple[list[dict[str, Any]], list[Any], int, int]:
+    """(responses, comparisons as two sides each, comparisons of equal texts, records
+    that are bad).
+    """
+    responses, compared, repeated, bad = [], [], 0, 0
+    for record in sources.read(settings.responses):
+        fields = record.fields
+        try:
+            _check_record(record, where)
+            sides = _sides(record) if 'chosen' in fields else None
+        except BadRecord as error:
+            if settings.on_bad == 'error':
+                raise ValueError(
+                    f"{error}; mend the record, or set {where}.on_bad='skip' to leave "
+                    'such records out'
+                ) from error
+            bad += 1
+            continue
+        if sides is None:
+            responses.append(dict(fields))
+        elif fields['chosen'] == fields['rejected']:
+            repeated += 1
+        else:
+            compared.append(sides)
+    if bad:
+        tell(f'{stage}: {bad} records of {settings.responses} are bad and left out')
+    return responses, compared, repeated, bad
 
 
 def _check_record(record: sources.SourceRecord, where: str) -> None:
@@ -159,7 +192,7 @@ def _check_record(record: sources.SourceRecord, where: str) -> None:
         if name == 'prompt' and isinstance(value, list):
             continue
         if not isinstance(value, str):
-            raise ValueError(
+            raise BadRecord(
                 f'{record.where}: {name} is no text; {where}.responses are the '
                 "records of a sample stage with keep='all', or comparisons"
             )
@@ -245,6 +278,7 @@ def train(run: Run, job: LabelJob) -> Result:
         'prompts': len(job.groups) + len(job.compared),
         'records': len(records),
         'repeated': job.repeated,
+        'bad_records': job.bad,
         'equal': sum(len(group) < size for group in job.groups),
         'unused': len(main) - len({row['item'] for row in records}),
         **_facts(records),

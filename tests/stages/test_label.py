@@ -107,6 +107,22 @@ def test_labels_are_labelled_anew_by_what_they_say(tmp_path):
         assert not {'first_rejected', 'was_rejected'} & {*row}
 
 
+def test_bad_records_are_an_error_or_left_out_and_counted(tmp_path, capsys):
+    path = tmp_path / 'pairs.jsonl'
+    pair = {'prompt': 'p', 'chosen': ' long', 'rejected': ' x'}
+    bad = [{'chosen': ' '}, {'rejected': 3}, {'probability': 2}]
+    files.write_rows(path, [pair, *(pair | more for more in bad)])
+    settings = dict(responses=f'jsonl:{path}', fn=f'{HERE}:sure')
+    with pytest.raises(
+        ValueError, match="pairs.jsonl:2: 'chosen' is empty; mend .*on_"
+    ):
+        launch(labelled(**settings), tmp_path / 'error')
+    report = launch(labelled(on_bad='skip', **settings), tmp_path / 'skip')
+    assert report['stages']['said']['records'] == 1
+    assert report['stages']['said']['bad_records'] == 3
+    assert f'said: 3 records of jsonl:{path} are bad' in capsys.readouterr().out
+
+
 def test_known_items_are_as_sure_as_their_comparisons(tmp_path):
     path = tmp_path / 'gold.jsonl'
     pair = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
