@@ -113,6 +113,7 @@ PAGE = Page(
         ('Judge: the first of two is likelier', 'judge_first_chosen', 'fraction'),
         ('Judge: both orders agree', 'judge_consistent', 'fraction'),
         ('Judge: prompts read', 'judge_calls', ''),
+        ('Judge: tokens read', 'judge_tokens', 'of prompts, with a label'),
         ('Judge: items left out', 'judge_too_long', 'longer than its buckets'),
     ),
     draw=draw,

@@ -95,12 +95,6 @@ def check_judge(
     return Judge(where, model, hp, prompt, tokenizer, tuple(labels))
 
 
-def fitting(judge: Judge, questions: Sequence[dict[str, str]]) -> list[bool]:
-    """Which filled prompts are within the judge's buckets; see :func:`tokens_of`."""
-    longest = judge.hp.judge_buckets[-1]
-    return [tokens <= longest for tokens in tokens_of(judge, questions)]
-
-
 def tokens_of(judge: Judge, questions: Sequence[dict[str, str]]) -> list[int]:
     """Tokens of every filled prompt with its longest label, but without what the judge
     writes at ``{reasoning}``, for which there is room beside the buckets.

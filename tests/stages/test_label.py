@@ -208,11 +208,17 @@ def judged(finished, tmp_path_factory):
 
 
 def test_a_judge_gives_soft_labels_without_a_place(judged, finished):
-    workdir, report, _ = judged
+    workdir, report, config = judged
     said = report['stages']['said']
     labels = read_labels(workdir / 'said' / 'labels.jsonl')
     assert all(0 < x.probability < 1 for x in labels) and len(labels) == 12
     assert said['judge_calls'] == 24
+    template, read = read_prompt(judge.COMPARE, ('prompt', 'first', 'second')), 0
+    for item in read_items(workdir / 'said' / 'items.jsonl'):
+        for first, second in (item.completions, item.completions[::-1]):
+            text = template.fill(prompt=item.prompt, first=first, second=second)
+            read += len(encode(load_run_tokenizer(config), [text])[0]) + 1
+    assert said['judge_tokens'] == read
     # The judge prefers a place by far, which the average takes out.
     assert abs(said['judge_first_probability'] - 0.5) > 0.02
     spread = np.asarray([x.probability for x in labels])

@@ -26,7 +26,7 @@ from rlhf_jax.labels.records import Item, Label
 from rlhf_jax.ranges import Range
 from rlhf_jax.stages.batches import Batch, write_batches
 from rlhf_jax.stages.console import tell
-from rlhf_jax.stages.judging import Judge, check_judge, fitting, load_judge
+from rlhf_jax.stages.judging import Judge, check_judge, load_judge, tokens_of
 from rlhf_jax.stages.labellers import Answered, Asked, Asks
 from rlhf_jax.stages.run import Run
 from rlhf_jax.stages.settings import ModelName, QuestionSettings
@@ -103,8 +103,9 @@ def label(asked: Asked) -> Answered:
         ]
     by_id = {one.id: one.preference_question for one in principles}
     questions = [_both_orders(item, by_id) for item in items]
-    fits = fitting(judge, [question for both in questions for question in both])
-    short = [all(fits[2 * i : 2 * i + 2]) for i in range(len(items))]
+    sizes = tokens_of(judge, [question for both in questions for question in both])
+    pairs = list(zip(sizes[::2], sizes[1::2]))
+    short = [max(pair) <= hp.judge_buckets[-1] for pair in pairs]
     about = {
         f'the prompt file {judge.prompt.where}': [
             judge.prompt.before,
@@ -128,7 +129,8 @@ def label(asked: Asked) -> Answered:
         thoughts = answer['thoughts']
         note = None if thoughts is None else '\n---\n'.join(thoughts)
         labels.append(Label(**who, probability=answer['probability'], note=note))
-    facts = _facts(said)
+    tokens = sum(sum(pair) for pair, ok in zip(pairs, short) if ok)
+    facts = _facts(said) | {'judge_tokens': tokens}
     if left_out := short.count(False):
         facts['judge_too_long'] = left_out
         tell(
