@@ -250,6 +250,17 @@ def test_a_link_that_is_wrong_or_has_no_token_says_so(serve):
         assert told in page.text()
 
 
+def test_a_stage_that_has_ended_takes_no_more_answers_and_says_so(serve):
+    page, store = serve(made.items(3))
+    page.answers('1', store, 1)
+    store.with_name('done.json').write_text('{}')
+    page.press('1')
+    until(lambda: 'this stage is finished' in page.text(), what='the end')
+    assert len(labels_of(store)) == 1
+    page.browser.refresh()
+    until(lambda: 'this stage is finished' in page.text(), what='the end again')
+
+
 def test_an_answer_that_was_not_sent_is_sent_when_the_page_is_opened_again(tmp_path):
     folder = made.write(tmp_path / 'people', made.items(2))
     port, store = f'--port={_free_port()}', folder / 'labels.db'
